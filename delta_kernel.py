@@ -91,6 +91,29 @@ def _store_state(ptr, value, K: tl.constexpr, V: tl.constexpr):
     tl.store(ptr + offset, value.to(ptr.dtype.element_ty))
 
 
+INTERPRETED = tl.constexpr(not isinstance(_load_state, triton.JITFunction))
+
+
+@triton.jit
+def _pin(x):
+    """x, computed here and under a name of its own.
+
+    Left alone, the compiler shares each operand of a product, spread out to 32 or more registers per thread, with
+    every later product that uses it, and moves products down to their first use while their operands wait in
+    registers. Both cost far more registers than they save work: pinned, the backward kernel spills 32 bytes per
+    thread instead of 4000. An inline assembly statement with side effects is what the compiler leaves in place.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    return _pin(tl.dot(_pin(a), _pin(b), input_precision=PRECISION))
+
+
 @triton.jit
 def _delta_matrices(q, k, beta, C: tl.constexpr, LOG2_C: tl.constexpr, PRECISION: tl.constexpr):
     """tril(K K^T, -1), X and W of a chunk, each (C, C).
@@ -101,14 +124,14 @@ def _delta_matrices(q, k, beta, C: tl.constexpr, LOG2_C: tl.constexpr, PRECISION
     """
     row = tl.arange(0, C)[:, None]
     col = tl.arange(0, C)[None, :]
-    kk = tl.where(row > col, tl.dot(k, tl.trans(k), input_precision=PRECISION), 0.0)
+    kk = tl.where(row > col, _dot(k, tl.trans(k), PRECISION), 0.0)
     n = beta[:, None] * kk
     x = tl.where(row == col, 1.0, tl.where((row ^ col) == 1, -n, 0.0))  # n is zero above the diagonal
     for level in range(1, LOG2_C):
         below = tl.where((row >> level) == ((col >> level) ^ 1), n, 0.0)
-        x -= tl.dot(x, tl.dot(below, x, input_precision=PRECISION), input_precision=PRECISION)
-    p = tl.where(row >= col, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-    return x, tl.dot(p, x, input_precision=PRECISION)
+        x -= _dot(x, _dot(below, x, PRECISION), PRECISION)
+    p = tl.where(row >= col, _dot(q, tl.trans(k), PRECISION), 0.0)
+    return x, _dot(p, x, PRECISION)
 
 
 @triton.jit
@@ -123,8 +146,9 @@ def _read_weights(m_ptr, r_f, r_s, start, T, C: tl.constexpr):
     col = tl.arange(0, C)[None, :]
     b_f = tl.where(row >= col, r_f[:, None], 0.0)
     b_s = tl.where(row >= col, r_s[:, None], 0.0)
-    for step in range(1, C):
-        j = C - step
+    tokens = tl.minimum(T - start, C)  # M = I past the end
+    for step in range(1, tokens):
+        j = tokens - step
         m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + j, T)
         applies = (row >= j) & (col < j)
         next_f = b_f * m_ff + b_s * m_sf
@@ -141,7 +165,7 @@ def _write_weights(m_ptr, start, T, C: tl.constexpr):
     col = tl.arange(0, C)[None, :]
     w_f = tl.where(row > col, 1.0, 0.0)
     w_s = w_f
-    for t in range(1, C - 1):
+    for t in range(1, tl.minimum(T - start, C - 1)):
         m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + t, T)
         applies = (row > t) & (col < t)
         next_f = m_ff * w_f + m_fs * w_s
@@ -163,7 +187,7 @@ def _products_before(m_ptr, start, T, C: tl.constexpr):
     l_fs = 0.0
     l_sf = 0.0
     l_ss = 1.0
-    for t in range(C):
+    for t in range(tl.minimum(T - start, C)):
         here = token == t
         v_ff = tl.where(here, l_ff, v_ff)
         v_fs = tl.where(here, l_fs, v_fs)
@@ -187,8 +211,9 @@ def _products_after(m_ptr, start, T, C: tl.constexpr):
     l_fs = 0.0
     l_sf = 0.0
     l_ss = 1.0
-    for step in range(C):
-        t = C - 1 - step
+    tokens = tl.minimum(T - start, C)
+    for step in range(tokens):
+        t = tokens - 1 - step
         here = token == t
         p_ff = tl.where(here, l_ff, p_ff)
         p_fs = tl.where(here, l_fs, p_fs)
@@ -245,7 +270,7 @@ def _forward_kernel(
         x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
         a = w * beta[None, :]
         b_f, b_s = _read_weights(m_ptr, r_f, r_s, start, T, C)
-        o = tl.dot((b_f + b_s) * a, v, input_precision=PRECISION)
+        o = _dot((b_f + b_s) * a, v, PRECISION)
         if STATE_IN:
             v_ff, v_fs, v_sf, v_ss, l_ff, l_fs, l_sf, l_ss = _products_before(m_ptr, start, T, C)
             m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + tl.arange(0, C), T)
@@ -253,21 +278,21 @@ def _forward_kernel(
             to_s = r_f * m_fs + r_s * m_ss
             u_f = to_f * v_ff + to_s * v_sf
             u_s = to_f * v_fs + to_s * v_ss
-            q_tilde = q - tl.dot(a, k, input_precision=PRECISION)
-            o += u_f[:, None] * tl.dot(q_tilde, s_f, input_precision=PRECISION)
-            o += u_s[:, None] * tl.dot(q_tilde, s_s, input_precision=PRECISION)
+            q_tilde = q - _dot(a, k, PRECISION)
+            o += u_f[:, None] * _dot(q_tilde, s_f, PRECISION)
+            o += u_s[:, None] * _dot(q_tilde, s_s, PRECISION)
         _store_rows(o_ptr, o, start, T, C, V)
         if STATE_OUT:
             p_ff, p_fs, p_sf, p_ss = _products_after(m_ptr, start, T, C)
-            k_tilde = beta[:, None] * tl.dot(tl.trans(x), k, input_precision=PRECISION)
+            k_tilde = beta[:, None] * _dot(tl.trans(x), k, PRECISION)
             z_f = (p_ff + p_fs)[:, None] * v
             z_s = (p_sf + p_ss)[:, None] * v
             if STATE_IN:
                 s_f, s_s = l_ff * s_f + l_fs * s_s, l_sf * s_f + l_ss * s_s
-                z_f -= tl.dot(k, s_f, input_precision=PRECISION)
-                z_s -= tl.dot(k, s_s, input_precision=PRECISION)
-            s_f += tl.dot(tl.trans(k_tilde), z_f, input_precision=PRECISION)
-            s_s += tl.dot(tl.trans(k_tilde), z_s, input_precision=PRECISION)
+                z_f -= _dot(k, s_f, PRECISION)
+                z_s -= _dot(k, s_s, PRECISION)
+            s_f += _dot(tl.trans(k_tilde), z_f, PRECISION)
+            s_s += _dot(tl.trans(k_tilde), z_s, PRECISION)
 
     if SAVE_FINAL:
         _store_state(final_ptr + n * (2 * K * V), s_f, K, V)
@@ -318,8 +343,11 @@ def _backward_kernel(
         start = chunk * C
         q = _load_rows(q_ptr, start, T, C, K)
         k = _load_rows(k_ptr, start, T, C, K)
+        v = _load_rows(v_ptr, start, T, C, V)
+        do = _load_rows(do_ptr, start, T, C, V)
         beta = _load_vector(beta_ptr, start, T, C, 1)
         x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
+        a = w * beta[None, :]
         r_f = _load_vector(r_ptr, start, T, C, 2)
         r_s = _load_vector(r_ptr + 1, start, T, C, 2)
         m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + tl.arange(0, C), T)
@@ -331,42 +359,39 @@ def _backward_kernel(
         dbeta = tl.zeros((C,), dtype=tl.float32)
 
         if STATE_IN:
+            s_f = _load_state(states_ptr + chunk * (2 * K * V), K, V)
+            s_s = _load_state(states_ptr + chunk * (2 * K * V) + K * V, K, V)
             v_ff, v_fs, v_sf, v_ss, l_ff, l_fs, l_sf, l_ss = _products_before(m_ptr, start, T, C)
         # The state handed on, mix[a] + k_tilde^T z[a] with z[a] = R[:, a] * V - K mix[a].
         if STATE_OUT:
-            tl.debug_barrier()
             p_ff, p_fs, p_sf, p_ss = _products_after(m_ptr, start, T, C)
-            k = _load_rows(k_ptr, start, T, C, K)
-            v = _load_rows(v_ptr, start, T, C, V)
-            kx = tl.dot(tl.trans(x), k, input_precision=PRECISION)
+            kx = _dot(tl.trans(x), k, PRECISION)
             k_tilde = beta[:, None] * kx
             past_f = (p_ff + p_fs)[:, None]
             past_s = (p_sf + p_ss)[:, None]
-            dz_f = tl.dot(k_tilde, ds_f, input_precision=PRECISION)
-            dz_s = tl.dot(k_tilde, ds_s, input_precision=PRECISION)
+            dz_f = _dot(k_tilde, ds_f, PRECISION)
+            dz_s = _dot(k_tilde, ds_s, PRECISION)
             dv += past_f * dz_f + past_s * dz_s
             dpast_f = tl.sum(dz_f * v, axis=1)
             dpast_s = tl.sum(dz_s * v, axis=1)
             z_f = past_f * v
             z_s = past_s * v
             if STATE_IN:
-                s_f = _load_state(states_ptr + chunk * (2 * K * V), K, V)
-                s_s = _load_state(states_ptr + chunk * (2 * K * V) + K * V, K, V)
                 mix_f = l_ff * s_f + l_fs * s_s
                 mix_s = l_sf * s_f + l_ss * s_s
-                z_f -= tl.dot(k, mix_f, input_precision=PRECISION)
-                z_s -= tl.dot(k, mix_s, input_precision=PRECISION)
-                dk -= tl.dot(dz_f, tl.trans(mix_f), input_precision=PRECISION)
-                dk -= tl.dot(dz_s, tl.trans(mix_s), input_precision=PRECISION)
-            dk_tilde = tl.dot(z_f, tl.trans(ds_f), input_precision=PRECISION)
-            dk_tilde += tl.dot(z_s, tl.trans(ds_s), input_precision=PRECISION)
+                z_f -= _dot(k, mix_f, PRECISION)
+                z_s -= _dot(k, mix_s, PRECISION)
+                dk -= _dot(dz_f, tl.trans(mix_f), PRECISION)
+                dk -= _dot(dz_s, tl.trans(mix_s), PRECISION)
+            dk_tilde = _dot(z_f, tl.trans(ds_f), PRECISION)
+            dk_tilde += _dot(z_s, tl.trans(ds_s), PRECISION)
             dbeta += tl.sum(dk_tilde * kx, axis=1)
-            h = tl.dot(x, beta[:, None] * dk_tilde, input_precision=PRECISION)
+            h = _dot(x, beta[:, None] * dk_tilde, PRECISION)
             dk += h
-            dn -= tl.dot(kx, tl.trans(h), input_precision=PRECISION)
+            dn -= _dot(kx, tl.trans(h), PRECISION)
             if STATE_IN:
-                ds_f -= tl.dot(tl.trans(k), dz_f, input_precision=PRECISION)
-                ds_s -= tl.dot(tl.trans(k), dz_s, input_precision=PRECISION)
+                ds_f -= _dot(tl.trans(k), dz_f, PRECISION)
+                ds_s -= _dot(tl.trans(k), dz_s, PRECISION)
                 dl_ff = tl.sum(ds_f * s_f)
                 dl_fs = tl.sum(ds_f * s_s)
                 dl_sf = tl.sum(ds_s * s_f)
@@ -375,50 +400,38 @@ def _backward_kernel(
 
         # The output's part that reads the state carried in, sum_a u[:, a] * (q_tilde S_0[a]).
         if STATE_IN:
-            tl.debug_barrier()
             to_f = r_f * m_ff + r_s * m_sf
             to_s = r_f * m_fs + r_s * m_ss
             u_f = to_f * v_ff + to_s * v_sf
             u_s = to_f * v_fs + to_s * v_ss
-            do = _load_rows(do_ptr, start, T, C, V)
-            k = _load_rows(k_ptr, start, T, C, K)
-            q = _load_rows(q_ptr, start, T, C, K)
-            s_f = _load_state(states_ptr + chunk * (2 * K * V), K, V)
-            s_s = _load_state(states_ptr + chunk * (2 * K * V) + K * V, K, V)
-            a = w * beta[None, :]
-            q_tilde = q - tl.dot(a, k, input_precision=PRECISION)
-            ds_f += tl.dot(tl.trans(q_tilde), u_f[:, None] * do, input_precision=PRECISION)
-            ds_s += tl.dot(tl.trans(q_tilde), u_s[:, None] * do, input_precision=PRECISION)
-            from_f = tl.dot(do, tl.trans(s_f), input_precision=PRECISION)
+            q_tilde = q - _dot(a, k, PRECISION)
+            ds_f += _dot(tl.trans(q_tilde), u_f[:, None] * do, PRECISION)
+            ds_s += _dot(tl.trans(q_tilde), u_s[:, None] * do, PRECISION)
+            from_f = _dot(do, tl.trans(s_f), PRECISION)
             du_f = tl.sum(q_tilde * from_f, axis=1)
             dq += u_f[:, None] * from_f
-            from_s = tl.dot(do, tl.trans(s_s), input_precision=PRECISION)
+            from_s = _dot(do, tl.trans(s_s), PRECISION)
             du_s = tl.sum(q_tilde * from_s, axis=1)
             dq += u_s[:, None] * from_s
-            da -= tl.dot(dq, tl.trans(k), input_precision=PRECISION)
-            dk -= tl.dot(tl.trans(a), dq, input_precision=PRECISION)
+            da -= _dot(dq, tl.trans(k), PRECISION)
+            dk -= _dot(tl.trans(a), dq, PRECISION)
 
         # The output's part inside the chunk, (c * A) V.
-        tl.debug_barrier()
         b_f, b_s = _read_weights(m_ptr, r_f, r_s, start, T, C)
-        do = _load_rows(do_ptr, start, T, C, V)
-        v = _load_rows(v_ptr, start, T, C, V)
-        a = w * beta[None, :]
         c = b_f + b_s
-        dv += tl.dot(tl.trans(c * a), do, input_precision=PRECISION)
-        dca = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dv += _dot(tl.trans(c * a), do, PRECISION)
+        dca = _dot(do, tl.trans(v), PRECISION)
         _store_rows(dv_ptr, dv, start, T, C, V)
         dc = a * dca
         da += c * dca
 
         # M_t multiplies w_{t-1}, so its gradient is (gradient of w_t) w_{t-1}^T, summed over the columns j < t and
         # the two of the carried state; the gradient of w_t is B^T dc, plus what reaches it through R and mix.
-        tl.debug_barrier()
         w_f, w_s = _write_weights(m_ptr, start, T, C)
         dread_f = tl.sum(dc * w_f, axis=1)
         dread_s = tl.sum(dc * w_s, axis=1)
-        dw_f = tl.dot(tl.trans(b_f), dc, input_precision=PRECISION)
-        dw_s = tl.dot(tl.trans(b_s), dc, input_precision=PRECISION)
+        dw_f = _dot(tl.trans(b_f), dc, PRECISION)
+        dw_s = _dot(tl.trans(b_s), dc, PRECISION)
         if STATE_OUT:
             dw_f += p_ff[:, None] * dpast_f[None, :] + p_sf[:, None] * dpast_s[None, :]
             dw_s += p_fs[:, None] * dpast_f[None, :] + p_ss[:, None] * dpast_s[None, :]
@@ -449,25 +462,19 @@ def _backward_kernel(
         _store_vector(dm_ptr + 1, dm_fs, start, T, C, 4)
         _store_vector(dm_ptr + 2, dm_sf, start, T, C, 4)
         _store_vector(dm_ptr + 3, dm_ss, start, T, C, 4)
-        tl.debug_barrier()
 
         dbeta += tl.sum(da * w, axis=0)
-        g = tl.dot(da * beta[None, :], tl.trans(x), input_precision=PRECISION)
-        dn -= tl.dot(tl.trans(w), g, input_precision=PRECISION)
+        g = _dot(da * beta[None, :], tl.trans(x), PRECISION)
+        dn -= _dot(tl.trans(w), g, PRECISION)
         dn = tl.where(row > col, dn, 0.0)
-        tl.debug_barrier()
-        k = _load_rows(k_ptr, start, T, C, K)
-        y = tl.dot(dn, k, input_precision=PRECISION)
+        y = _dot(dn, k, PRECISION)
         dbeta += tl.sum(y * k, axis=1)
         dk += beta[:, None] * y
-        dk += tl.dot(tl.trans(dn), beta[:, None] * k, input_precision=PRECISION)
+        dk += _dot(tl.trans(dn), beta[:, None] * k, PRECISION)
         _store_vector(dbeta_ptr, dbeta, start, T, C, 1)
-        tl.debug_barrier()
         dp = tl.where(row >= col, g, 0.0)
-        k = _load_rows(k_ptr, start, T, C, K)
-        q = _load_rows(q_ptr, start, T, C, K)
-        dq += tl.dot(dp, k, input_precision=PRECISION)
-        dk += tl.dot(tl.trans(dp), q, input_precision=PRECISION)
+        dq += _dot(dp, k, PRECISION)
+        dk += _dot(tl.trans(dp), q, PRECISION)
         _store_rows(dq_ptr, dq, start, T, C, K)
         _store_rows(dk_ptr, dk, start, T, C, K)
 
@@ -476,12 +483,9 @@ def _backward_kernel(
         _store_state(dinitial_ptr + n * (2 * K * V) + K * V, ds_s, K, V)
 
 
-INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
-
-
 def launch_options(chunk_size: int, K: int, V: int) -> dict:
     """Warps per program; num_stages=1 because the chunk loop is too long to be worth buffering its loads twice."""
-    return dict(num_warps=4 if max(chunk_size, K, V) <= 32 else 8, num_stages=1)
+    return dict(num_warps=4 if chunk_size == 16 else 8, num_stages=1)
 
 
 # The two kernels are registered as custom operators, so torch.compile takes each as one opaque node: no graph
@@ -583,7 +587,7 @@ def _check(tensors: dict[str, torch.Tensor], chunk_size: int) -> None:
             raise ValueError(f"{name} must have shape {shapes[name]} to fit q and v, got {tuple(x.shape)}")
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
-        if x.device != q.device or not (x.is_cuda or INTERPRETED):
+        if x.device != q.device or not (x.is_cuda or INTERPRETED.value):
             raise ValueError(f"{name} is on {x.device}: all tensors must be on one CUDA device "
                              "(the CPU works only under TRITON_INTERPRET=1)")
 

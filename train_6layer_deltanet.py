@@ -10,6 +10,13 @@ Importing this file only defines things; the helper scripts import from it.
 """
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # a signal during the imports below, which take seconds, leaves no traceback
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda number, _: os._exit(128 + number))
+
 import argparse
 import ast
 import difflib
@@ -22,17 +29,16 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import platform
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import unicodedata
+import zipfile
 import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +122,7 @@ config: dict[str, Any] = {
     "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
     "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128",  # lengths that batches are padded to
     # evaluation and output
-    "sts_name": "stsb",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz
+    "sts_name": "auto",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz; auto: stsb, else generated
     "best_model_split": "test",  # split whose Spearman chooses the best model: test or validation
     "output_dir": "deltanet_minilm_6layers_FIXED_FROM_SCRATCH",  # checkpoints, metrics and models
     # device
@@ -154,7 +160,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "best_model_split": "validation",
     },
     "quickstart": {
-        "data_dir": "data/generated", "sts_name": "generated", "output_dir": "runs/quickstart",
+        "data_dir": "data/generated", "output_dir": "runs/quickstart",
         "projection_init": "teacher", "batch_size": 32, "gradient_accumulation_steps": 2, "total_steps": 200,
         "warmup_steps": 20, "eval_interval": 100, "save_interval": 100, "log_interval": 10,
         "peak_learning_rate": 1e-4, "mixer_lr_multiplier": 10.0, "dropout": 0.0, "state_dropout": 0.0,
@@ -229,6 +235,7 @@ def parse_config(argv: list[str], base: dict[str, Any] | None = None) -> dict[st
         else:
             given[key] = parse_value(key, text, config[key])
     cfg.update(given)
+    cfg["sts_name"] = evaluation_name(cfg)
     return check_config(cfg)
 
 
@@ -920,7 +927,7 @@ def read_hub(name: str) -> Iterator[Row]:
 
 def read_pairs(path: Path) -> Iterator[Row]:
     """Rows of a .jsonl.gz file, one JSON list of 2 or 3 strings a line. Raises UserError naming file and line."""
-    number = 0
+    number, found = 0, False
     try:
         with gzip.open(path, "rb") as file:
             while line := file.readline(1 << 20):
@@ -934,9 +941,12 @@ def read_pairs(path: Path) -> Iterator[Row]:
                 except (ValueError, RecursionError):
                     raise UserError(f"{path}, line {number}: not JSON in UTF-8; expected a list of 2 or 3 strings") from None
                 if not (isinstance(row, list) and 2 <= len(row) <= 3
-                        and all(isinstance(t, str) and t.strip() for t in row)):
+                        and all(isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t) for t in row)):
                     raise UserError(f"{path}, line {number}: expected a list of 2 or 3 texts that are not empty")
                 yield row[0], row[1], row[2] if len(row) == 3 else None
+                found = True
+        if not found:
+            raise UserError(f"{path}: holds no pairs; remove it, or name it in skip_files")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}, after line {number}: cannot be read as gzip ({error})") from None
 
@@ -1113,7 +1123,6 @@ class PairData:
         self.bounds[-1] = 1.0
         self.left_out: list[str] = []
         self.leaks, self.cached = 0, (-1, None, None)
-        self.real_tokens = self.padded_tokens = 0
 
     def window(self, number: int) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
         """The rows of window `number`, as columns per source order, and the row indices of each of its batches."""
@@ -1177,8 +1186,6 @@ class PairData:
                 table, mask = np.zeros((len(members), high), np.int64), np.arange(high) < real[members, None]
                 table[mask] = np.concatenate([ids[i] for i in members])
                 groups.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
-                self.real_tokens += int(mask.sum())
-                self.padded_tokens += mask.size
             keys = torch.from_numpy(np.concatenate([rows[f"key_{s}"][r] for s, r in sides]))
             micro_batches.append({"pairs": len(part), "keys": keys, "groups": groups,
                                   "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
@@ -1230,12 +1237,25 @@ def pad_batch(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
 STS_ROWS = {"dev": 1500, "test": 1379}
 
 
+def evaluation_name(cfg: dict[str, Any]) -> str:
+    """`sts_name`, or what auto means: generated if data_dir holds that set and not STS-B, else stsb."""
+    if cfg["sts_name"] != "auto":
+        return cfg["sts_name"]
+    held = [name for name in ("stsb", "generated") if (Path(cfg["data_dir"]) / "sts" / f"{name}-dev.tsv.gz").is_file()]
+    return held[0] if cfg["data_dir"] and held else "stsb"
+
+
+def metric_group(cfg: dict[str, Any]) -> str:
+    """Prefix of the evaluation's metrics: sts for STS-B alone, else the set's own name."""
+    return "sts" if evaluation_name(cfg) == "stsb" else evaluation_name(cfg)
+
+
 def load_sts(cfg: dict[str, Any], split: str) -> list[tuple[str, str, float]]:
     """(sentence1, sentence2, score 0..5) rows of `split` (dev or test), from data_dir/sts, else from the hub.
 
     Raises UserError naming file and line for anything but three columns with a score from 0 to 5, or a wrong row count.
     """
-    name = cfg["sts_name"]
+    name = evaluation_name(cfg)
     path = Path(cfg["data_dir"]) / "sts" / f"{name}-{split}.tsv.gz"
     if cfg["data_dir"] and path.is_file():
         rows = read_sts_file(path)
@@ -1259,7 +1279,7 @@ def read_sts_file(path: Path) -> list[tuple[str, str, float]]:
     rows, number = [], 0
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(1 << 20), ""), 1):
                 fields = line.rstrip("\r\n").split("\t")
                 try:
                     score = float(fields[2]) if len(fields) == 3 else math.nan
@@ -1278,13 +1298,23 @@ def load_sts_splits(cfg: dict[str, Any]) -> dict[str, list[tuple[str, str, float
     return {"validation": load_sts(cfg, "dev"), "test": load_sts(cfg, "test")}
 
 
-def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int = 128,
-                 ) -> dict[str, float]:
-    """Pearson and Spearman of the cosines with the gold scores. A correlation that is not a number raises ValueError."""
-    first, second, gold = zip(*rows)
+def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int) -> np.ndarray:
+    """The cosine of every pair, (N,)."""
+    first, second, _ = zip(*rows)
     vectors = encode(model, tokenizer, [*first, *second], max_length=max_length)
-    cosine = (vectors[:len(rows)] * vectors[len(rows):]).sum(1)
+    return (vectors[:len(rows)] * vectors[len(rows):]).sum(1)
+
+
+def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int = 128,
+                 teacher_cosine: np.ndarray | None = None) -> dict[str, float]:
+    """Pearson and Spearman of the cosines with the gold scores; Spearman with the teacher's cosines where they are given.
+
+    A correlation that is not a number raises ValueError: NaN is never a score.
+    """
+    cosine, gold = sts_cosines(model, tokenizer, rows, max_length), [row[2] for row in rows]
     scores = {"pearson": float(pearsonr(cosine, gold).statistic), "spearman": float(spearmanr(cosine, gold).statistic)}
+    if teacher_cosine is not None:
+        scores["teacher_agreement"] = float(spearmanr(cosine, teacher_cosine).statistic)
     if not all(map(math.isfinite, scores.values())):
         raise ValueError("the similarities have no correlation with the gold scores: they are constant or not finite")
     return scores
@@ -1303,8 +1333,10 @@ def write_atomic(path: Path, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch.save's word for a full disk
+            raise error.__context__ from None
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -1335,7 +1367,6 @@ def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer
     content = {"student": trainable_state(student), "optimizer": optimizer.state_dict(), "step": step,
                "schedule": {"name": "linear warm-up, linear decay", "step": step}, "best": best, "config": cfg,
                "progress": progress}
-    path.with_suffix(".json").unlink(missing_ok=True)
     write_atomic(path, lambda file: torch.save(content, file))
     write_json(path.with_suffix(".json"), {"step": step, "bytes": path.stat().st_size, "sha256": file_sha256(path),
                                            "config_hash": config_hash(cfg), "best": best, **summary})
@@ -1347,10 +1378,14 @@ def load_file(path: Path, device: str = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: a file that would unpack to more is a bomb
+            if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it declares more data than it holds")
         content = torch.load(path, map_location=device, weights_only=True, mmap=False)
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
-        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}: "
-                        f"{(str(error).splitlines() or [''])[0][:120]})") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would call {code[1]}" if code else (str(error).splitlines() or [""])[0][:120]
+        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -1360,11 +1395,13 @@ def verify_checkpoint(path: Path) -> str | None:
     """None if the checkpoint is whole, else what is wrong with it."""
     try:
         mark = json.loads(path.with_suffix(".json").read_text())
-        size, digest = mark["bytes"], mark["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        size, digest, step = mark["bytes"], mark["sha256"], mark["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{path.with_suffix('.json').name} is missing or unreadable: the checkpoint was not finished"
     if not path.is_file():
         return "the file is missing"
+    if path.stem != f"checkpoint_{step}":
+        return f"{path.with_suffix('.json').name} is of step {step}"
     if path.stat().st_size != size:
         return f"it has {path.stat().st_size} bytes instead of {size}"
     return None if file_sha256(path) == digest else "its sha256 differs from what was written"
@@ -1414,6 +1451,116 @@ def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None
     student.load_state_dict(state, strict=False)
 
 
+STUDENT_FILES = ("pytorch_model.bin", "student.safetensors", "model.safetensors")  # what a folder may hold, best first
+
+
+def recorded_config(found: Any, where: Path) -> dict[str, Any]:
+    """The defaults with the values of a recorded config; keys that are no longer known are passed over."""
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: holds no config; it was not written by this script")
+    cfg = config | {k: v for k, v in found.items() if k in config}
+    for key, value in cfg.items():
+        if type(value) is not type(config[key]) and not (isinstance(config[key], float) and type(value) is int):
+            raise UserError(f"{where}: its config has {key} = {value!r}, which is no {type(config[key]).__name__}")
+    try:
+        return check_config(cfg)
+    except UserError as error:
+        raise UserError(f"{where}: its config does not fit: {error}") from None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return record
+
+
+def recorded_scores(folder: Path, step: int) -> dict[str, float]:
+    """The scores that metrics.jsonl of `folder` holds for `step`: {"validation_spearman": ...}, or {}."""
+    scores: dict[str, float] = {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+            if values["step"] == step:
+                scores |= {k.split("/")[1]: v for k, v in values.items() if re.match(r"\w+/(validation|test)_", k)}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # the last line of a running training may be half written
+    return scores
+
+
+def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, config and record of a saved student, before it is known whether they fit.
+
+    `path` is a checkpoint_N.pt, a pytorch_model.bin or .safetensors file with its config.json beside it, or the folder of
+    one. The record: kind (checkpoint, model or export), file, sha256, and where known step, evaluation and scores.
+    Raises UserError for anything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in STUDENT_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{path}: holds none of {', '.join(STUDENT_FILES)}; give a checkpoint file or a saved model's folder")
+        path = found
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or folder")
+    folder, info = path.parent, {"file": str(path), "sha256": file_sha256(path)}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file as load_safetensors
+        try:
+            state = {name: t.float() for name, t in load_safetensors(path).items()}
+        except Exception as error:  # a damaged file can fail in the header or in any tensor
+            raise UserError(f"{path}: not a whole safetensors file ({str(error).splitlines()[0][:120]})") from None
+    else:
+        state = load_file(path)
+    if "student" in state and "config" in state:
+        cfg, step = recorded_config(state["config"], path), state.get("step")
+        best = state.get("best") if isinstance(state.get("best"), dict) else {}
+        scores = next((b for b in best.values() if isinstance(b, dict) and b.get("step") == step), {})
+        info |= {"kind": "checkpoint", "step": step, "evaluation": cfg["sts_name"],
+                 "scores": {k: v for k, v in scores.items() if k != "step"} or recorded_scores(folder, step)}
+        return state["student"], cfg, info
+    if not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
+    if not any(name.startswith("deltanet_layers.") for name in state):
+        raise UserError(f"{path}: has no deltanet_layers; it holds a model of another architecture")
+    saved = read_record(folder / "config.json")
+    if not saved:
+        raise UserError(f"{path}: no config.json beside it, so its architecture is unknown; keep it in its folder")
+    if saved.get("model_type", DeltaNetConfig.model_type) != DeltaNetConfig.model_type:
+        raise UserError(f"{path}: config.json beside it is of a {saved['model_type']!r} model, another architecture")
+    export = "model_type" not in saved  # an export's config.json is the training config itself
+    record = read_record(folder / ("metrics.json" if export else "scores.json"))
+    trained = read_record(folder / "training_config.json") or read_record(folder / "run.json").get("config", {})
+    cfg = recorded_config(trained | saved, folder / "config.json")
+    if record.get("sha256", info["sha256"]) != info["sha256"]:
+        raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
+    return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),
+                               "evaluation": record.get("evaluation"),
+                               "chosen": record.get("chosen", "training kept it" if not export else None),
+                               "scores": {k: v for k, v in record.items() if k.endswith(("_spearman", "_pearson"))}}
+
+
+def open_student(path: str | Path, teacher: PreTrainedModel) -> tuple[DeltaNetStudent, dict[str, Any], dict[str, Any]]:
+    """The student saved at `path` in eval mode, its config, and its record (see `read_student`)."""
+    state, cfg, info = read_student(path)
+    return student_from(state, cfg, info["file"], teacher), cfg, info
+
+
+def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teacher: PreTrainedModel) -> DeltaNetStudent:
+    """A student of `cfg` with the tensors `state`; what `state` does not hold is the teacher's."""
+    for key, theirs in (("d_model", teacher.config.hidden_size), ("num_layers", teacher.config.num_hidden_layers)):
+        if cfg[key] != theirs:
+            raise UserError(f"{where}: has {key} {cfg[key]}, the teacher has {theirs}; it is of another architecture")
+    student = build_student(cfg, teacher)
+    load_student_state(student, state, where)
+    return student.eval()
+
+
 MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; generated from train_6layer_deltanet.py, not edited by hand."""
 from __future__ import annotations
 
@@ -1458,9 +1605,11 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
-    write_json(folder / "scores.json", scores)
+    write_json(folder / "training_config.json", cfg)
     state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
+    (folder / "scores.json").unlink(missing_ok=True)  # scores never stand beside weights that they are not of
     write_atomic(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
+    write_json(folder / "scores.json", {**scores, "sha256": file_sha256(folder / "pytorch_model.bin")})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1472,8 +1621,9 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   lr, grad_norm            learning rate of the copied parts; global gradient norm before clipping
 #   speed/pairs_per_s        pairs of the interval over its wall-clock seconds
 #   speed/data_wait          share of the interval's time spent waiting for data
-#   data/padding             share of padding among the tokens of the run so far
-#   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman or pearson; of the student, at an evaluation
+#   data/padding             share of padding among the tokens of a step
+#   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with the gold scores) or teacher_agreement
+#                            (Spearman with the teacher's cosines); the set's own name instead of sts where it is not STS-B
 #   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss's name, its batch's number
 
 
@@ -1630,19 +1780,20 @@ class Stop(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT end the run after the step, SIGUSR1 saves and goes on; a second SIGINT ends it at once."""
+    """SIGTERM and SIGINT end training after the step, and anything else at once, as a second SIGINT does; SIGUSR1 saves."""
 
     def __init__(self):
         self.stop: Stop | None = None
-        self.save = False
+        self.save = self.training = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
         if number == signal.SIGUSR1:
             self.save = True
-        elif number == signal.SIGINT and self.stop:
-            os._exit(130)
+        elif not self.training or (number == signal.SIGINT and self.stop):
+            os.write(2, f"{signal.Signals(number).name} received: ended at once; continue with --resume latest\n".encode())
+            os._exit(128 + number)
         else:
             self.stop = Stop(128 + number, f"{signal.Signals(number).name} received")
 
@@ -1658,7 +1809,7 @@ def run_environment(device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(), "git_commit": git.stdout.strip() or None}
 
 
-def plot_curves(folder: Path, teacher_scores: dict[str, float]) -> None:
+def plot_curves(folder: Path, teacher_scores: dict[str, float], group: str) -> None:
     """training_curves.png from metrics.jsonl: losses, Spearman with the teacher's as a line, learning rate."""
     import matplotlib
     matplotlib.use("Agg")
@@ -1669,12 +1820,12 @@ def plot_curves(folder: Path, teacher_scores: dict[str, float]) -> None:
     for key in sorted({k for x in lines for k in x if k.startswith("loss/")}):
         curve(axes[0], key, label=key.removeprefix("loss/"))
     for split, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
-        if any(f"sts/{split}_spearman" in x for x in lines):
-            curve(axes[1], f"sts/{split}_spearman", label=f"student, {split}", marker=".", color=colour)
+        if any(f"{group}/{split}_spearman" in x for x in lines):
+            curve(axes[1], f"{group}/{split}_spearman", label=f"student, {split}", marker=".", color=colour)
         axes[1].axhline(teacher_scores[f"{split}_spearman"], ls="--", color=colour, label=f"teacher, {split}")
     if any("lr" in x for x in lines):
         curve(axes[2], "lr")
-    axes[0].set(title="losses", xlabel="step", yscale="log"), axes[1].set(title="Spearman", xlabel="step")
+    axes[0].set(title="losses", xlabel="step", yscale="log"), axes[1].set(title=f"Spearman, {group}", xlabel="step")
     axes[2].set(title="learning rate", xlabel="step"), axes[0].legend(fontsize=7), axes[1].legend(fontsize=7)
     figure.tight_layout()
     write_atomic(folder / "training_curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
@@ -1706,9 +1857,17 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
             raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {value}")
     load_student_state(student, content["student"], str(path))
     try:
-        optimizer.load_state_dict(content["optimizer"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: the optimiser's state does not fit ({error})") from None
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
+        for p in student.parameters():
+            for name, t in optimizer.state.get(p, {}).items():
+                if name not in ("step", "exp_avg", "exp_avg_sq") or t.shape not in ((), p.shape) or not torch.isfinite(t).all():
+                    raise ValueError(f"{name} does not fit a parameter of shape {tuple(p.shape)}")
+        numbers = [content["step"], content["progress"]["bad_steps"], *content["progress"]["sums"].values(),
+                   *(best[key] for best in content["best"].values() for key in ("step", "validation_spearman", "test_spearman"))]
+        if not all(isinstance(x, (int, float)) for x in numbers):
+            raise ValueError("steps, sums and scores must be numbers")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: the optimiser's state or the progress does not fit ({error!r})") from None
     return content
 
 
@@ -1722,7 +1881,7 @@ class Run:
             self.lock = RunLock(self.folder)
         except OSError as error:
             raise UserError(f"output_dir {self.folder}: cannot be written ({error.strerror})") from None
-        for stale in [*self.folder.glob(".*.tmp-*"), *self.folder.glob("final_model/.*.tmp-*")]:
+        for stale in self.folder.rglob(".*.tmp-*"):
             stale.unlink()
         self.device = choose_device(cfg)
         self.teacher, self.tokenizer, origin = load_teacher(cfg)
@@ -1732,11 +1891,15 @@ class Run:
         self.teacher.to(self.device)
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
-        self.sums: dict[str, float] = {}
-        self.metrics_path = self.folder / "metrics.jsonl"
+        self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
+        self.means: dict[str, float] = {}  # of that line
+        self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
         self.begin()
         self.data = load_training_data(cfg, self.tokenizer)
         self.sts = load_sts_splits(cfg)
+        self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"]) for s, r in self.sts.items()}
+        self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
+                               for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
         self.banner()
 
     def begin(self) -> None:
@@ -1746,14 +1909,21 @@ class Run:
         if path:
             content = resume(path, self.student, self.optimizer, cfg)
             self.step, self.best = content["step"], content["best"]
-            self.sums = content["progress"]["sums"]
+            self.sums, self.bad_steps = content["progress"]["sums"], content["progress"]["bad_steps"]
             print(f"resumed from {path}")
+            for step in (s for s in checkpoint_steps(self.folder) if s > self.step):  # damaged, or of another continuation
+                print(f"note: checkpoint_{step} is newer than this continuation: renamed to checkpoint_{step}.*.superseded")
+                for old in self.folder.glob(f"checkpoint_{step}.*[nt]"):
+                    old.rename(f"{old}.superseded")
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
             raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
                             "or another output_dir (nothing was changed)")
-        lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-        write_atomic(self.metrics_path, lambda file: file.write("".join(kept).encode()))
+        lines = self.metrics_path.read_bytes().splitlines(keepends=True) if path and self.metrics_path.exists() else []
+        try:
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove it") from None
+        write_atomic(self.metrics_path, lambda file: file.writelines(kept))
         write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), **run_environment(self.device)})
 
     def banner(self) -> None:
@@ -1773,26 +1943,39 @@ class Run:
                             "--keep_checkpoints 5, a larger --save_interval, or another --output_dir")
 
     def write_metrics(self, values: dict[str, Any]) -> None:
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        """Append a line to metrics.jsonl; what a full disk refuses is kept for the next write."""
+        self.unwritten += (json.dumps({"step": self.step, **values}) + "\n").encode()
+        try:
+            self.flush_metrics()
+        except OSError as error:
+            print(f"warning: {self.metrics_path}: step {self.step} not written yet ({error})")
+
+    def flush_metrics(self) -> None:
+        while self.unwritten:
+            with open(self.metrics_path, "ab", buffering=0) as file:
+                self.unwritten = self.unwritten[file.write(self.unwritten):]
+                os.fsync(file.fileno())
 
     def evaluate(self) -> None:
         """Score both splits; keep the student as pytorch_model.bin if it is the best by `best_model_split`."""
         cfg, scores = self.cfg, {}
         for split, rows in self.sts.items():
             try:
-                found = evaluate_sts(self.student, self.tokenizer, rows, cfg["max_length"])
+                found = evaluate_sts(self.student, self.tokenizer, rows, cfg["max_length"], self.teacher_cosines[split])
             except ValueError as error:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
-        self.write_metrics({f"sts/{key}": value for key, value in scores.items()})
+        self.write_metrics({f"{metric_group(cfg)}/{key}": value for key, value in scores.items()})
         for split in self.sts:
             key = f"{split}_spearman"
             if scores[key] > self.best.get(split, {}).get(key, -2.0):
                 self.best[split] = {"step": self.step, **scores}
                 if split == cfg["best_model_split"]:
-                    self.save_model(self.folder, scores)
+                    try:
+                        self.save_model(self.folder, scores)
+                    except OSError as error:
+                        print(f"warning: best model of step {self.step} not written ({error}); the older one is whole")
 
     def save_model(self, folder: Path, scores: dict[str, float]) -> None:
         save_model(folder, self.student, self.tokenizer, self.cfg,
@@ -1803,10 +1986,11 @@ class Run:
         if not all(torch.isfinite(t).all() for t in trainable_state(self.student).values()):
             raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an earlier "
                             "one with a lower peak_learning_rate")
-        summary = {"why": why, "losses": {k: v / max(1, self.sums.get("steps", 0)) for k, v in self.sums.items() if k != "steps"}}
         try:
-            save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best, {"sums": self.sums}, summary)
-        except (OSError, RuntimeError) as error:
+            self.flush_metrics()
+            save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best,
+                            {"sums": self.sums, "bad_steps": self.bad_steps}, {"why": why, "losses": self.means})
+        except OSError as error:
             self.failed_saves += 1
             print(f"warning: checkpoint of step {self.step} not written ({error}); older ones are whole")
             if self.failed_saves == 3:
@@ -1815,8 +1999,9 @@ class Run:
             return
         self.failed_saves = 0
         if self.cfg["keep_checkpoints"]:
-            keep = {*checkpoint_steps(self.folder)[-self.cfg["keep_checkpoints"]:], *(b["step"] for b in self.best.values())}
-            for step in set(checkpoint_steps(self.folder)) - keep:
+            steps = checkpoint_steps(self.folder)
+            whole = [step for step in steps if (self.folder / f"checkpoint_{step}.json").exists()]
+            for step in {*steps} - {*whole[-self.cfg["keep_checkpoints"]:], *(b["step"] for b in self.best.values())}:
                 for suffix in (".json", ".pt"):
                     (self.folder / f"checkpoint_{step}{suffix}").unlink(missing_ok=True)
 
@@ -1829,7 +2014,8 @@ class Run:
         seconds, waited, started = 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step", disable=None) as bar:
             coming = pool.submit(self.data.batch, self.step + 1)
-            while self.step < cfg["total_steps"]:
+            self.signals.training = True
+            while self.step < cfg["total_steps"] and not self.signals.stop:
                 begun = time.perf_counter()
                 batch = coming.result()
                 waited += time.perf_counter() - begun
@@ -1850,20 +2036,21 @@ class Run:
                     paused = time.perf_counter()
                     self.evaluate()
                     started += time.perf_counter() - paused
-                if self.step % cfg["save_interval"] == 0 or self.step == cfg["total_steps"] or self.signals.save or self.signals.stop:
-                    self.save(str(self.signals.stop or ("SIGUSR1" if self.signals.save else "save_interval")))
+                if self.step % cfg["save_interval"] == 0 or self.step == cfg["total_steps"] or self.signals.save:
+                    self.save("SIGUSR1" if self.signals.save else "save_interval")
                     self.signals.save = False
-                if self.signals.stop:
-                    raise self.signals.stop
+        self.signals.training = False
+        if self.signals.stop:
+            self.save(str(self.signals.stop))
+            raise self.signals.stop
 
     def log_line(self, bar: tqdm, seconds: float, waited: float) -> None:
-        cfg, steps = self.cfg, self.sums.pop("steps", 0)
-        means = {("grad_norm" if k == "grad_norm" else f"loss/{k}"): v / steps for k, v in self.sums.items()} if steps else {}
+        cfg, steps = self.cfg, self.sums.pop("steps", 1)
+        self.means = means = {key: value / steps for key, value in self.sums.items()}
         self.sums = {}
         speed = cfg["log_interval"] * cfg["batch_size"] / seconds
         self.write_metrics({**means, "lr": learning_rate(self.step, cfg), "speed/pairs_per_s": round(speed, 2),
-                            "speed/data_wait": round(waited / seconds, 4),
-                            "data/padding": round(1 - self.data.real_tokens / self.data.padded_tokens, 4)})
+                            "speed/data_wait": round(waited / seconds, 4)})
         best = self.best.get("validation", {})
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
@@ -1872,6 +2059,8 @@ class Run:
         """One optimiser step. A loss or gradient that is not finite skips it: None."""
         cfg = self.cfg
         self.optimizer.zero_grad(set_to_none=True)
+        masks = [mask for micro in batch for _, mask in micro["groups"]]
+        padding = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
         values = trainer.step_gradients(batch, self.step)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
         wrong = next((name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)), None)
@@ -1888,22 +2077,26 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
         self.optimizer.step()
-        return {**values, "grad_norm": norm}
+        return {**{f"loss/{name}": value for name, value in values.items()}, "grad_norm": norm, "data/padding": padding}
 
-    def finish(self, teacher_scores: dict[str, float]) -> None:
-        """The final model, the curves, and a report of the last and the best scores."""
-        self.evaluate_final()
-        plot_curves(self.folder, teacher_scores)
-        report = {"evaluation": self.cfg["sts_name"], "teacher": teacher_scores, "last": self.last, "best": self.best,
-                  "evaluations": sum("sts/test_spearman" in line for line in self.metrics_path.read_text().splitlines()),
-                  "left_out": self.data.left_out, "leaks_dropped": self.data.leaks}
-        write_json(self.folder / "results.json", report)
-
-    def evaluate_final(self) -> None:
+    def finish(self) -> None:
+        """The final model, loaded back as a check; the curves; and a report of the last and the best scores."""
+        group = metric_group(self.cfg)
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        found = [line for line in lines if "sts/test_spearman" in line and line["step"] == self.step]
-        self.last = {k.removeprefix("sts/"): v for k, v in found[-1].items()} if found else {}
-        self.save_model(self.folder / "final_model", self.last)
+        scored = [line for line in lines if f"{group}/test_spearman" in line]
+        last = {k.removeprefix(f"{group}/"): v for k, v in scored[-1].items()} if scored else {}
+        final = self.folder / "final_model"
+        self.save_model(final, last)
+        sentences = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell on Monday."]
+        loaded = AutoModel.from_pretrained(final, trust_remote_code=True)
+        again = encode(loaded, AutoTokenizer.from_pretrained(final), sentences)
+        if not np.allclose(again, encode(self.student.cpu(), self.tokenizer, sentences), atol=1e-5):
+            raise UserError(f"{final}: loaded back, it gives other embeddings than the student in memory")
+        print(f"{final} loaded back; cosines of {sentences}:\n{np.round(again @ again.T, 3)}")
+        plot_curves(self.folder, self.teacher_scores, group)
+        write_json(self.folder / "results.json", {
+            "evaluation": self.cfg["sts_name"], "teacher": self.teacher_scores, "last": last, "best": self.best,
+            "evaluations": len(scored), "left_out": self.data.left_out, "leaks_dropped": self.data.leaks})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1912,18 +2105,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = parse_config(sys.argv[1:] if argv is None else argv)
         run = Run(cfg)
-        teacher_scores = {f"{split}_{metric}": value for split, rows in run.sts.items()
-                          for metric, value in evaluate_sts(run.teacher, run.tokenizer, rows, cfg["max_length"]).items()}
-        print("teacher, same evaluation: " + ", ".join(f"{k} {v:.4f}" for k, v in teacher_scores.items()))
+        print(f"teacher on {run.cfg['sts_name']}: " + ", ".join(f"{k} {v:.4f}" for k, v in run.teacher_scores.items()))
         run.train()
-        run.finish(teacher_scores)
+        run.finish()
         for split, best in run.best.items():
             print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, test {best['test_spearman']:.4f}")
         return 0
     except Stop as stop:
-        print(f"{stop}: saved step {run.step} in {run.folder}; continue with --resume latest")
+        print(f"{stop}; newest checkpoint in {run.folder}: {checkpoint_steps(run.folder)[-1:]}; continue with --resume latest")
         return stop.status
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

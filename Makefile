@@ -1,0 +1,25 @@
+# make quickstart   fresh machine: environment, generated corpus, a whole small run (DATA_DIR=... to use real data)
+# make test         fresh machine: environment, then all tests
+# make setup        the environment alone
+PYTHON ?= python3
+BIN := .venv/bin
+OUTPUT := runs/quickstart
+
+.PHONY: setup quickstart test
+setup: .venv/ready
+
+# torch has no hash here: its file differs between CPU and CUDA builds. Everything else is pinned by hash.
+.venv/ready: requirements.txt requirements-eval.txt requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.txt)
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
+	touch $@
+
+quickstart: setup
+	$(BIN)/python make_corpus.py
+	rm -rf $(OUTPUT)
+	HF_HUB_OFFLINE=1 $(BIN)/python train_6layer_deltanet.py --preset quickstart --output_dir $(OUTPUT) $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+
+test: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests

@@ -1,0 +1,254 @@
+"""Write a checkpoint's student as a folder that sentence-transformers and transformers open.
+
+    python save_best_checkpoint.py runs/first/checkpoint_25000.pt             into runs/first
+    python save_best_checkpoint.py best --run_dir runs/first --output_dir out  by name: best, last, 25000, checkpoint_25000.pt
+    python save_best_checkpoint.py results/best --output_dir out              the full folder of a compact export
+    python save_best_checkpoint.py best --export_trained results/best         the compact form: trained tensors in float16
+    python save_best_checkpoint.py best --onnx                                also model.onnx (needs requirements-eval.txt)
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from train_6layer_deltanet import (HUB_SOURCES, DeltaNetStudent, RunLock, UserError, checkpoint_steps, config, file_sha256,
+                                   find_checkpoint, load_teacher, read_record, read_student, save_model, student_from,
+                                   trainable_state, write_atomic, write_json)
+
+CARD_MARK = "library_name: sentence-transformers"
+
+
+def find_source(name: str, run_dir: Path) -> tuple[Path, str]:
+    """The file or folder that `name` means, and how it was chosen. Bare names and steps are looked up in `run_dir`."""
+    path = Path(name)
+    if path.exists():
+        return path, f"{path.name} was named by hand"
+    if path.parent != Path("."):
+        raise UserError(f"{name}: no such file or folder")
+    if not run_dir.is_dir():
+        raise UserError(f"{name}: no such file, and no folder {run_dir} to look in; set --run_dir")
+    steps = checkpoint_steps(run_dir)
+    if name == "last":
+        found = find_checkpoint(run_dir, -1, log=lambda line: print(line, file=sys.stderr))
+        if found is None:
+            raise UserError(f"{run_dir}: holds no whole checkpoint")
+        return found, "it is the newest whole checkpoint of its run"
+    if name == "best":
+        scored = []
+        for step in steps:
+            try:
+                _, cfg, info = read_student(run_dir / f"checkpoint_{step}.pt")
+            except UserError as error:
+                print(f"warning: passing over {error}", file=sys.stderr)
+                continue
+            if (score := measured_scores(info).get(f"{cfg['best_model_split']}_spearman")) is not None:
+                scored.append((score, -step, cfg["best_model_split"]))
+        if not scored:
+            raise UserError(f"{run_dir}: no checkpoint with a recorded score; run test_checkpoints.py on it, or name one of "
+                            f"the steps {steps if steps else '(there are none)'}")
+        score, step, split = max(scored)
+        return run_dir / f"checkpoint_{-step}.pt", f"it has the highest {split} Spearman of the run's checkpoints"
+    number = name.removeprefix("checkpoint_").removesuffix(".pt")
+    if number.isdigit() and int(number) in steps:
+        return run_dir / f"checkpoint_{int(number)}.pt", f"step {int(number)} was named by hand"
+    raise UserError(f"{name}: neither a path nor a checkpoint of {run_dir}, which has steps {steps if steps else 'none'}; "
+                    "give a path, a step, best or last")
+
+
+def measured_scores(info: dict[str, Any]) -> dict[str, float]:
+    """The scores recorded in training, else those that test_checkpoints.py measured of the same bytes."""
+    if info["scores"]:
+        return info["scores"]
+    for row in read_record(Path(info["file"]).parent / "checkpoint_scores.json").get("files", []):
+        if row.get("sha256") == info["sha256"] and row.get("scores"):
+            return row["scores"]
+    return {}
+
+
+def refuse_worse(folder: Path, record_name: str, weights: str, info: dict[str, Any], split: str) -> None:
+    """UserError if `folder` holds a model that is better than `info`'s by the recorded Spearman, or may be."""
+    old, key = read_record(folder / record_name), f"{split}_spearman"
+    if not (folder / weights).is_file() or info["sha256"] in (old.get("sha256"), old.get("source_sha256")):
+        return
+    ours, theirs = info["scores"].get(key), old.get(key)
+    if not isinstance(theirs, (int, float)) or not math.isfinite(theirs):
+        raise UserError(f"{folder}: holds a {weights} without a recorded {key}; --force overwrites it")
+    if ours is None:
+        raise UserError(f"{info['file']}: has no recorded {key}, {folder} holds a model with {theirs:.4f}; measure it with "
+                        "test_checkpoints.py, or --force")
+    if old.get("evaluation") != info["evaluation"]:
+        raise UserError(f"{folder}: its model was scored on {old.get('evaluation')}, this one on {info['evaluation']}; they "
+                        "cannot be compared; --force overwrites it")
+    if theirs > ours:
+        raise UserError(f"{folder}: holds a better model (step {old.get('step')}, {key} {theirs:.4f}; this one has {ours:.4f}); "
+                        "--force overwrites it")
+
+
+def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, Any], chosen: str) -> str:
+    """README.md of a saved folder: how to load, scores and how they came about, architecture, data, limits, licence."""
+    total, c = sum(p.numel() for p in student.parameters()), student.config
+    trained = sum(t.numel() for t in trainable_state(student).values())
+    teacher = read_record(Path(info["file"]).parent / "results.json").get("teacher", {})
+    name = "STS-B" if info["evaluation"] == "stsb" else info["evaluation"]
+    rows = "".join(f"| {name} {key.replace('_', ', ')} | {value:.4f} | "
+                   + (f"{teacher[key]:.4f} |\n" if key in teacher else "not recorded |\n") for key, value in info["scores"].items())
+    scores = f"| evaluation | this model | teacher |\n|---|---:|---:|\n{rows}" if rows else "No score was recorded.\n"
+    split = cfg["best_model_split"]
+    choice = (f"Checkpoint of step {info['step']}; {chosen}. The run kept its best model by the {split} split"
+              + (", so its own test score chose it and is slightly optimistic." if split == "test" else "."))
+    if info["kind"] == "export":
+        choice += " The weights were stored in float16; the scores are of the float32 weights they were rounded from."
+    folder = Path(cfg["data_dir"]) / "train"
+    local = sorted(p.name.removesuffix(".jsonl.gz") for p in folder.glob("*.jsonl.gz")) if cfg["data_dir"] else []
+    skipped = set(cfg["skip_files"].split(","))
+    hub = ", ".join(f"{key} ({value[0]})" for key, value in HUB_SOURCES.items())
+    data = ("Sentence pairs from the local files " + ", ".join(n for n in local if n not in skipped) if local else
+            "Sentence pairs from local files" if cfg["data_dir"] else f"Sentence pairs from {hub}; sources = {cfg['sources']}")
+    parts = [word for word, on in (("half of the heads read right to left", c.bidirectional), ("a fast and a slow state", c.hierarchical_memory),
+             ("coupling of the two", c.cross_timescale_coupling), ("resonance flux", c.resonance_flux),
+             ("short convolutions", c.short_convolution), ("read gates", c.read_gates)) if on]
+    return f"""---
+language: en
+license: apache-2.0
+{CARD_MARK}
+pipeline_tag: sentence-similarity
+base_model: {cfg['teacher_model'] if not Path(cfg['teacher_model']).is_dir() else config['teacher_model']}
+tags: [sentence-transformers, feature-extraction, linear-attention, deltanet]
+---
+
+# Hierarchical DeltaNet distilled from all-MiniLM-L6-v2
+
+A sentence encoder without attention: {c.num_layers} layers of a delta-rule recurrence, time linear in the text's length.
+
+## Load
+
+```python
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("FOLDER", trust_remote_code=True)
+vectors = model.encode(["A man is eating food.", "Somebody eats a meal."])  # unit length, {c.d_model} numbers each
+```
+
+With transformers alone: `AutoModel.from_pretrained("FOLDER", trust_remote_code=True)` and
+`AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)` give `last_hidden_state`; the embedding is its mean over
+the real tokens, scaled to unit length. Needs PyTorch 2.6 or newer; the code that runs is `modeling_deltanet.py`.
+
+## Scores
+
+{scores}
+{choice}
+
+## Architecture
+
+{total:,} parameters, {trained:,} of them trained ({'the embeddings too' if cfg['train_embeddings'] else 'the embeddings are the teacher’s'}).
+Width {c.d_model}, {c.num_heads} heads, FFN {c.ffn_size}; {', '.join(parts)}.
+Embeddings, norms and FFNs started as the teacher's; projections started {cfg['projection_init']}. Trained to {info['step']} of
+{cfg['total_steps']} steps of {cfg['batch_size']} pairs, seed {cfg['seed']}; every setting is in `training_config.json`.
+
+## Data
+
+{data}. The scored sentences were dropped from the training pairs.
+
+## Limits
+
+English only. Trained on texts of at most {cfg['max_length']} tokens, and `SentenceTransformer` cuts texts there. Similarities are
+those of general sentences; retrieval, long documents and other languages were not measured. What is unfair in the
+teacher's and the data's view of people is copied too.
+
+## Licence
+
+Apache-2.0, as the teacher, whose weights it contains. The training data have licences of their own.
+"""
+
+
+def export_trained(folder: Path, student: DeltaNetStudent, cfg: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """The compact form: float16 trained tensors, the training config, the scores with the tensors' sha256."""
+    from safetensors.torch import save
+    state = {name: t.cpu().half().contiguous() for name, t in trainable_state(student).items()}
+    if not all(torch.isfinite(t).all() for t in state.values()):
+        raise UserError(f"{folder}: a weight is too large for float16; nothing was written")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)
+    write_atomic(folder / "student.safetensors", lambda file: file.write(save(state)))
+    # Folders of the machine that trained it mean nothing elsewhere.
+    write_json(folder / "config.json", cfg | {key: config[key] for key in ("data_dir", "cache_dir", "output_dir")})
+    write_json(folder / "metrics.json", {**record, "weights": "float16", "sha256": file_sha256(folder / "student.safetensors")})
+    return ["student.safetensors", "config.json", "metrics.json"]
+
+
+def save(args: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line says; returns what was written."""
+    source, chosen = find_source(args.checkpoint, Path(args.run_dir))
+    state, cfg, info = read_student(source)
+    chosen = info.get("chosen") or chosen
+    info["scores"] = measured_scores(info)
+    home, split = Path(info["file"]).parent, cfg["best_model_split"]
+    folder = Path(args.export_trained or args.output_dir or (args.run_dir if info["kind"] == "export" else home))
+    if info["kind"] == "export" and folder.resolve() == home.resolve():
+        raise UserError(f"{folder}: holds the export itself; choose another --output_dir")
+    card = folder / "README.md"
+    if not args.force:
+        names = ("metrics.json", "student.safetensors") if args.export_trained else ("scores.json", "pytorch_model.bin")
+        refuse_worse(folder, *names, info, split)
+        if not args.export_trained and card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{card}: is not a model card; choose another --output_dir, or --force")
+    teacher, tokenizer, _ = load_teacher(cfg | ({"teacher_model": args.teacher_model} if args.teacher_model else {}))
+    student = student_from(state, cfg, info["file"], teacher)
+    record = {"step": info["step"], "evaluation": info["evaluation"], **info["scores"], "best_model_split": split,
+              "chosen": chosen, "source": Path(info["file"]).name, "source_sha256": info["sha256"]}
+    result = {"folder": str(folder), "step": info["step"], "scores": info["scores"], "source": info["file"]}
+    if args.export_trained:
+        return result | {"files": export_trained(folder, student, cfg, record)}
+    lock = RunLock(folder, lambda line: None) if (folder / ".lock").exists() else None  # a training writes its best model here
+    try:
+        save_model(folder, student, tokenizer, cfg, record)
+        write_atomic(card, lambda file: file.write(model_card(student, cfg, info, chosen).encode()))
+    finally:
+        if lock:
+            lock.release()
+    if args.onnx:
+        from onnx_export import export_onnx
+        result["onnx"] = export_onnx(student, tokenizer, folder / "model.onnx")
+    return result | {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()
+                                     and not p.name.startswith((".", "checkpoint_")))}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 when the model was written, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="checkpoint file, saved folder, or in --run_dir: a file name, a step, best, last")
+    parser.add_argument("--output_dir", help="folder to write (default: the checkpoint's own; for an export, --run_dir)")
+    parser.add_argument("--run_dir", default=config["output_dir"], help="where bare names are looked up (default: %(default)s)")
+    parser.add_argument("--teacher_model", help="teacher's folder or id (default: the one it was trained with)")
+    parser.add_argument("--export_trained", metavar="DIR", help="write only the compact form, into DIR")
+    parser.add_argument("--onnx", action="store_true", help="also write model.onnx, checked with onnxruntime")
+    parser.add_argument("--force", action="store_true", help="overwrite a better model")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
+    try:
+        result = save(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or args.output_dir}: cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{result['source']} (step {result['step']}) -> {result['folder']}")
+        for key, value in [*result["scores"].items(), *result.get("onnx", {}).items()]:
+            print(f"  {key:<24} {value:.4g}" if isinstance(value, float) else f"  {key:<24} {value}")
+        print("  files: " + ", ".join(result["files"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

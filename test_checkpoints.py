@@ -1,0 +1,241 @@
+"""Evaluate every checkpoint of a training run on STS-B, and compare with the scores recorded in training.
+
+    python test_checkpoints.py runs/first                              all checkpoint_*.pt and pytorch_model.bin
+    python test_checkpoints.py runs/first --every 10 --split test       thinned, one split
+    python test_checkpoints.py runs/first --json
+
+Writes checkpoint_scores.json and checkpoint_scores.png into the folder. Scores are kept by the files' hashes: a second scan
+evaluates only what is new. A file that cannot be evaluated is a row that says why, and the exit status is then 1.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from tqdm import tqdm
+
+from train_6layer_deltanet import (ARCHITECTURE_KEYS, UserError, checkpoint_steps, choose_device, config, evaluate_sts,
+                                   file_sha256, load_student_state, load_sts, load_teacher, read_record, read_student,
+                                   recorded_config, student_from, verify_checkpoint, write_atomic, write_json)
+
+SPLITS = {"validation": "dev", "test": "test"}
+AGREEMENT = 1e-4  # other devices and thread counts sum in another order; a real difference is larger
+
+
+class TokenisedOnce:
+    """Stands in for the tokenizer: a list of sentences that was seen before is not tokenised again."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.seen = tokenizer, {}
+
+    def __call__(self, sentences: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        key = (tuple(sentences), options.get("max_length"))
+        if key not in self.seen:
+            self.seen[key] = self.tokenizer(sentences, **options)
+        return self.seen[key]
+
+
+def thin(steps: list[int], every: int, limit: int, last: int) -> list[int]:
+    """The steps to scan, rising: the newest `last`, of them every `every`-th back from the newest, at most `limit` spread evenly."""
+    chosen = steps[-last:] if last else steps
+    chosen = chosen[::-1][::every][::-1]
+    if limit and len(chosen) > limit:
+        chosen = [chosen[i] for i in np.linspace(len(chosen) - 1, 0, limit).round().astype(int)[::-1]]
+    return chosen
+
+
+def run_config(folder: Path, files: list[Path], args: argparse.Namespace) -> dict[str, Any]:
+    """The run's config, from run.json or its first readable file, with what the command line says."""
+    found = read_record(folder / "run.json").get("config")
+    cfg = recorded_config(found, folder / "run.json") if found else None
+    for path in files if cfg is None else ():
+        try:
+            cfg = read_student(path)[1]
+            break
+        except UserError:
+            continue
+    given = {key: getattr(args, key) for key in ("data_dir", "sts_name", "teacher_model", "device") if getattr(args, key)}
+    cfg = recorded_config((cfg or config) | {"device": "auto"} | given, folder)
+    return cfg | {"precision": "float32", "compile": False}
+
+
+class Scan:
+    """Evaluates one file after another with one student, sentences tokenised once."""
+
+    def __init__(self, folder: Path, cfg: dict[str, Any], splits: list[str]):
+        self.cfg, self.folder, self.device = cfg, folder, choose_device(cfg)
+        self.rows = {split: load_sts(cfg, SPLITS[split]) for split in splits}
+        # Part of every kept score's key: scores of other sentences or lengths are other scores.
+        self.keys = {split: hashlib.sha256(json.dumps([rows, cfg["max_length"]]).encode()).hexdigest()[:16]
+                     for split, rows in self.rows.items()}
+        self.teacher, tokenizer, _ = load_teacher(cfg)
+        self.tokenizer, self.student, self.built = TokenisedOnce(tokenizer), None, None
+        try:
+            kept = read_record(folder / "checkpoint_scores.json").get("cache", {})
+            self.cache = {k: v for k, v in kept.items() if isinstance(v, dict)}
+        except (UserError, AttributeError):
+            self.cache = {}
+        self.evaluated = 0
+
+    def scores(self, digest: str, model: Any) -> dict[str, float]:
+        """{split_metric: score}, of the cache or of `model()`."""
+        result = {}
+        for split, rows in self.rows.items():
+            key = f"{digest}:{self.keys[split]}"
+            if key not in self.cache:
+                self.evaluated += 1
+                self.cache[key] = evaluate_sts(model(), self.tokenizer, rows, self.cfg["max_length"])
+            result |= {f"{split}_{metric}": value for metric, value in self.cache[key].items()}
+        return result
+
+    def teacher_scores(self) -> dict[str, float]:
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.teacher.state_dict().values())).hexdigest()
+        return self.scores(digest, lambda: self.teacher.to(self.device))
+
+    def load(self, state: Any, cfg: dict[str, Any], where: str) -> Any:
+        """The scan's student with the tensors `state`; built anew only for another architecture."""
+        key = [cfg[k] for k in (*ARCHITECTURE_KEYS, "train_embeddings")]
+        if self.built != key:
+            self.teacher.cpu()
+            self.student, self.built = student_from(state, cfg, where, self.teacher).to(self.device), key
+        else:
+            load_student_state(self.student, state, where)
+        return self.student
+
+    def row(self, path: Path) -> dict[str, Any]:
+        """One file's row; `error` says what is wrong with it."""
+        row: dict[str, Any] = {"file": path.name, "step": None}
+        try:
+            if path.suffix == ".pt":
+                row["step"] = int(path.stem.removeprefix("checkpoint_"))
+                if path.with_suffix(".json").exists() and (fault := verify_checkpoint(path)):
+                    raise UserError(f"{path}: damaged, {fault}")
+            row["sha256"] = file_sha256(path)
+            if (known := self.cache.get(row["sha256"])) and all(f"{row['sha256']}:{k}" in self.cache for k in self.keys.values()):
+                row |= known | {"scores": self.scores(row["sha256"], None)}
+            else:
+                state, cfg, info = read_student(path)
+                known = {"step": info["step"], "evaluation": info["evaluation"], "recorded": info["scores"]}
+                model = self.load(state, cfg, str(path))
+                row |= known | {"scores": self.scores(row["sha256"], lambda: model)}
+                self.cache[row["sha256"]] = known
+            if row.pop("evaluation") != self.cfg["sts_name"]:
+                row["recorded"] = {}  # of other sentences: nothing to agree with
+            both = [key for key in row["scores"] if key in row["recorded"]]
+            row["agrees"] = all(abs(row["scores"][k] - row["recorded"][k]) <= AGREEMENT for k in both) if both else None
+        except (UserError, ValueError, OSError) as error:
+            row["error"] = str(error).removeprefix(f"{path}: ")
+        return row
+
+
+def plot(path: Path, rows: list[dict[str, Any]], teacher: dict[str, float], name: str) -> None:
+    """Spearman over steps, the teacher's as a dashed line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for key, colour in (("validation_spearman", "tab:blue"), ("test_spearman", "tab:orange")):
+        points = sorted((r["step"], r["scores"][key]) for r in rows if r["file"].endswith(".pt") and key in r.get("scores", {}))
+        if key in teacher:
+            axis.plot(*(zip(*points) if points else ([], [])), marker=".", color=colour, label=f"student, {key.split('_')[0]}")
+            axis.axhline(teacher[key], ls="--", color=colour, label=f"teacher, {key.split('_')[0]}")
+    axis.set(title=f"Spearman on {name}", xlabel="step", ylabel="Spearman"), axis.legend(), axis.grid(alpha=0.3)
+    figure.tight_layout()
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    plt.close(figure)
+
+
+def scan(args: argparse.Namespace) -> dict[str, Any]:
+    """Scan the folder as the command line says; returns the report, which is also written."""
+    folder = Path(args.output_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files = [folder / f"checkpoint_{step}.pt" for step in thin(checkpoint_steps(folder), args.every, args.limit, args.last)]
+    strays = {*folder.glob("checkpoint_*.pt")} - {folder / f"checkpoint_{s}.pt" for s in checkpoint_steps(folder)}
+    if (folder / "pytorch_model.bin").is_file():
+        files.append(folder / "pytorch_model.bin")
+    if not files and not strays:
+        raise UserError(f"{folder}: holds no checkpoint_*.pt and no pytorch_model.bin")
+    cfg = run_config(folder, files, args)
+    work = Scan(folder, cfg, [args.split] if args.split else list(SPLITS))
+    report: dict[str, Any] = {"evaluation": cfg["sts_name"], "splits": list(work.rows), "teacher": work.teacher_scores(), "files": []}
+    report["files"] = [{"file": p.name, "step": None, "error": "its name holds no step"} for p in sorted(strays)]
+
+    def keep() -> None:
+        write_json(folder / "checkpoint_scores.json", report | {"cache": work.cache})
+
+    for path in tqdm(files, desc="checkpoints", unit="file", disable=None if not args.json else True):
+        report["files"].append(work.row(path))
+        keep()  # a scan that is stopped loses nothing
+    for split in work.rows:
+        key = f"{split}_spearman"
+        good = [r for r in report["files"] if key in r.get("scores", {})]
+        best = max(good, key=lambda r: (r["scores"][key], r["file"].endswith(".pt")), default=None)
+        report[f"best_by_{split}"] = best and {"file": best["file"], "step": best["step"], **best["scores"]}
+    report["evaluated"], report["bad"] = work.evaluated, sum("error" in r for r in report["files"])
+    keep()
+    plot(folder / "checkpoint_scores.png", report["files"], report["teacher"], cfg["sts_name"])
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    keys = [f"{split}_{metric}" for split in report["splits"] for metric in ("pearson", "spearman")]
+    head = "".join(f"{key.replace('validation', 'val').replace('_', ' '):>14}" for key in keys)
+    recorded = "".join(f"{'recorded ' + s.replace('validation', 'val'):>15}" for s in report["splits"])
+    lines = [f"{'file':<24}{'step':>8}{head}{recorded}  agree"]
+    number = lambda value, width: f"{value:>{width}.4f}" if value is not None else f"{'-':>{width}}"  # noqa: E731
+    for r in [*report["files"], {"file": "teacher", "step": "", "scores": report["teacher"], "recorded": {}, "agrees": None}]:
+        line = f"{r['file']:<24}{r['step'] if r['step'] is not None else '-':>8}"
+        if "error" in r:
+            lines.append(f"{line}  error: {r['error']}")
+            continue
+        line += "".join(number(r["scores"].get(k), 14) for k in keys)
+        line += "".join(number(r["recorded"].get(f"{s}_spearman"), 15) for s in report["splits"])
+        lines.append(f"{line}  {({True: 'yes', False: 'NO', None: '-'})[r['agrees']]}")
+    for split in report["splits"]:
+        if best := report[f"best_by_{split}"]:
+            lines.append(f"best by {split}: {best['file']}, step {best['step']}, Spearman {best[f'{split}_spearman']:.4f}")
+    return "\n".join([*lines, f"{report['evaluated']} evaluations run, the rest was known; {report['bad']} bad files"])
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 if all files were evaluated, 1 if some are bad, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of a training run")
+    parser.add_argument("--split", choices=list(SPLITS), help="only this split (default: both)")
+    parser.add_argument("--every", type=count, default=1, metavar="N", help="only every N-th checkpoint, back from the newest")
+    parser.add_argument("--limit", type=count, default=0, metavar="N", help="at most N checkpoints, spread evenly")
+    parser.add_argument("--last", type=count, default=0, metavar="N", help="only the newest N checkpoints")
+    for key in ("data_dir", "sts_name", "teacher_model", "device"):
+        parser.add_argument(f"--{key}", help="as in training" if key == "device" else "as in training (default: the run's)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
+    try:
+        report = scan(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or args.output_dir}: cannot be read or written ({error.strerror})", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2) if args.json else table(report))
+    return 1 if report["bad"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Shared fixtures: the real teacher, real STS-B where it is at hand, a generated corpus, a tiny teacher for fast runs."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_flush_denormal(True)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder with STS-B and training pairs: $STSB_DATA_DIR, else ../shared/data beside the repository."""
+    folder = Path(os.environ.get("STSB_DATA_DIR", ROOT.parent / "shared" / "data"))
+    if not (folder / "sts" / "stsb-dev.tsv.gz").is_file():
+        pytest.skip(f"STS-B is not at hand: no {folder}/sts/stsb-dev.tsv.gz; set STSB_DATA_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A small generated corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
+    subprocess.run([sys.executable, ROOT / "make_corpus.py", "--output_dir", folder / "generated", "--pairs", "2000"],
+                   check=True, capture_output=True)
+    return folder / "generated"
+
+
+@pytest.fixture(scope="session")
+def teacher_and_tokenizer():
+    """The real teacher and its tokenizer."""
+    import train_6layer_deltanet as script
+    teacher, tokenizer, _ = script.load_teacher(script.config)
+    return teacher, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """A folder with a random 2-layer BERT of width 32 and the real tokenizer: whole runs in seconds."""
+    from transformers import BertConfig, BertModel
+    import train_6layer_deltanet as script
+    folder = tmp_path_factory.mktemp("tiny_teacher")
+    torch.manual_seed(0)
+    BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+              add_pooling_layer=False).save_pretrained(folder)
+    script.load_teacher(script.config)[1].save_pretrained(folder)
+    return folder
