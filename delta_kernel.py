@@ -23,21 +23,19 @@ boundaries, the only thing stored besides the inputs. The naive twin of these ke
 `recurrent_hierarchical_delta_rule` in the training script; tests/test_delta_kernel.py compares the two.
 """
 
-from __future__ import annotations
-
 from typing import Optional
 
 import torch
 import triton
 import triton.language as tl
 
-# The work per token grows with the chunk and the number of chunk steps falls with it. At K = V = 32 a chunk of
-# 32 needs the fewest products per token (a carried state costs about as much as one 32 x 32 block), and its
-# 32 x 32 float32 tiles are 8 registers per thread: the backward pass, which holds up to twenty of them, does
-# not spill. One chunk of 128 would hold 128 x 128 tiles of 64 KB each and fit neither registers nor 100 KB of
-# shared memory, so longer inputs carry their state, in registers, from chunk to chunk.
-CHUNK_SIZES = (16, 32, 64)
+# Work per token and on-chip memory grow with the chunk; states at the boundaries and steps in sequence shrink. With
+# K = V = 32 a carried state costs about as much as a 32 x 32 block of A, so larger chunks only add work, and the
+# twenty tiles that the backward pass holds at once fit the registers (4 per thread and tile). At 128 they would not
+# come near: one 128 x 128 float32 tile alone is 64 KB. Longer inputs carry their state, in registers, between chunks.
+CHUNK_SIZES = (16, 32)
 HEAD_DIMS = (16, 32, 64)
+PRECISIONS = ("ieee", "tf32x3", "tf32")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -91,6 +89,7 @@ def _store_state(ptr, value, K: tl.constexpr, V: tl.constexpr):
     tl.store(ptr + offset, value.to(ptr.dtype.element_ty))
 
 
+# Under TRITON_INTERPRET=1 kernels run as Python on CPU tensors, without assembly.
 INTERPRETED = tl.constexpr(not isinstance(_load_state, triton.JITFunction))
 
 
@@ -100,8 +99,8 @@ def _pin(x):
 
     Left alone, the compiler shares each operand of a product, spread out to 32 or more registers per thread, with
     every later product that uses it, and moves products down to their first use while their operands wait in
-    registers. Both cost far more registers than they save work: pinned, the backward kernel spills 32 bytes per
-    thread instead of 4000. An inline assembly statement with side effects is what the compiler leaves in place.
+    registers. Both cost far more registers than they save work: without pins the backward kernel spills kilobytes
+    per thread, with them almost nothing. Assembly with side effects is what the compiler leaves where it is.
     """
     if INTERPRETED:
         return x
@@ -483,9 +482,12 @@ def _backward_kernel(
         _store_state(dinitial_ptr + n * (2 * K * V) + K * V, ds_s, K, V)
 
 
-def launch_options(chunk_size: int, K: int, V: int) -> dict:
-    """Warps per program; num_stages=1 because the chunk loop is too long to be worth buffering its loads twice."""
-    return dict(num_warps=4 if chunk_size == 16 else 8, num_stages=1)
+def launch_options(chunk_size: int, precision: str) -> dict:
+    """Launch options of both kernels; num_stages=1 because the chunk loop is too long to buffer its loads twice.
+
+    Float32 products spread over all warps alike; tensor core tiles have 16 rows, of which two warps cover a chunk.
+    """
+    return dict(num_warps=8 if chunk_size == 32 and precision == "ieee" else 4, num_stages=1)
 
 
 # The two kernels are registered as custom operators, so torch.compile takes each as one opaque node: no graph
@@ -509,7 +511,7 @@ def _forward_op(
                 o, final_state, states, T, chunks, K=K, V=V, C=chunk_size, LOG2_C=chunk_size.bit_length() - 1,
                 HAS_INITIAL=initial_state is not None, STATE_IN=initial_state is not None or chunks > 1,
                 STATE_OUT=output_final_state or chunks > 1, SAVE_STATES=save_states and chunks > 1,
-                SAVE_FINAL=output_final_state, PRECISION=precision, **launch_options(chunk_size, K, V))
+                SAVE_FINAL=output_final_state, PRECISION=precision, **launch_options(chunk_size, precision))
     return o, final_state, states
 
 
@@ -543,7 +545,7 @@ def _backward_op(
                 K=K, V=V, C=chunk_size, LOG2_C=chunk_size.bit_length() - 1,
                 HAS_DFINAL=dfinal is not None, STATE_IN=has_initial or chunks > 1,
                 STATE_OUT=dfinal is not None or chunks > 1, SAVE_DINITIAL=has_initial, PRECISION=precision,
-                **launch_options(chunk_size, K, V))
+                **launch_options(chunk_size, precision))
     return grads
 
 
@@ -571,15 +573,17 @@ def _backward(ctx, do, dfinal, _):
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(tensors: dict[str, torch.Tensor], chunk_size: int) -> None:
+def _check(tensors: dict[str, torch.Tensor], chunk_size: int | None, precision: str) -> None:
     q, v = tensors["q"], tensors["v"]
     if q.dim() < 2 or v.dim() < 2:
         raise ValueError(f"q and v must be (..., T, K) and (..., T, V), got {tuple(q.shape)} and {tuple(v.shape)}")
     (*lead, T, K), V = q.shape, v.shape[-1]
     if T < 1 or K not in HEAD_DIMS or V not in HEAD_DIMS:
         raise ValueError(f"need T >= 1 and K, V in {HEAD_DIMS}, got T={T}, K={K}, V={V}")
-    if chunk_size not in CHUNK_SIZES:
-        raise ValueError(f"chunk_size must be one of {CHUNK_SIZES}, got {chunk_size}")
+    if chunk_size not in (None, *CHUNK_SIZES):
+        raise ValueError(f"chunk_size must be one of {CHUNK_SIZES} or None, got {chunk_size}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     shapes = dict(q=(*lead, T, K), k=(*lead, T, K), v=(*lead, T, V), beta=(*lead, T), transition=(*lead, T, 2, 2),
                   read=(*lead, T, 2), initial_state=(*lead, 2, K, V))
     for name, x in tensors.items():
@@ -589,22 +593,15 @@ def _check(tensors: dict[str, torch.Tensor], chunk_size: int) -> None:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
         if x.device != q.device or not (x.is_cuda or INTERPRETED.value):
             raise ValueError(f"{name} is on {x.device}: all tensors must be on one CUDA device "
-                             "(the CPU works only under TRITON_INTERPRET=1)")
+                             "(on the CPU only with TRITON_INTERPRET=1 set before the import)")
 
 
 def hierarchical_delta_rule_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    beta: torch.Tensor,
-    transition: torch.Tensor,
-    read: torch.Tensor,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    chunk_size: int | None = None,
-    precision: str = "tf32x3",
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, transition: torch.Tensor,
+    read: torch.Tensor, initial_state: torch.Tensor | None = None, output_final_state: bool = False,
+    chunk_size: int | None = None, precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The hierarchical delta rule, differentiable in every tensor argument.
+    """The hierarchical delta rule, differentiable (once) in every tensor argument.
 
     Args:
         q, k: (..., T, K) activated and L2-normalised queries and keys, K in {16, 32, 64}.
@@ -614,9 +611,10 @@ def hierarchical_delta_rule_triton(
         read: (..., T, 2) the weights r_t of the two timescales.
         initial_state: (..., 2, K, V), or None for zeros.
         output_final_state: also return the state after the last token.
-        chunk_size: tokens per chunk, 16, 32 or 64; by default 16 for T <= 16, else 32.
-        precision: of the float32 products: "tf32x3" (tensor cores, errors of about 1e-6), "ieee" (no tensor
-            cores, far slower) or "tf32" (fastest, errors of about 1e-3).
+        chunk_size: tokens per chunk, 16 or 32; by default 16 for T <= 16, else 32.
+        precision: of the matrix products. "ieee": float32, relative errors of about 1e-7. "tf32x3": three TF32 tensor
+            core products for each, about 1e-6; "tf32": one, about 1e-3. Where TF32 is not several times faster than
+            float32 (an L40 peaks at 90 TFLOPS in both), "tf32x3" has nothing to gain.
 
     Returns:
         o: (..., T, V) in the dtype of v; final_state: (..., 2, K, V) float32, or None.
@@ -627,19 +625,15 @@ def hierarchical_delta_rule_triton(
 
     Source: Yang et al. 2024, arXiv:2406.06484 (the chunked delta rule); the derivation is in the module docstring.
     """
-    T, (K, V) = q.shape[-2] if q.dim() > 1 else 0, (q.shape[-1:] + v.shape[-1:])[:2] if q.dim() and v.dim() else (0, 0)
-    if chunk_size is None:
-        chunk_size = 16 if T <= 16 else 32
-    if precision not in ("tf32x3", "ieee", "tf32"):
-        raise ValueError(f"precision must be 'tf32x3', 'ieee' or 'tf32', got {precision!r}")
     tensors = dict(q=q, k=k, v=v, beta=beta, transition=transition, read=read)
     if initial_state is not None:
         tensors["initial_state"] = initial_state
-    _check(tensors, chunk_size)
-    lead = q.shape[:-2]
+    _check(tensors, chunk_size, precision)
+    lead, T = q.shape[:-2], q.shape[-2]
     N = lead.numel()
     flat = {name: x.reshape(N, *x.shape[len(lead):]).contiguous() for name, x in tensors.items()}
     save_states = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    o, final_state, _ = _forward_op(*[flat[name] for name in ("q", "k", "v", "beta", "transition", "read")],
-                                    flat.get("initial_state"), output_final_state, save_states, chunk_size, precision)
-    return o.view(*lead, T, V), final_state.view(*lead, 2, K, V) if output_final_state else None
+    o, final_state, _ = _forward_op(
+        flat["q"], flat["k"], flat["v"], flat["beta"], flat["transition"], flat["read"], flat.get("initial_state"),
+        output_final_state, save_states, chunk_size or (16 if T <= 16 else 32), precision)
+    return o.reshape(v.shape), final_state.reshape(*lead, *final_state.shape[1:]) if output_final_state else None

@@ -73,16 +73,17 @@ def command_line(cfg: dict[str, Any]) -> list[str]:
     return [word for key, value in cfg.items() for word in (f"--{key}", str(value))]
 
 
-def fork_run(cfg: dict[str, Any], log: Path) -> int:
-    """Start the training script's `main` in a forked process, its output appended to `log`; returns the pid."""
+def fork_run(cfg: dict[str, Any], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Start the training script's `main` in a forked process after `prepare()`, its output appended to `log`; returns the pid."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1), os.dup2(handle, 2)
+        prepare()
         status = script.main(command_line(cfg))
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush(), sys.stderr.flush()  # os._exit does not
         os._exit(status)
     except BaseException:  # the child must never go on as a second driver
         import traceback
@@ -115,13 +116,13 @@ def same(a: Any, b: Any) -> bool:
 def compare(whole: Path, killed: Path, steps: int) -> dict[str, bool]:
     """What of two finished runs is equal."""
     first, second = (script.load_file(folder / f"checkpoint_{steps}.pt") for folder in (whole, killed))
-    result = {name: same(first[key], second[key]) for name, key in (
+    result = {f"{name} equal": same(first[key], second[key]) for name, key in (
         ("final weights", "student"), ("optimiser state", "optimizer"), ("best scores", "best"), ("progress", "progress"))}
     for name in ("pytorch_model.bin", "final_model/pytorch_model.bin"):
-        result[name] = same(*(script.load_file(folder / name) for folder in (whole, killed)))
+        result[f"{name} equal"] = same(*(script.load_file(folder / name) for folder in (whole, killed)))
     scores = [json.loads((folder / "scores.json").read_text()) for folder in (whole, killed)]
-    result["scores.json"] = same(*scores)
-    result["metrics.jsonl"] = metrics(whole) == metrics(killed)
+    result["scores.json equal"] = same(*scores)
+    result["metrics.jsonl equal"] = metrics(whole) == metrics(killed)
     logged = [line["step"] for line in metrics(killed) if "lr" in line]
     result["no step twice, none missing"] = logged == list(range(1, steps + 1))
     result["no temporary file left"] = not list(killed.rglob(".*.tmp-*"))
@@ -142,36 +143,29 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
 
     resumed = cfg | {"output_dir": str(killed), "resume_from_step": -1}
     done = {"start-up": 0, "training": 0, "training, in a save": 0, "finished early": 0}
-    startup, pause = 1.0, 0.1  # seconds; measured again in every life
-    while done["start-up"] + done["training"] < kills:
-        pid, born, early = fork_run(resumed, folder / "killed.log"), time.perf_counter(), rng.random() < 0.2
-        path, status = killed / "metrics.jsonl", 0
+    startup, path = 1.0, killed / "metrics.jsonl"  # seconds; measured again in every life
+    while (count := done["start-up"] + done["training"]) < kills:
+        pid, born, early = fork_run(resumed, folder / "killed.log"), time.time(), count % 5 == 0
+        ended, code, before = 0, 0, None
         if early:
             time.sleep(rng.uniform(0, startup))
-        else:
-            before, started = None, None
-            while started is None and not status:
-                time.sleep(0.005)
-                ended, code = os.waitpid(pid, os.WNOHANG)
-                status = ended and 1
-                if before is None and (killed / "run.json").exists() and (killed / "run.json").stat().st_mtime > time.time() - (
-                        time.perf_counter() - born):
-                    before = lines_in(path)  # this life has cut the metrics to its checkpoint
-                if before is not None and lines_in(path) > before:
-                    started = time.perf_counter()
-            if started:
-                startup = 0.5 * startup + 0.5 * (started - born)
-                time.sleep(rng.uniform(0, 3 * pause))
-        if not status:
+        while not (early or ended):  # until this life has cut the metrics to its checkpoint, and then written a line
+            time.sleep(0.005)
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            if before is not None and lines_in(path) > before:
+                startup = 0.5 * startup + 0.5 * (time.time() - born)
+                time.sleep(rng.uniform(0, 0.2))  # two or three steps, each with a checkpoint
+                break
+            if before is None and (killed / "run.json").exists() and (killed / "run.json").stat().st_mtime > born:
+                before = lines_in(path)
+        if not ended:
             os.kill(pid, signal.SIGKILL)
             _, code = os.waitpid(pid, 0)
-        if os.WIFSIGNALED(code):
-            done["start-up" if early else "training"] += 1
-            done["training, in a save"] += bool(not early and list(killed.glob(".checkpoint_*.tmp-*")))
-        else:
+        if not os.WIFSIGNALED(code):
             done["finished early"] += 1
-            if code or (killed / "results.json").exists():
-                break
+            break
+        done["start-up" if early else "training"] += 1
+        done["training, in a save"] += bool(not early and list(killed.rglob(".*.tmp-*")))
     pid = fork_run(resumed, folder / "killed.log")
     _, code = os.waitpid(pid, 0)
     log = (folder / "killed.log").read_text()
@@ -196,9 +190,9 @@ def main(argv: list[str] | None = None) -> int:
         result = soak(Path(folder), args.kills, args.seed)
     for key, value in result.items():
         if key != "equal":
-            print(f"{key:<28} {value}")
+            print(f"{key:<32} {value}")
     for key, value in result["equal"].items():
-        print(f"{key:<28} {'equal' if value else 'DIFFERENT'}")
+        print(f"{key:<32} {'yes' if value else 'NO'}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(result["equal"].values()) else 1
