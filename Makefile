@@ -10,7 +10,7 @@ setup: .venv/ready
 
 # torch has no hash here: its file differs between CPU and CUDA builds. Everything else is pinned by hash.
 .venv/ready: requirements.txt requirements-eval.txt requirements.lock
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit("the pinned environment needs Python 3.11 or newer (the scripts themselves 3.10): make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.txt)
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements.lock
