@@ -76,11 +76,11 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
     """Peak bytes of a training step in which every text has max_length tokens, by part, and their `total`.
 
     Floats kept for the backward pass, per layer, with width D, H heads, FFN width F = 4 D:
-      per token 21 D (mixer, norms) + 2 F (FFN), 60 H + 384 (gates, flux, transitions), 8 H a doubling of the decay products,
-      2 D (hidden states of the teacher and their distance); with the state losses 4 D more;
+      per token 20 D (mixer, norms) + 2 F (FFN), 60 H + 384 (gates, flux, transitions), 8 H a doubling of the decay products,
+      D for the distance to the teacher; in bf16 6 D less; with the states' loss 4 D more, and 2 D (D / H) a sentence;
       per sentence 5 H T^2: the decay products c, the attention A, their product, and X and W of the triangular solve.
-    While one layer runs backwards it holds further 9 H T^2 a sentence. The teacher's hidden states are kept for all
-    micro-batches, the rest for one. In bf16 the FFN's tensors take half, and the linear layers' inputs are kept twice.
+    While one layer runs backwards it holds further 3 H T^2 a sentence. The teacher's hidden states are kept for all
+    micro-batches, the rest for one.
     """
     d, heads, layers, length = cfg["d_model"], cfg["num_heads"], cfg["num_layers"], cfg["max_length"]
     bf16, parts = cfg["precision"] == "bf16", cfg["gradient_accumulation_steps"]
@@ -91,13 +91,14 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
     sentences = sentences_per_pair * cfg["batch_size"]
     part = -(-cfg["batch_size"] // parts) * sentences_per_pair
     doublings = (length - 1).bit_length()
-    per_token = 21 * d + (5 * d + 1.5 * d if bf16 else 8 * d) + 60 * heads + 384 + 8 * heads * doublings + d
+    per_token = (22 if bf16 else 28) * d + 60 * heads + 384 + 8 * heads * doublings
+    per_token += d if cfg["layer_distill_weight"] else 0
     if cfg["ortho_state_reg_weight"]:
-        per_token += 4 * d + 6 * 2 * d * (d // heads) / length
+        per_token += 4 * d + 2 * d * (d // heads) / length
     square = heads * length * length
     found = {"parameters": 4.0 * (trained + frozen), "teacher": 4.0 * teacher, "gradients": 4.0 * trained,
              "optimizer": 8.0 * trained, "teacher_states": 4.0 * sentences * length * layers * d,
-             "activations": 4.0 * part * layers * (length * per_token + 5 * square), "backward": 4.0 * part * 9 * square}
+             "activations": 4.0 * part * layers * (length * per_token + 5 * square), "backward": 4.0 * part * 3 * square}
     if bf16:
         found["parameters"] += 2.0 * trained  # autocast's copies
     return found | {"total": sum(found.values())}

@@ -1433,6 +1433,9 @@ def find_checkpoint(folder: Path, step: int, log: Callable[[str], None] = print)
     return path
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None:
     """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value that does not fit."""
     own = student.state_dict()
@@ -1446,7 +1449,7 @@ def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None
             raise UserError(f"{where}: unknown tensor {name}; is it a checkpoint of another architecture?")
         if tensor.shape != own[name].shape:
             raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if tensor.is_meta or tensor.dtype not in FLOATS or tensor.layout != torch.strided or not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} is not of finite numbers")
     student.load_state_dict(state, strict=False)
 
@@ -1852,22 +1855,22 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
     content = load_file(path)
     if missing := {"student", "optimizer", "step", "best", "config", "progress"} - set(content):
         raise UserError(f"{path}: {min(missing)} is missing; it is not a training checkpoint")
-    for key, value in content["config"].items():
-        if key in cfg and key not in FREE_KEYS and cfg[key] != value:
-            raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {value}")
-    load_student_state(student, content["student"], str(path))
     try:
+        for key, value in content["config"].items():
+            if key in cfg and key not in FREE_KEYS and cfg[key] != value:
+                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {value}")
+        load_student_state(student, content["student"], str(path))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
         for p in student.parameters():
-            for name, t in optimizer.state.get(p, {}).items():
-                if name not in ("step", "exp_avg", "exp_avg_sq") or t.shape not in ((), p.shape) or not torch.isfinite(t).all():
-                    raise ValueError(f"{name} does not fit a parameter of shape {tuple(p.shape)}")
+            state, shapes = optimizer.state.get(p, {}), {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            if state and ({k: t.shape for k, t in state.items()} != shapes or not all(torch.isfinite(t).all() for t in state.values())):
+                raise ValueError(f"the averages of a parameter of shape {tuple(p.shape)} are of other shapes, or not finite")
         numbers = [content["step"], content["progress"]["bad_steps"], *content["progress"]["sums"].values(),
                    *(best[key] for best in content["best"].values() for key in ("step", "validation_spearman", "test_spearman"))]
-        if not all(isinstance(x, (int, float)) for x in numbers):
-            raise ValueError("steps, sums and scores must be numbers")
+        if path.stem != f"checkpoint_{content['step']}" or not all(isinstance(x, (int, float)) for x in numbers):
+            raise ValueError("steps, sums and scores must be numbers, the step that of the file's name")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: the optimiser's state or the progress does not fit ({error!r})") from None
+        raise UserError(f"{path}: its config, optimiser state or progress does not fit ({str(error)[:200]!r})") from None
     return content
 
 
