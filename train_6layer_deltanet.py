@@ -17,12 +17,8 @@ if __name__ == "__main__":  # a signal during the imports below, which take seco
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda number, _: os._exit(128 + number))
 
-import argparse
-import ast
 import difflib
-import errno
 import fcntl
-import glob
 import gzip
 import hashlib
 import importlib.util
@@ -35,13 +31,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import unicodedata
 import zipfile
 import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -128,7 +124,6 @@ config: dict[str, Any] = {
     # device
     "device": "auto",  # cuda if there is one, else cpu
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
-    "compile": False,  # torch.compile student and teacher; needs a C++ compiler
     "threads": 0,  # CPU threads; 0: PyTorch's choice
 }
 
@@ -175,7 +170,7 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
                      "learned_positions")
 # Keys that may change between a run and its continuation, because no weight depends on them.
 FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
-             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
+             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "best_model_split",
              "total_steps", "warmup_steps", "teacher_model", "precision", "allow_missing_sources")
 
 
@@ -985,7 +980,8 @@ def tokenise_source(rows: Iterable[Row], tokenizer: Any, max_length: int, banned
         if kept:
             writer.write_batch(columns)
 
-    with ArrowWriter(features=features, path=str(temporary / "data.arrow"), writer_batch_size=8192) as writer:
+    with ExitStack() as stack, ArrowWriter(features=features, path=str(temporary / "data.arrow"), writer_batch_size=8192) as writer:
+        stack.push(lambda kind, *_: kind and shutil.rmtree(temporary, ignore_errors=True))
         block: list[Row] = []
         for row in rows:
             block.append(row)

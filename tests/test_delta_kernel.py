@@ -98,6 +98,7 @@ def compare(inputs: dict, tolerance: float = 1e-5, dtype=torch.float32, device="
     assert want["o"].dtype == torch.float64 and set(got) >= set(want)
     worst = 0.0
     for name, x in want.items():
+        x = x.detach()
         assert got[name].shape == x.shape and torch.isfinite(got[name]).all(), name
         error = ((got[name].double() - x).abs().max() / max(1.0, x.abs().max().item())).item()
         assert error <= tolerance, f"{name}: error {error:.1e}"
@@ -108,7 +109,7 @@ def compare(inputs: dict, tolerance: float = 1e-5, dtype=torch.float32, device="
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 100, 150])
 def test_lengths(T: int, initial: bool) -> None:
-    lead = (3, 1) if T < 18 else (2,) if T == 65 else ()
+    lead = (3, 1) if T < 18 else ()
     K = 32 if T in (16, 17, 65) else 16
     compare(make_inputs(lead, T, K, K, initial=initial))
 
@@ -127,9 +128,9 @@ def test_padding_changes_nothing() -> None:
     assert torch.equal(o[:40], o_short) and torch.allclose(state, state_short, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("K, V, T, chunk_size", [(16, 32, 40, 16), (64, 16, 20, 32)])
+@pytest.mark.parametrize("K, V, T, chunk_size", [(16, 32, 40, 16), (64, 16, 12, 32)])
 def test_head_dims_and_chunk_sizes(K: int, V: int, T: int, chunk_size: int) -> None:
-    compare(make_inputs((), T, K, V), chunk_size=chunk_size)
+    compare(make_inputs((2,), T, K, V), chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("initial, final, weigh", [(True, False, ("o",)), (False, False, ("o",)), (True, True, ("o",)),
@@ -139,16 +140,17 @@ def test_partial_results(initial: bool, final: bool, weigh: tuple[str, ...]) -> 
     compare(make_inputs((), 20, 16, 16, initial=initial), final=final, weigh=weigh)
 
 
-def test_half_precision_inputs() -> None:
-    """Computed in float32: only o and the gradients are rounded to bfloat16."""
-    inputs = {name: x.bfloat16() for name, x in make_inputs((), 20, 16, 16).items()}
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_half_precision_inputs(dtype: torch.dtype, tolerance: float) -> None:
+    """Computed in float32: only o and the gradients are rounded (to bfloat16 by truncation in the interpreter)."""
+    inputs = {name: x.to(dtype) for name, x in make_inputs((), 12, 16, 16).items()}
     o, state = hierarchical_delta_rule_triton(**inputs, output_final_state=True)
-    assert o.dtype == torch.bfloat16 and state.dtype == torch.float32
-    compare(make_inputs((), 20, 16, 16), tolerance=4e-3, dtype=torch.bfloat16)
+    assert o.dtype == dtype and state.dtype == torch.float32
+    compare(make_inputs((), 12, 16, 16), tolerance, dtype)
 
 
 def test_strided_inputs() -> None:
-    inputs = {name: x.float() for name, x in make_inputs((2, 2), 5, 16, 16).items()}
+    inputs = {name: x.float() for name, x in make_inputs((2, 2), 3, 16, 16).items()}
     strided = {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in inputs.items()}
     assert not strided["q"].is_contiguous()
     for got, want in zip(hierarchical_delta_rule_triton(**strided, output_final_state=True),
