@@ -1966,6 +1966,8 @@ class Run:
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
         self.write_metrics({f"{metric_group(cfg)}/{key}": value for key, value in scores.items()})
+        tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
+                   f"test {scores['test_spearman']:.4f}")
         for split in self.sts:
             key = f"{split}_spearman"
             if scores[key] > self.best.get(split, {}).get(key, -2.0):

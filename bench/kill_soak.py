@@ -80,7 +80,8 @@ def fork_run(cfg: dict[str, Any], log: Path, prepare: Callable[[], None] = lambd
         return pid
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1), os.dup2(handle, 2)
+        os.dup2(handle, 1), os.dup2(handle, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout = sys.stderr = open(handle, "w", buffering=1)
         prepare()
         status = script.main(command_line(cfg))
         sys.stdout.flush(), sys.stderr.flush()  # os._exit does not

@@ -30,7 +30,15 @@ if __name__ != "__main__" and not delta_kernel.INTERPRETED.value:
     raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set: run this file in a pytest of its own")
 
 SHARED_MEMORY_LIMIT = 99 * 1024  # bytes per program on sm_86 and sm_89, the smallest of the GPUs supported
-NAMES = ("q", "k", "v", "beta", "transition", "read", "initial_state")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_inputs(lead: tuple[int, ...], T: int, K: int, V: int, kind: str = "typical", initial: bool = True) -> dict:

@@ -378,7 +378,7 @@ def test_bad_steps_in_a_row_stop_the_run(tiny, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
-    run = Process(tiny, tmp_path / "run", peak_learning_rate=1e39, warmup_steps=1, save_interval=1)
+    run = Process(tiny, tmp_path / "run", peak_learning_rate=3e38, mixer_lr_multiplier=1.0, warmup_steps=1, save_interval=1)
     assert run.wait() == 2 and "weights are not finite" in run.text(), run.text()
     assert not script.checkpoint_steps(run.folder)
 

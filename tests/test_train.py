@@ -374,3 +374,20 @@ def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
     assert other.returncode == 2 and "dropout" in other.stderr
     again = tiny_run(corpus, tiny_teacher, tmp_path / "whole")
     assert again.returncode == 2 and "--resume latest" in again.stderr
+
+
+def test_bf16_autocast_trains_and_keeps_the_core_in_float32(corpus, tiny_teacher, tmp_path):
+    run = tiny_run(corpus, tiny_teacher, tmp_path / "bf16", "--precision", "bf16", "--total_steps", "2", "--warmup_steps", "0")
+    assert run.returncode == 0, run.stderr
+    last = json.loads((tmp_path / "bf16" / "checkpoint_2.json").read_text())
+    assert last["step"] == 2 and all(np.isfinite(v) for v in last["losses"].values())
+    mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(d_model=32, num_heads=2))
+    seen = []
+    original, script.chunk_hierarchical_delta_rule = script.chunk_hierarchical_delta_rule, \
+        lambda *a, **kw: seen.extend(a) or original(*a, **kw)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            out, _ = mixer(torch.randn(2, 5, 32), torch.ones(2, 5))
+    finally:
+        script.chunk_hierarchical_delta_rule = original
+    assert out.dtype == torch.bfloat16 and {x.dtype for x in seen} == {torch.float32}
