@@ -478,7 +478,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         self.flux_log_temperature = nn.Parameter(torch.empty(heads, 1, 1))
         self.flux_in = nn.Linear(2 * channels + 1, 16)
         self.flux_out = nn.Linear(16, 1)
-        self.o_norm = nn.Parameter(torch.ones(heads, 1, 1, channels))
+        self.o_norm = nn.Parameter(torch.empty(heads, 1, 1, channels))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -487,7 +487,8 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         cfg, heads = self.cfg, self.cfg.num_heads
         for weight in self.projections():
             nn.init.orthogonal_(weight)
-        nn.init.zeros_(self.qkv_proj.bias), nn.init.zeros_(self.o_proj.bias), nn.init.ones_(self.o_norm)
+        nn.init.zeros_(self.qkv_proj.bias), nn.init.zeros_(self.o_proj.bias)
+        nn.init.constant_(self.o_norm, 0.1)  # untrained mixers must not drown the embeddings: dev 0.81 so, 0.02 at 1.0
         self.conv_weight.zero_()[0] = 1.0
         nn.init.normal_(self.flux_bilinear, std=self.flux_bilinear.shape[-1] ** -0.5)
         self.flux_log_temperature.fill_(0.5 * math.log(self.flux_bilinear.shape[-1]))

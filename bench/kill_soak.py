@@ -3,28 +3,29 @@
     python bench/kill_soak.py --kills 100                  a table; exit status 0 only if everything is equal
     python bench/kill_soak.py --kills 5 --json soak.json   the same as JSON too
 
-Every life of the killed run is a process that runs the training script's `main` with `--resume latest`; it is forked, so that
-the imports are paid once. A share of the kills falls into the start-up, the others into training, which saves after every
+Every life of the killed run is a process that runs the training script's `main` with `--resume latest`; it is forked from a
+process without threads that has done the imports, so that they are paid once. A share of the kills falls into the start-up, the others into training, which saves after every
 step. Compared bit by bit: final weights, optimiser state, best scores, the best and the final model, and metrics.jsonl.
 """
 from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process must not inherit a pool of threads
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # faults to inject are functions of the tests
 
 import datasets  # noqa: F401  imported here, so that the forked processes need not
 import torch
@@ -73,24 +74,72 @@ def command_line(cfg: dict[str, Any]) -> list[str]:
     return [word for key, value in cfg.items() for word in (f"--{key}", str(value))]
 
 
-def fork_run(cfg: dict[str, Any], log: Path, prepare: Callable[[], None] = lambda: None) -> int:
-    """Start the training script's `main` in a forked process after `prepare()`, its output appended to `log`; returns the pid."""
+def fork_run(cfg: dict[str, Any], log: str, prepare: list[Any] | None = None) -> int:
+    """Start the training script's `main` in a forked process, its output appended to `log`; returns the pid.
+
+    `prepare` is [module, function, arguments...] to call in it first: a fault to inject.
+    """
     sys.stdout.flush()
     if pid := os.fork():
         return pid
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1), os.dup2(handle, 2), os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout = sys.stderr = open(handle, "w", buffering=1)
-        prepare()
+        if prepare:
+            getattr(importlib.import_module(prepare[0]), prepare[1])(*prepare[2:])
         status = script.main(command_line(cfg))
         sys.stdout.flush(), sys.stderr.flush()  # os._exit does not
         os._exit(status)
-    except BaseException:  # the child must never go on as a second driver
+    except BaseException:  # the child must never go on as a second server
         import traceback
         traceback.print_exc()
-        sys.stderr.flush()
+        sys.stdout.flush(), sys.stderr.flush()
         os._exit(70)
+
+
+def serve() -> None:
+    """Answer requests, one JSON object a line: start a run, or tell the exit status of one (null while it runs)."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, code = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(code) if pid else None
+        else:
+            answer = fork_run(**request)
+        print(json.dumps(answer), flush=True)
+
+
+class Runs:
+    """Runs of the training script, forked from a server process; a caller with threads cannot fork safely itself."""
+
+    def __init__(self):
+        self.server = subprocess.Popen([sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+
+    def ask(self, **request: Any) -> Any:
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, cfg: dict[str, Any], log: Path, prepare: list[Any] | None = None) -> int:
+        """The pid of a new run; see `fork_run`."""
+        return self.ask(cfg=cfg, log=str(log), prepare=prepare)
+
+    def poll(self, pid: int) -> int | None:
+        """The exit status, negative for a signal, or None while it runs; ask no more after a status."""
+        return self.ask(poll=pid)
+
+    def wait(self, pid: int, seconds: float = 600) -> int:
+        limit = time.time() + seconds
+        while (status := self.poll(pid)) is None:
+            if time.time() > limit:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        return status
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -132,49 +181,46 @@ def compare(whole: Path, killed: Path, steps: int) -> dict[str, bool]:
 
 def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Run undisturbed, then killed `kills` times; returns what was done and what is equal."""
-    rng, steps = random.Random(seed), 3 * kills + 12
+    rng, steps, runs = random.Random(seed), 3 * kills + 12, Runs()
     cfg = make_tiny(folder) | {"total_steps": steps, "save_interval": 1, "log_interval": 1, "keep_checkpoints": 3,
                                "eval_interval": max(2, steps // 4)}
-    whole, killed = folder / "whole", folder / "killed"
+    whole, killed, log = folder / "whole", folder / "killed", folder / "killed.log"
     begun = time.perf_counter()
-    os.waitpid(fork_run(cfg | {"output_dir": str(whole)}, folder / "whole.log"), 0)
-    if not (whole / "results.json").exists():
+    if runs.wait(runs.start(cfg | {"output_dir": str(whole)}, folder / "whole.log")):
         raise SystemExit("error: the undisturbed run failed:\n" + (folder / "whole.log").read_text()[-2000:])
     say(f"undisturbed: {steps} steps in {time.perf_counter() - begun:.0f} s")
 
     resumed = cfg | {"output_dir": str(killed), "resume_from_step": -1}
-    done = {"start-up": 0, "training": 0, "training, in a save": 0, "finished early": 0}
+    done = {"start-up": 0, "training": 0, "training, in a write": 0, "finished early": 0}
     startup, path = 1.0, killed / "metrics.jsonl"  # seconds; measured again in every life
     while (count := done["start-up"] + done["training"]) < kills:
-        pid, born, early = fork_run(resumed, folder / "killed.log"), time.time(), count % 5 == 0
-        ended, code, before = 0, 0, None
+        pid, born, early = runs.start(resumed, log), time.time(), count % 5 == 0
+        status = before = None
         if early:
             time.sleep(rng.uniform(0, startup))
-        while not (early or ended):  # until this life has cut the metrics to its checkpoint, and then written a line
+        while not early and status is None:  # until this life has cut the metrics to its checkpoint, and then written a line
             time.sleep(0.005)
-            ended, code = os.waitpid(pid, os.WNOHANG)
             if before is not None and lines_in(path) > before:
                 startup = 0.5 * startup + 0.5 * (time.time() - born)
                 time.sleep(rng.uniform(0, 0.2))  # two or three steps, each with a checkpoint
                 break
             if before is None and (killed / "run.json").exists() and (killed / "run.json").stat().st_mtime > born:
                 before = lines_in(path)
-        if not ended:
+            status = runs.poll(pid)
+        if status is None:
             os.kill(pid, signal.SIGKILL)
-            _, code = os.waitpid(pid, 0)
-        if not os.WIFSIGNALED(code):
+            status = runs.wait(pid)
+        if status != -signal.SIGKILL:
             done["finished early"] += 1
             break
         done["start-up" if early else "training"] += 1
-        done["training, in a save"] += bool(not early and list(killed.rglob(".*.tmp-*")))
-    pid = fork_run(resumed, folder / "killed.log")
-    _, code = os.waitpid(pid, 0)
-    log = (folder / "killed.log").read_text()
-    if code:
-        raise SystemExit("error: the killed run failed:\n" + log[-2000:])
-    equal = compare(whole, killed, steps) | {"no traceback": "Traceback" not in log,
-                                             "as many kills as asked": done["start-up"] + done["training"] == kills}
-    return {"kills": done["start-up"] + done["training"], **done, "steps": steps, "damaged checkpoints met": log.count("warning: passing"),
+        done["training, in a write"] += bool(not early and list(killed.rglob(".*.tmp-*")))
+    status = runs.wait(runs.start(resumed, log))
+    runs.close()
+    if status:
+        raise SystemExit("error: the killed run failed:\n" + log.read_text()[-2000:])
+    equal = compare(whole, killed, steps) | {"no traceback": "Traceback" not in log.read_text(), "as many kills as asked": count == kills}
+    return {"kills": count, **done, "steps": steps, "damaged checkpoints met": log.read_text().count("warning: passing"),
             "seconds": round(time.perf_counter() - begun), "equal": equal}
 
 
@@ -200,4 +246,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve() if sys.argv[1:] == ["--serve"] else main())

@@ -42,8 +42,8 @@ class Tiny:
     def __init__(self, folder: Path):
         self.cfg = kill_soak.make_tiny(folder) | {"total_steps": 4, "save_interval": 2, "output_dir": str(folder / "run")}
         self.run = folder / "run"
-        pid = kill_soak.fork_run(self.cfg, folder / "log")
-        assert os.waitpid(pid, 0)[1] == 0, (folder / "log").read_text()
+        self.runs = kill_soak.Runs()
+        assert self.train(folder / "log") == 0, (folder / "log").read_text()
         self.full = script.check_config(script.config | self.cfg)
         self.teacher, self.tokenizer, _ = script.load_teacher(self.full)
         self.path = self.run / "checkpoint_4.pt"
@@ -51,10 +51,16 @@ class Tiny:
         self.student = script.build_student(self.full, self.teacher)
         self.optimizer = script.build_optimizer(self.student, self.full)
 
+    def train(self, log: Path, **changes: Any) -> int:
+        """The exit status of the training script."""
+        return self.runs.wait(self.runs.start(self.cfg | changes, log), 60)
+
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tiny:
-    return Tiny(tmp_path_factory.mktemp("fuzz"))
+def tiny(tmp_path_factory):
+    tiny = Tiny(tmp_path_factory.mktemp("fuzz"))
+    yield tiny
+    tiny.runs.close()
 
 
 class Code:
@@ -239,8 +245,7 @@ def test_mutated_checkpoints_through_every_script(tiny, tmp_path, capsys):
         assert status == 2 and "error: " in text and f"checkpoint_{i}.pt" in text
     for i in range(1, len(numbers) + 1):
         log = tmp_path / f"train_{i}.log"
-        pid = kill_soak.fork_run(tiny.cfg | {"output_dir": str(folder), "resume_from_step": i}, log)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2, log.read_text()
+        assert tiny.train(log, output_dir=str(folder), resume_from_step=i) == 2, log.read_text()
         assert f"checkpoint_{i}.pt" in log.read_text() and "Traceback" not in log.read_text()
     assert not list(tmp_path.rglob("pwned"))
 
@@ -401,8 +406,8 @@ def test_bad_data_through_the_command_line(tiny, tmp_path, where):
     data = Path(shutil.copytree(tiny.cfg["data_dir"], tmp_path / "data"))
     file = data / "train" / "pairs.jsonl.gz" if where == "train" else data / "sts" / "stsb-dev.tsv.gz"
     file.write_bytes(gzip.compress(b'"text"\n'))
-    pid = kill_soak.fork_run(tiny.cfg | {"data_dir": str(data), "output_dir": str(tmp_path / "out")}, tmp_path / "log")
-    text = (tmp_path / "log").read_text() if os.waitpid(pid, 0)[1] else ""
+    assert tiny.train(tmp_path / "log", data_dir=str(data), output_dir=str(tmp_path / "out")) == 2
+    text = (tmp_path / "log").read_text()
     assert f"{file}, line 1:" in text and "Traceback" not in text
 
 

@@ -20,24 +20,33 @@ from typing import Any, Callable
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
 import kill_soak  # noqa: E402
 import train_6layer_deltanet as script  # noqa: E402
 
 
-class Process:
-    """A run of the training script on the tiny setup, in the folder `output`."""
+@pytest.fixture(scope="module", autouse=True)
+def runs():
+    """The server that runs are forked from."""
+    Process.runs = kill_soak.Runs()
+    yield
+    Process.runs.close()
 
-    def __init__(self, cfg: dict[str, Any], output: Path, prepare: Callable[[], None] = lambda: None, **changes: Any):
-        self.folder, self.log = output, output.with_name(output.name + ".log")
-        self.log.unlink(missing_ok=True)
-        self.pid = kill_soak.fork_run(cfg | changes | {"output_dir": str(output)}, self.log, prepare)
-        self.status: int | None = None
+
+class Process:
+    """A run of the training script on the tiny setup, in the folder `output`; `fault` is a function of this file and its arguments."""
+
+    runs: kill_soak.Runs
+
+    def __init__(self, cfg: dict[str, Any], output: Path, *fault: Any, **changes: Any):
+        self.folder, self.log, self.status = output, output.with_name(f"{output.name}-{time.time()}.log"), None
+        prepare = ["test_reliability", fault[0].__name__, *fault[1:]] if fault else None
+        self.pid = self.runs.start(cfg | changes | {"output_dir": str(output)}, self.log, prepare)
 
     def poll(self) -> int | None:
-        if self.status is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
-            self.status = os.waitstatus_to_exitcode(found[1])
+        if self.status is None:
+            self.status = self.runs.poll(self.pid)
         return self.status
 
     def until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
@@ -229,11 +238,13 @@ def test_sigusr1_saves_and_goes_on(tiny, tmp_path):
     assert run.wait(20) == 143 and len(script.checkpoint_steps(run.folder)) == 2
 
 
+def endless_tokenising() -> None:
+    script.load_training_data = lambda *_: (print("tokenising", flush=True), time.sleep(60))
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_before_training(tiny, tmp_path, number, status):
-    def endless():
-        script.load_training_data = lambda *_: (print("tokenising", flush=True), time.sleep(60))
-    run = Process(tiny, tmp_path / "run", endless)
+    run = Process(tiny, tmp_path / "run", endless_tokenising)
     run.until(lambda: "tokenising" in run.text())
     run.send(number)
     assert run.wait(3) == status and not script.checkpoint_steps(run.folder)
@@ -269,7 +280,7 @@ def limit_files(size: int) -> None:
 
 def test_three_failed_saves_stop_the_run(tiny, copied, finished):
     limit = (finished / "checkpoint_20.pt").stat().st_size // 2
-    run = Process(tiny, copied, lambda: limit_files(limit), resume_from_step=15, keep_checkpoints=1, save_interval=1)
+    run = Process(tiny, copied, limit_files, limit, resume_from_step=15, keep_checkpoints=1, save_interval=1)
     assert run.wait() == 2, run.text()
     assert run.text().count("not written (") == 3 and "three checkpoints in a row" in run.text()
     assert script.checkpoint_steps(copied) == [5, 10, 15]
@@ -278,43 +289,45 @@ def test_three_failed_saves_stop_the_run(tiny, copied, finished):
     assert not list(copied.rglob(".*.tmp-*"))
 
 
+def full_for_two_saves(limit: int) -> None:
+    original, calls = script.save_checkpoint, []
+
+    def save(*args):
+        calls.append(1)
+        limit_files(limit if len(calls) <= 2 else resource.RLIM_INFINITY)
+        try:
+            return original(*args)
+        finally:
+            limit_files(resource.RLIM_INFINITY)
+    script.save_checkpoint = save
+
+
 def test_two_failed_saves_are_survived(tiny, tmp_path, finished):
-    limit, calls = (finished / "checkpoint_20.pt").stat().st_size // 2, []
-
-    def full_for_two_saves():
-        original = script.save_checkpoint
-
-        def save(*args):
-            calls.append(1)
-            limit_files(limit if len(calls) <= 2 else resource.RLIM_INFINITY)
-            try:
-                return original(*args)
-            finally:
-                limit_files(resource.RLIM_INFINITY)
-        script.save_checkpoint = save
-    run = Process(tiny, tmp_path / "run", full_for_two_saves, eval_interval=10)
+    limit = (finished / "checkpoint_20.pt").stat().st_size // 2
+    run = Process(tiny, tmp_path / "run", full_for_two_saves, limit, eval_interval=10)
     assert run.wait() == 0, run.text()
     assert script.checkpoint_steps(run.folder) == [15, 20] and run.text().count("not written (") == 2
     assert kill_soak.metrics(run.folder) == kill_soak.metrics(finished)
 
 
+def full_for_the_best_model(folder: str) -> None:
+    """The disk is full whenever the best model's weights are written; every evaluation is the best so far."""
+    original, evaluate = script.write_atomic, script.Run.evaluate
+
+    def write_atomic(path, write):
+        limit_files(1000 if path == Path(folder) / "pytorch_model.bin" else resource.RLIM_INFINITY)
+        try:
+            original(path, write)
+        finally:
+            limit_files(resource.RLIM_INFINITY)
+    script.write_atomic = write_atomic
+    script.Run.evaluate = lambda self: (self.best.clear(), evaluate(self))
+
+
 def test_best_model_on_a_full_disk(tiny, copied):
     """A best model that cannot be written leaves the older one whole and does not end the run."""
     before = script.file_sha256(copied / "pytorch_model.bin")
-
-    def full_for_models():
-        def fail(file, content=b"x" * 100_000):
-            limit_files(1000)
-            try:
-                file.write(content)
-                file.flush()
-            finally:
-                limit_files(resource.RLIM_INFINITY)
-        original = script.write_atomic
-        script.write_atomic = lambda path, write: original(path, fail if path.parent == copied and path.suffix == ".bin" else write)
-        evaluate = script.evaluate_sts
-        script.evaluate_sts = lambda *args: {k: 0.9 for k in evaluate(*args)}
-    run = Process(tiny, copied, full_for_models, resume_from_step=15, eval_interval=5)
+    run = Process(tiny, copied, full_for_the_best_model, str(copied), resume_from_step=15, eval_interval=5)
     assert run.wait() == 0 and "best model of step 20 not written" in run.text(), run.text()
     assert script.file_sha256(copied / "pytorch_model.bin") == before
 
@@ -333,9 +346,11 @@ def test_metrics_on_a_full_disk(tmp_path, capsys):
     assert "not written yet" in capsys.readouterr().out
 
 
+def small_disk() -> None:
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(2e8, 1e8, 1e8)
+
+
 def test_start_says_how_much_disk_and_stops_if_it_is_not_there(tiny, tmp_path):
-    def small_disk():
-        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(2e8, 1e8, 1e8)
     run = Process(tiny, tmp_path / "run", small_disk)
     assert run.wait() == 2 and "disk: 4 checkpoints" in run.text() and "do not fit in 0.1 GB" in run.text()
 
@@ -343,25 +358,23 @@ def test_start_says_how_much_disk_and_stops_if_it_is_not_there(tiny, tmp_path):
 # Bad numbers
 
 
-def spoil(steps: set[int], where: str) -> Callable[[], None]:
+def spoil(steps: list[int], where: str) -> None:
     """Make the loss (or only the gradient) of `steps` not a number."""
-    def prepare():
-        original = script.Trainer.step_gradients
+    original = script.Trainer.step_gradients
 
-        def step_gradients(self, batch, step):
-            values = original(self, batch, step)
-            if step in steps and where == "loss":
-                values["distillation"] = float("inf")
-            elif step in steps:
-                next(p for p in self.student.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
-            return values
-        script.Trainer.step_gradients = step_gradients
-    return prepare
+    def step_gradients(self, batch, step):
+        values = original(self, batch, step)
+        if step in steps and where == "loss":
+            values["distillation"] = float("inf")
+        elif step in steps:
+            next(p for p in self.student.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
+        return values
+    script.Trainer.step_gradients = step_gradients
 
 
 @pytest.mark.parametrize("where, name", [("loss", "distillation"), ("gradient", "gradient norm")])
 def test_bad_step_is_skipped_and_named(tiny, tmp_path, where, name):
-    run = Process(tiny, tmp_path / "run", spoil({7, 11}, where), save_interval=1)
+    run = Process(tiny, tmp_path / "run", spoil, [7, 11], where, save_interval=1)
     assert run.wait() == 0, run.text()
     bad = [line for line in kill_soak.metrics(run.folder) if "bad/step" in line]
     assert bad == [{"step": s, "bad/step": s, "bad/loss": name, "bad/batch": s} for s in (7, 11)]
@@ -383,11 +396,13 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
     assert not script.checkpoint_steps(run.folder)
 
 
+def wrong_parallel_form() -> None:
+    original = script.chunk_hierarchical_delta_rule
+    script.chunk_hierarchical_delta_rule = lambda *a, **k: tuple(x + 0.01 for x in original(*a, **k))
+
+
 def test_wrong_parallel_form_stops_the_run(tiny, tmp_path):
-    def wrong():
-        original = script.chunk_hierarchical_delta_rule
-        script.chunk_hierarchical_delta_rule = lambda *a, **k: tuple(x + 0.01 for x in original(*a, **k))
-    run = Process(tiny, tmp_path / "run", wrong)
+    run = Process(tiny, tmp_path / "run", wrong_parallel_form)
     assert run.wait() == 2 and "differs from its reference" in run.text()
 
 
@@ -397,7 +412,6 @@ def test_wrong_parallel_form_stops_the_run(tiny, tmp_path):
 def test_second_run_is_told_of_the_first_and_a_dead_ones_lock_is_taken_over(tiny, tmp_path):
     first = Process(tiny, tmp_path / "run", total_steps=10000, save_interval=2).until_lines(3)
     second = Process(tiny, tmp_path / "run", resume_from_step=-1)
-    second.log = first.log
     assert second.wait() == 2 and f"pid {first.pid} on {socket.gethostname()}" in second.text()
     first.until(lambda: script.checkpoint_steps(first.folder))
     first.send(signal.SIGKILL)
