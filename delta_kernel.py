@@ -115,11 +115,11 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _delta_matrices(q, k, beta, C: tl.constexpr, LOG2_C: tl.constexpr, PRECISION: tl.constexpr):
-    """tril(K K^T, -1), X and W of a chunk, each (C, C).
+    """X and W of a chunk, each (C, C).
 
-    X is the inverse of I + N by block substitution: with the diagonal blocks of size b inverted, the block below
-    the diagonal of each pair is -X_22 N_21 X_11. All entries met on the way are products beta_t k_t^T H .. H k_j
-    of contractions, so at most 1, also for repeated tokens, where a power series in N would grow without bound.
+    X is the inverse of I + N by block substitution: once the diagonal blocks of some size are inverted, the block
+    between two neighbours is -X_22 N_21 X_11. Every entry met on the way is beta_t k_t^T H ... H k_j, at most 1 for
+    keys of unit length, also for repeated tokens, where a power series in N would grow without bound.
     """
     row = tl.arange(0, C)[:, None]
     col = tl.arange(0, C)[None, :]
@@ -135,7 +135,7 @@ def _delta_matrices(q, k, beta, C: tl.constexpr, LOG2_C: tl.constexpr, PRECISION
 
 @triton.jit
 def _read_weights(m_ptr, r_f, r_s, start, T, C: tl.constexpr):
-    """The (C, C) tiles B[fast], B[slow] of the row vectors B_tj = r_t^T M_t ... M_{j+1}, zero for j > t; c is their sum.
+    """Tiles (C, C) B[fast], B[slow] of the row vectors B_tj = r_t^T M_t ... M_{j+1}, zero for j > t; c is their sum.
 
     Column by column from the right: M_j multiplies the rows t >= j of all columns left of j. Only sums of products
     of numbers in [0, 1]: nothing is divided by a decay, and underflow is harmless. Both tiles keep one layout
@@ -159,53 +159,53 @@ def _read_weights(m_ptr, r_f, r_s, start, T, C: tl.constexpr):
 
 @triton.jit
 def _write_weights(m_ptr, start, T, C: tl.constexpr):
-    """The (C, C) tiles w[fast], w[slow] of M_{t-1} ... M_{j+1} 1, zero for j >= t: what M_t is applied to."""
+    """Tiles (C, C) e[fast], e[slow] with e_tj = M_t ... M_{j+1} 1; row t holds e_{t-1}, zero for j >= t."""
     row = tl.arange(0, C)[:, None]
     col = tl.arange(0, C)[None, :]
-    w_f = tl.where(row > col, 1.0, 0.0)
-    w_s = w_f
+    e_f = tl.where(row > col, 1.0, 0.0)
+    e_s = e_f
     for t in range(1, tl.minimum(T - start, C - 1)):
         m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + t, T)
         applies = (row > t) & (col < t)
-        next_f = m_ff * w_f + m_fs * w_s
-        next_s = m_sf * w_f + m_ss * w_s
-        w_f = tl.where(applies, next_f, w_f)
-        w_s = tl.where(applies, next_s, w_s)
-    return w_f, w_s
+        next_f = m_ff * e_f + m_fs * e_s
+        next_s = m_sf * e_f + m_ss * e_s
+        e_f = tl.where(applies, next_f, e_f)
+        e_s = tl.where(applies, next_s, e_s)
+    return e_f, e_s
 
 
 @triton.jit
 def _products_before(m_ptr, start, T, C: tl.constexpr):
     """M_{t-1} ... M_1 for every t (four (C,) vectors ff, fs, sf, ss) and M_C ... M_1 (four scalars)."""
     token = tl.arange(0, C)
-    v_ff = tl.zeros((C,), dtype=tl.float32)
-    v_fs = tl.zeros((C,), dtype=tl.float32)
-    v_sf = tl.zeros((C,), dtype=tl.float32)
-    v_ss = tl.zeros((C,), dtype=tl.float32)
+    before_ff = tl.zeros((C,), dtype=tl.float32)
+    before_fs = tl.zeros((C,), dtype=tl.float32)
+    before_sf = tl.zeros((C,), dtype=tl.float32)
+    before_ss = tl.zeros((C,), dtype=tl.float32)
     l_ff = 1.0
     l_fs = 0.0
     l_sf = 0.0
     l_ss = 1.0
     for t in range(tl.minimum(T - start, C)):
         here = token == t
-        v_ff = tl.where(here, l_ff, v_ff)
-        v_fs = tl.where(here, l_fs, v_fs)
-        v_sf = tl.where(here, l_sf, v_sf)
-        v_ss = tl.where(here, l_ss, v_ss)
+        before_ff = tl.where(here, l_ff, before_ff)
+        before_fs = tl.where(here, l_fs, before_fs)
+        before_sf = tl.where(here, l_sf, before_sf)
+        before_ss = tl.where(here, l_ss, before_ss)
         m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + t, T)
         l_ff, l_sf = m_ff * l_ff + m_fs * l_sf, m_sf * l_ff + m_ss * l_sf
         l_fs, l_ss = m_ff * l_fs + m_fs * l_ss, m_sf * l_fs + m_ss * l_ss
-    return v_ff, v_fs, v_sf, v_ss, l_ff, l_fs, l_sf, l_ss
+    return before_ff, before_fs, before_sf, before_ss, l_ff, l_fs, l_sf, l_ss
 
 
 @triton.jit
 def _products_after(m_ptr, start, T, C: tl.constexpr):
     """P_t = M_C ... M_{t+1} for every t, as four (C,) vectors ff, fs, sf, ss."""
     token = tl.arange(0, C)
-    p_ff = tl.zeros((C,), dtype=tl.float32)
-    p_fs = tl.zeros((C,), dtype=tl.float32)
-    p_sf = tl.zeros((C,), dtype=tl.float32)
-    p_ss = tl.zeros((C,), dtype=tl.float32)
+    after_ff = tl.zeros((C,), dtype=tl.float32)
+    after_fs = tl.zeros((C,), dtype=tl.float32)
+    after_sf = tl.zeros((C,), dtype=tl.float32)
+    after_ss = tl.zeros((C,), dtype=tl.float32)
     l_ff = 1.0
     l_fs = 0.0
     l_sf = 0.0
@@ -214,14 +214,14 @@ def _products_after(m_ptr, start, T, C: tl.constexpr):
     for step in range(tokens):
         t = tokens - 1 - step
         here = token == t
-        p_ff = tl.where(here, l_ff, p_ff)
-        p_fs = tl.where(here, l_fs, p_fs)
-        p_sf = tl.where(here, l_sf, p_sf)
-        p_ss = tl.where(here, l_ss, p_ss)
+        after_ff = tl.where(here, l_ff, after_ff)
+        after_fs = tl.where(here, l_fs, after_fs)
+        after_sf = tl.where(here, l_sf, after_sf)
+        after_ss = tl.where(here, l_ss, after_ss)
         m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + t, T)
         l_ff, l_fs = l_ff * m_ff + l_fs * m_sf, l_ff * m_fs + l_fs * m_ss
         l_sf, l_ss = l_sf * m_ff + l_ss * m_sf, l_sf * m_fs + l_ss * m_ss
-    return p_ff, p_fs, p_sf, p_ss
+    return after_ff, after_fs, after_sf, after_ss
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
@@ -238,7 +238,7 @@ def _forward_kernel(
     STATE_IN: some chunk starts from a state other than zero. STATE_OUT: the state after some chunk is needed.
     SAVE_STATES: store the state at the start of every chunk, (CHUNKS, 2, K, V), for the backward pass.
     """
-    n = tl.program_id(0).to(tl.int64)  # n * T * K passes 2^31 at sizes in use
+    n = tl.program_id(0).to(tl.int64)  # n * T * K may pass 2^31
     q_ptr += n * T * K
     k_ptr += n * T * K
     v_ptr += n * T * V
@@ -271,21 +271,21 @@ def _forward_kernel(
         b_f, b_s = _read_weights(m_ptr, r_f, r_s, start, T, C)
         o = _dot((b_f + b_s) * a, v, PRECISION)
         if STATE_IN:
-            v_ff, v_fs, v_sf, v_ss, l_ff, l_fs, l_sf, l_ss = _products_before(m_ptr, start, T, C)
+            before_ff, before_fs, before_sf, before_ss, l_ff, l_fs, l_sf, l_ss = _products_before(m_ptr, start, T, C)
             m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + tl.arange(0, C), T)
             to_f = r_f * m_ff + r_s * m_sf
             to_s = r_f * m_fs + r_s * m_ss
-            u_f = to_f * v_ff + to_s * v_sf
-            u_s = to_f * v_fs + to_s * v_ss
+            u_f = to_f * before_ff + to_s * before_sf
+            u_s = to_f * before_fs + to_s * before_ss
             q_tilde = q - _dot(a, k, PRECISION)
             o += u_f[:, None] * _dot(q_tilde, s_f, PRECISION)
             o += u_s[:, None] * _dot(q_tilde, s_s, PRECISION)
         _store_rows(o_ptr, o, start, T, C, V)
         if STATE_OUT:
-            p_ff, p_fs, p_sf, p_ss = _products_after(m_ptr, start, T, C)
+            after_ff, after_fs, after_sf, after_ss = _products_after(m_ptr, start, T, C)
             k_tilde = beta[:, None] * _dot(tl.trans(x), k, PRECISION)
-            z_f = (p_ff + p_fs)[:, None] * v
-            z_s = (p_sf + p_ss)[:, None] * v
+            z_f = (after_ff + after_fs)[:, None] * v
+            z_s = (after_sf + after_ss)[:, None] * v
             if STATE_IN:
                 s_f, s_s = l_ff * s_f + l_fs * s_s, l_sf * s_f + l_ss * s_s
                 z_f -= _dot(k, s_f, PRECISION)
@@ -360,14 +360,14 @@ def _backward_kernel(
         if STATE_IN:
             s_f = _load_state(states_ptr + chunk * (2 * K * V), K, V)
             s_s = _load_state(states_ptr + chunk * (2 * K * V) + K * V, K, V)
-            v_ff, v_fs, v_sf, v_ss, l_ff, l_fs, l_sf, l_ss = _products_before(m_ptr, start, T, C)
+            before_ff, before_fs, before_sf, before_ss, l_ff, l_fs, l_sf, l_ss = _products_before(m_ptr, start, T, C)
         # The state handed on, mix[a] + k_tilde^T z[a] with z[a] = R[:, a] * V - K mix[a].
         if STATE_OUT:
-            p_ff, p_fs, p_sf, p_ss = _products_after(m_ptr, start, T, C)
+            after_ff, after_fs, after_sf, after_ss = _products_after(m_ptr, start, T, C)
             kx = _dot(tl.trans(x), k, PRECISION)
             k_tilde = beta[:, None] * kx
-            past_f = (p_ff + p_fs)[:, None]
-            past_s = (p_sf + p_ss)[:, None]
+            past_f = (after_ff + after_fs)[:, None]
+            past_s = (after_sf + after_ss)[:, None]
             dz_f = _dot(k_tilde, ds_f, PRECISION)
             dz_s = _dot(k_tilde, ds_s, PRECISION)
             dv += past_f * dz_f + past_s * dz_s
@@ -401,8 +401,8 @@ def _backward_kernel(
         if STATE_IN:
             to_f = r_f * m_ff + r_s * m_sf
             to_s = r_f * m_fs + r_s * m_ss
-            u_f = to_f * v_ff + to_s * v_sf
-            u_s = to_f * v_fs + to_s * v_ss
+            u_f = to_f * before_ff + to_s * before_sf
+            u_s = to_f * before_fs + to_s * before_ss
             q_tilde = q - _dot(a, k, PRECISION)
             ds_f += _dot(tl.trans(q_tilde), u_f[:, None] * do, PRECISION)
             ds_s += _dot(tl.trans(q_tilde), u_s[:, None] * do, PRECISION)
@@ -424,36 +424,37 @@ def _backward_kernel(
         dc = a * dca
         da += c * dca
 
-        # M_t multiplies w_{t-1}, so its gradient is (gradient of w_t) w_{t-1}^T, summed over the columns j < t and
-        # the two of the carried state; the gradient of w_t is B^T dc, plus what reaches it through R and mix.
-        w_f, w_s = _write_weights(m_ptr, start, T, C)
-        dread_f = tl.sum(dc * w_f, axis=1)
-        dread_s = tl.sum(dc * w_s, axis=1)
-        dw_f = _dot(tl.trans(b_f), dc, PRECISION)
-        dw_s = _dot(tl.trans(b_s), dc, PRECISION)
+        # c_tj = r_t^T e_tj with e_t = M_t e_{t-1}. So the gradient of M_t is (gradient of e_t) e_{t-1}^T, summed over
+        # the columns j < t and the two of the carried state, where M_{t-1} ... M_1 takes the place of e_{t-1}. The
+        # gradient of e_t is B^T dc, plus what reaches it through R and mix.
+        e_f, e_s = _write_weights(m_ptr, start, T, C)
+        dread_f = tl.sum(dc * e_f, axis=1)
+        dread_s = tl.sum(dc * e_s, axis=1)
+        de_f = _dot(tl.trans(b_f), dc, PRECISION)
+        de_s = _dot(tl.trans(b_s), dc, PRECISION)
         if STATE_OUT:
-            dw_f += p_ff[:, None] * dpast_f[None, :] + p_sf[:, None] * dpast_s[None, :]
-            dw_s += p_fs[:, None] * dpast_f[None, :] + p_ss[:, None] * dpast_s[None, :]
-        dm_ff = tl.sum(dw_f * w_f, axis=1)
-        dm_fs = tl.sum(dw_f * w_s, axis=1)
-        dm_sf = tl.sum(dw_s * w_f, axis=1)
-        dm_ss = tl.sum(dw_s * w_s, axis=1)
+            de_f += after_ff[:, None] * dpast_f[None, :] + after_sf[:, None] * dpast_s[None, :]
+            de_s += after_fs[:, None] * dpast_f[None, :] + after_ss[:, None] * dpast_s[None, :]
+        dm_ff = tl.sum(de_f * e_f, axis=1)
+        dm_fs = tl.sum(de_f * e_s, axis=1)
+        dm_sf = tl.sum(de_s * e_f, axis=1)
+        dm_ss = tl.sum(de_s * e_s, axis=1)
         if STATE_IN:
-            dread_f += du_f * v_ff + du_s * v_fs
-            dread_s += du_f * v_sf + du_s * v_ss
-            dv_ff = tl.sum(b_f * du_f[:, None], axis=0)
-            dv_fs = tl.sum(b_f * du_s[:, None], axis=0)
-            dv_sf = tl.sum(b_s * du_f[:, None], axis=0)
-            dv_ss = tl.sum(b_s * du_s[:, None], axis=0)
+            dread_f += du_f * before_ff + du_s * before_fs
+            dread_s += du_f * before_sf + du_s * before_ss
+            dproduct_ff = tl.sum(b_f * du_f[:, None], axis=0)
+            dproduct_fs = tl.sum(b_f * du_s[:, None], axis=0)
+            dproduct_sf = tl.sum(b_s * du_f[:, None], axis=0)
+            dproduct_ss = tl.sum(b_s * du_s[:, None], axis=0)
             if STATE_OUT:
-                dv_ff += p_ff * dl_ff + p_sf * dl_sf
-                dv_fs += p_ff * dl_fs + p_sf * dl_ss
-                dv_sf += p_fs * dl_ff + p_ss * dl_sf
-                dv_ss += p_fs * dl_fs + p_ss * dl_ss
-            dm_ff += dv_ff * v_ff + dv_fs * v_fs
-            dm_fs += dv_ff * v_sf + dv_fs * v_ss
-            dm_sf += dv_sf * v_ff + dv_ss * v_fs
-            dm_ss += dv_sf * v_sf + dv_ss * v_ss
+                dproduct_ff += after_ff * dl_ff + after_sf * dl_sf
+                dproduct_fs += after_ff * dl_fs + after_sf * dl_ss
+                dproduct_sf += after_fs * dl_ff + after_ss * dl_sf
+                dproduct_ss += after_fs * dl_fs + after_ss * dl_ss
+            dm_ff += dproduct_ff * before_ff + dproduct_fs * before_fs
+            dm_fs += dproduct_ff * before_sf + dproduct_fs * before_ss
+            dm_sf += dproduct_sf * before_ff + dproduct_ss * before_fs
+            dm_ss += dproduct_sf * before_sf + dproduct_ss * before_ss
         own = tl.sum(tl.where(row == col, dc, 0.0), axis=1)
         _store_vector(dr_ptr, own + m_ff * dread_f + m_fs * dread_s, start, T, C, 2)
         _store_vector(dr_ptr + 1, own + m_sf * dread_f + m_ss * dread_s, start, T, C, 2)

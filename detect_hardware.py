@@ -28,6 +28,7 @@ from train_6layer_deltanet import Trainer, UserError, build_optimizer, build_stu
 PARTS = (1, 2, 4, 8)
 USABLE = 0.9  # share of the memory that a training can have: the rest is the driver's, libraries' and fragmentation
 KEYS = ("batch_size", "max_length", "total_steps")
+COLUMNS = ("parameters", "teacher", "gradients", "optimizer")
 
 
 def read_text(path: str) -> str:
@@ -68,8 +69,8 @@ def find_hardware() -> dict[str, Any]:
 def random_teacher(cfg: dict[str, Any]) -> BertModel:
     """A BERT of the teacher's shapes with random weights: memory and speed do not depend on the values."""
     d = cfg["d_model"]
-    return BertModel(BertConfig(hidden_size=d, num_hidden_layers=cfg["num_layers"], num_attention_heads=12, intermediate_size=4 * d,
-                                vocab_size=30522), add_pooling_layer=False).eval().requires_grad_(False)
+    shapes = BertConfig(hidden_size=d, num_hidden_layers=cfg["num_layers"], num_attention_heads=12, intermediate_size=4 * d)
+    return BertModel(shapes, add_pooling_layer=False).eval().requires_grad_(False)
 
 
 def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[str, float]:
@@ -147,30 +148,40 @@ def measured_steps(cfg: dict[str, Any], count: int = 2) -> dict[str, float]:
     return {"seconds": seconds, "peak": float(peak), "trained": sum(t.numel() for t in trainable_state(student).values())}
 
 
-def measure(cfg: dict[str, Any], timeout: float = 120) -> dict[str, float]:
+def measure(cfg: dict[str, Any], timeout: float) -> dict[str, float]:
     """`measured_steps` in a fresh process, so that the peak is the training's own. UserError if it fails."""
     # Without this, the allocator keeps freed blocks of many sizes, and the peak is not what the training needs.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     try:
-        done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(cfg)], capture_output=True, text=True, timeout=timeout, env=env)
+        done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(cfg)], capture_output=True, text=True,
+                              timeout=timeout, env=env)
     except subprocess.TimeoutExpired:
         raise UserError(f"the measured steps took more than {timeout:.0f} s; use --measure false") from None
     if done.returncode:
-        raise UserError(f"the measured steps failed: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1][:200]}")
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:200]
+        raise UserError(f"the measured steps failed: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_within(cfg: dict[str, Any], room: float, seconds: float = 12) -> dict[str, Any]:
+def measure_within(cfg: dict[str, Any], room: float, seconds: float = 28) -> dict[str, Any]:
     """Steps of as many pairs as fit in time and in `room` bytes; the step of the whole batch is extrapolated in proportion."""
-    pairs, begun, found = 2, time.perf_counter(), {}
-    while True:
+    limit, most = time.perf_counter() + seconds, cfg["batch_size"] // cfg["gradient_accumulation_steps"]
+
+    def attempt(pairs: int) -> dict[str, Any]:
         small = cfg | {"batch_size": pairs, "gradient_accumulation_steps": 1}
-        found = measure(small) | {"pairs": pairs, "estimated": estimate_memory(small)["total"]}
-        wanted = min(cfg["batch_size"] // cfg["gradient_accumulation_steps"], pairs * 4)
-        too_much = estimate_memory(small | {"batch_size": wanted})["total"] > room
-        if wanted <= pairs or too_much or time.perf_counter() - begun + 8 * found["seconds"] + 5 > seconds:
-            break
-        pairs = wanted
+        return measure(small, limit - time.perf_counter()) | {"pairs": pairs, "estimated": estimate_memory(small)["total"]}
+
+    begun, found = time.perf_counter(), attempt(min(2, cfg["batch_size"]))
+    start_up = time.perf_counter() - begun  # of a fresh process, with two small steps
+    pairs = min(most, int((limit - time.perf_counter() - 1.5 * start_up) / (3 * found["seconds"]) * found["pairs"]))
+    while pairs > 2 and estimate_memory(cfg | {"batch_size": pairs, "gradient_accumulation_steps": 1})["total"] > room:
+        pairs //= 2
+    if pairs > found["pairs"]:
+        try:
+            found = attempt(pairs)
+        except UserError:
+            pass  # out of time: the smaller measurement stands
+    pairs = found["pairs"]
     # Several micro-batches go forward twice: once without and once with a graph, about 4 units of work instead of 3.
     factor = 4 / 3 if cfg["gradient_accumulation_steps"] > 1 else 1.0
     step = found["seconds"] * cfg["batch_size"] / pairs * factor
@@ -203,9 +214,13 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     if precision in fitting:
         cfg |= {"precision": precision, "gradient_accumulation_steps": fitting[precision]}
         options = {k: cfg[k] for k in (*KEYS, "gradient_accumulation_steps", "precision") if cfg[k] != config[k]}
-        result["command"] = " ".join(["python train_6layer_deltanet.py", f"--device {cfg['device']}", *(f"--{k} {v}" for k, v in options.items())])
+        result["command"] = " ".join([f"python train_6layer_deltanet.py --device {cfg['device']}",
+                                      *(f"--{k} {v}" for k, v in options.items())])
     if args.measure:
-        result["measured"] = measure_within(cfg, room)
+        try:
+            result["measured"] = measure_within(cfg, room)
+        except UserError as error:
+            result["not_measured"] = str(error)
     return result
 
 
@@ -216,33 +231,37 @@ def page(r: dict[str, Any]) -> str:
     for i, g in enumerate(h["gpus"]):
         meets = ("meets the specification (7.0), 8.0 recommended: " + yes(g["recommended"])) if g["meets_specification"] else \
             "below the specification's 7.0: training would use the CPU"
-        lines.append(f"  GPU {i}: {g['name']}, {g['memory_gib']:.1f} GiB, compute capability {g['compute_capability']}, {g['multiprocessors']} "
-                     f"multiprocessors, TF32 {yes(g['tf32'])}, bf16 {yes(g['bf16'])}; {meets}")
+        lines.append(f"  GPU {i}: {g['name']}, {g['memory_gib']:.1f} GiB, compute capability {g['compute_capability']}, "
+                     f"{g['multiprocessors']} multiprocessors, TF32 {yes(g['tf32'])}, bf16 {yes(g['bf16'])}; {meets}")
     c, size = h["cpu"], lambda x: f"{x:.1f} GiB" if x else "unknown"  # noqa: E731
     lines += [] if h["gpus"] else ["  GPU: none that PyTorch can use; the specification asks for compute capability 7.0: not met"]
     lines += [f"  CPU: {c['name']}, {c['cores']} cores ({c['usable_cores']} usable, {c['threads']} threads), AVX512 {yes(c['avx512'])}, AMX "
               f"{yes(c['amx'])}, bf16 {yes(c['bf16'])}; memory {size(c['memory_gib'])}, {size(c['free_gib'])} free",
-              f"  CUDA {h['cuda'] or 'none'}, cuDNN {h['cudnn'] or 'none'}, driver {h['driver'] or 'none'}, PyTorch {h['pytorch']}, transformers "
-              f"{h['transformers']}, Python {h['python']}, {h['platform']}", "",
-              f"Training memory in GiB, {s['batch_size']} pairs a step of two texts of {s['max_length']} tokens (an upper bound: most texts are "
+              f"  CUDA {h['cuda'] or 'none'}, cuDNN {h['cudnn'] or 'none'}, driver {h['driver'] or 'none'}, PyTorch {h['pytorch']}, "
+              f"transformers {h['transformers']}, Python {h['python']}, {h['platform']}", "",
+              f"Training memory in GiB, {s['batch_size']} pairs a step of two texts of {s['max_length']} tokens (most texts are "
               f"shorter; hard negatives add up to half); usable on this {r['device']}: {r['usable_gib']:.1f}",
-              f"  {'precision':<10}{'micro-batches':>14}{'parameters':>12}{'teacher':>9}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>8}  fits"]
+              "  precision micro-batches" + "".join(f"{part:>13}" for part in (*COLUMNS, "activations", "total")) + "  fits"]
     for e in r["estimates_gib"]:
-        activations = e["activations"] + e["backward"] + e["teacher_states"]
-        lines.append(f"  {e['precision']:<10}{e['gradient_accumulation_steps']:>14}{e['parameters']:>12.2f}{e['teacher']:>9.2f}{e['gradients']:>11.2f}"
-                     f"{e['optimizer']:>11.2f}{activations:>13.2f}{e['total']:>8.2f}  {yes(e['fits'])}")
+        values = [*(e[part] for part in COLUMNS), e["activations"] + e["backward"] + e["teacher_states"], e["total"]]
+        lines.append(f"  {e['precision']:<10}{e['gradient_accumulation_steps']:>13}" + "".join(f"{v:>13.2f}" for v in values)
+                     + f"  {yes(e['fits'])}")
     for precision, parts in r["smallest_gradient_accumulation_steps"].items():
         lines.append(f"  smallest gradient_accumulation_steps that fits in {precision}: {parts}")
     if m := r["measured"]:
-        lines += ["", f"Measured here: a step of {m['pairs']} pairs takes {m['seconds']:.2f} s and {m['peak'] / 2**30:.2f} GiB (the formula says "
-                  f"{m['estimated'] / 2**30:.2f})", f"  extrapolated in proportion to {s['batch_size']} pairs, not measured: {1 / m['step_seconds']:.3g} steps/s, "
-                  f"{m['total_hours']:.3g} hours for {s['total_steps']} steps; a bigger batch uses the device better, and shorter texts take less"]
-    lines += ["", "Recommended:", f"  {r['command']}" if r["command"] else "  none: no micro-batch count fits this device; use a smaller --batch_size or --max_length"]
+        lines += ["", f"Measured here: a step of {m['pairs']} pairs takes {m['seconds']:.2f} s and {m['peak'] / 2**30:.2f} GiB (the "
+                  f"formula says {m['estimated'] / 2**30:.2f})",
+                  f"  extrapolated in proportion to {s['batch_size']} pairs, not measured: {1 / m['step_seconds']:.3g} steps/s, "
+                  f"{m['total_hours']:.3g} hours for {s['total_steps']} steps;", "  a bigger batch uses the device better, and shorter texts take less"]
+    if "not_measured" in r:
+        lines += ["", f"Not measured: {r['not_measured']}"]
+    none = "none: no micro-batch count fits this device; use a smaller --batch_size or --max_length"
+    lines += ["", "Recommended:", f"  {r['command'] or none}"]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 when a command line could be recommended, 1 if nothing fits, 2 for bad input."""
+    """Returns the exit status: 0 when a command line could be recommended, 1 if nothing fits or the measurement failed, 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for key in KEYS:
         parser.add_argument(f"--{key}", type=int, default=config[key], help="as in training (default: %(default)s)")
@@ -261,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2) if args.json else page(result))
-    return 0 if result["command"] else 1
+    return 0 if result["command"] and "not_measured" not in result else 1
 
 
 if __name__ == "__main__":

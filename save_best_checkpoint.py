@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 import transformers
+from torch import Tensor
 
-from train_6layer_deltanet import (HUB_SOURCES, DeltaNetStudent, RunLock, UserError, checkpoint_steps, config, file_sha256,
-                                   find_checkpoint, load_teacher, read_record, read_student, save_model, student_from,
+import train_6layer_deltanet as script
+from train_6layer_deltanet import (ARCHITECTURE_KEYS, HUB_SOURCES, DeltaNetStudent, RunLock, UserError, checkpoint_steps, config,
+                                   file_sha256, find_checkpoint, load_teacher, read_record, read_student, save_model, student_from,
                                    trainable_state, write_atomic, write_json)
 
 CARD_MARK = "library_name: sentence-transformers"
@@ -111,9 +115,7 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
     hub = ", ".join(f"{key} ({value[0]})" for key, value in HUB_SOURCES.items())
     data = ("Sentence pairs from the local files " + ", ".join(n for n in local if n not in skipped) if local else
             "Sentence pairs from local files" if cfg["data_dir"] else f"Sentence pairs from {hub}; sources = {cfg['sources']}")
-    parts = [word for word, on in (("half of the heads read right to left", c.bidirectional), ("a fast and a slow state", c.hierarchical_memory),
-             ("coupling of the two", c.cross_timescale_coupling), ("resonance flux", c.resonance_flux),
-             ("short convolutions", c.short_convolution), ("read gates", c.read_gates)) if on]
+    parts = [f"{key.replace('_', ' ')}: {'yes' if getattr(c, key) else 'no'}" for key in ARCHITECTURE_KEYS[3:]]
     return f"""---
 language: en
 license: apache-2.0
@@ -182,6 +184,81 @@ def export_trained(folder: Path, student: DeltaNetStudent, cfg: dict[str, Any], 
     return ["student.safetensors", "config.json", "metrics.json"]
 
 
+class ScanRecurrence:
+    """Stands in for the parts that ONNX cannot express, with the same results: the parallel form needs a triangular solve,
+    which ONNX has not, and its doubling depends on the length. So the recurrence itself is exported, as one ONNX Scan."""
+
+    @staticmethod
+    def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, transition: Tensor, read: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """`recurrent_hierarchical_delta_rule` for (H, B, T, ...) without an initial state."""
+        from torch._higher_order_ops.scan import scan
+
+        def step(state: Tensor, at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            q, k, v, beta, m, r = at
+            state = (m[..., None, None] * state.unsqueeze(-4)).sum(-3)
+            error = v.unsqueeze(-2) - (state * k[..., None, :, None]).sum(-2)
+            state = state + (beta.unsqueeze(-1) * k)[..., None, :, None] * error.unsqueeze(-2)
+            return state, ((r[..., None, None] * state).sum(-3) * q.unsqueeze(-1)).sum(-2)
+
+        start = (0 * q[:, :, 0, :, None] * v[:, :, 0, None, :]).unsqueeze(2).expand(-1, -1, 2, -1, -1)
+        return scan(step, start, tuple(x.movedim(2, 0).contiguous() for x in (q, k, v, beta, transition, read)))[1].movedim(0, 2), None
+
+    @staticmethod
+    def apply(x: Tensor, w: Tensor) -> Tensor:
+        """`ShortConvolution.apply` without writing in place."""
+        padded = F.pad(x, (0, 0, len(w) - 1, 0))
+        return sum(padded[..., len(w) - 1 - i:padded.shape[-2] - i, :] * w[i] for i in range(len(w)))
+
+
+class OnnxModel(nn.Module):
+    """(input_ids, attention_mask) -> last_hidden_state and the unit sentence_embedding."""
+
+    def __init__(self, student: DeltaNetStudent):
+        super().__init__()
+        self.student = student
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.student(input_ids, attention_mask).last_hidden_state
+        return hidden, script.mean_pool(hidden, attention_mask)
+
+
+@torch.no_grad()
+def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
+    """Write model.onnx with dynamic batch and length; returns its largest difference from the student at each length."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed; pip install -r requirements-eval.txt") from None
+    generator = torch.Generator().manual_seed(0)
+
+    def example(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(1000, student.config.vocab_size, (batch, length), generator=generator)
+        return ids, (torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]).long()
+
+    names, dims = ("input_ids", "attention_mask"), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    kept = script.chunk_hierarchical_delta_rule, script.ShortConvolution
+    script.chunk_hierarchical_delta_rule, script.ShortConvolution = ScanRecurrence.delta_rule, ScanRecurrence
+    try:
+        torch.onnx.export(OnnxModel(student).eval(), example(3, 21), dynamo=True, verbose=False, input_names=names,
+                          output_names=("last_hidden_state", "sentence_embedding"),
+                          dynamic_shapes={name: dims for name in names}).save(path, external_data=False)
+    finally:
+        script.chunk_hierarchical_delta_rule, script.ShortConvolution = kept
+    session, result = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]), {}
+    for length in (5, 37, 128, 512):
+        inputs = example(2, length)
+        found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})
+        expected = OnnxModel(student).eval()(*inputs)
+        real = inputs[1].bool()  # what stands at padding is nobody's
+        result[f"onnx_error_{length}"] = max((torch.from_numpy(found[0]) - expected[0])[real].abs().max().item(),
+                                             (torch.from_numpy(found[1]) - expected[1]).abs().max().item())
+    if not max(result.values()) < 1e-4:
+        path.unlink()
+        raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; the file was removed")
+    return result
+
+
 def save(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line says; returns what was written."""
     source, chosen = find_source(args.checkpoint, Path(args.run_dir))
@@ -213,8 +290,7 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
         if lock:
             lock.release()
     if args.onnx:
-        from onnx_export import export_onnx
-        result["onnx"] = export_onnx(student, tokenizer, folder / "model.onnx")
+        result["onnx"] = export_onnx(student, folder / "model.onnx")
     return result | {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()
                                      and not p.name.startswith((".", "checkpoint_")))}
 

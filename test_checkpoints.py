@@ -117,7 +117,8 @@ class Scan:
                 if path.with_suffix(".json").exists() and (fault := verify_checkpoint(path)):
                     raise UserError(f"{path}: damaged, {fault}")
             row["sha256"] = file_sha256(path)
-            if (known := self.cache.get(row["sha256"])) and all(f"{row['sha256']}:{k}" in self.cache for k in self.keys.values()):
+            known = self.cache.get(row["sha256"])
+            if known and all(f"{row['sha256']}:{key}" in self.cache for key in self.keys.values()):
                 row |= known | {"scores": self.scores(row["sha256"], None)}
             else:
                 state, cfg, info = read_student(path)
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or args.output_dir}: cannot be read or written ({error.strerror})", file=sys.stderr)
+        print(f"error: {error.filename or args.output_dir}: cannot be read or written ({error.strerror or error})", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=2) if args.json else table(report))
     return 1 if report["bad"] else 0

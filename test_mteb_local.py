@@ -71,7 +71,7 @@ def open_model(name: str, teacher_model: str | None, device: str | None, scratch
         folder = file.parent if whole else scratch / f"model_{info['sha256'][:16]}"
         if not whole:
             save_model(folder, student, tokenizer, cfg, {"step": info["step"]})
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not name.endswith((".pt", ".bin", ".safetensors")):
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.pt)(?<!\.bin)(?<!\.safetensors)", name):
         folder, label = Path(name), name
         if name == config["teacher_model"]:
             folder = find_teacher(name)[0]
@@ -113,7 +113,9 @@ def choose_tasks(names: list[str] | None, benchmark: str | None) -> list[Any]:
         except KeyError:
             close = difflib.get_close_matches(name, [t.metadata.name for t in mteb.get_tasks()], 1)
             raise UserError(f"mteb has no task {name!r}" + (f": did you mean {close[0]!r}?" if close else "")) from None
-        tasks.append(mteb.get_task(name, languages=["eng"], exclusive_language_filter=True) if task.metadata.is_multilingual else task)
+        if task.metadata.is_multilingual:
+            task = mteb.get_task(name, languages=["eng"], exclusive_language_filter=True)
+        tasks.append(task)
     return tasks
 
 
@@ -137,7 +139,8 @@ def give_data(task: Any, data_dir: str) -> str:
         task.load_data()
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"no local file{f' {path}' if task.metadata.type == 'STS' and data_dir else ''}, and the hub gave none ({reason})") from None
+        looked = f" {path}" if task.metadata.type == "STS" and data_dir else ""
+        raise UserError(f"no local file{looked}, and the hub gave none ({reason})") from None
     return f"hub, {task.metadata.dataset['path']}"
 
 
@@ -152,7 +155,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     origins, not_run, models = {}, {}, []
     used = read_record(folder / "data.json")  # which data a kept result is of: mteb does not look at it
     with tempfile.TemporaryDirectory() as scratch:
-        encoders = [open_model(name, args.teacher_model, args.device, Path(scratch)) for name in [args.checkpoint, *args.compare]]
+        encoders = [open_model(name, args.teacher_model, args.device, Path(scratch))
+                    for name in [args.checkpoint, *args.compare]]
         for task in tasks:
             try:
                 origins[task.metadata.name] = give_data(task, args.data_dir)
@@ -174,7 +178,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 write_json(folder / "data.json", used)
             models.append({"model": meta.name, "revision": meta.revision, "scores": scores})
     summary = {"mteb": mteb.__version__, "tasks": [t.metadata.name for t in tasks], "data": origins, "models": models,
-               "published_teacher": {n: PUBLISHED[n] / 100 for t in tasks if (n := t.metadata.name) in PUBLISHED}, "not_run": not_run}
+               "published_teacher": {t.metadata.name: PUBLISHED[t.metadata.name] / 100 for t in tasks if t.metadata.name in PUBLISHED},
+               "not_run": not_run}
     write_json(folder / "summary.json", summary)
     write_atomic(folder / "summary.md", lambda file: file.write(page(summary).encode()))
     return summary

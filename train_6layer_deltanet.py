@@ -37,6 +37,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -124,6 +125,7 @@ config: dict[str, Any] = {
     # device
     "device": "auto",  # cuda if there is one, else cpu
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
+    "triton_kernel": False,  # run the delta rule in delta_kernel.py on CUDA; checked at start, its speed is unmeasured
     "threads": 0,  # CPU threads; 0: PyTorch's choice
 }
 
@@ -133,7 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "projection_init": "teacher",  # the teacher's q, k, v, o are a better start than random ones
         "batch_size": 32,  # more steps in the same time: the distillation losses need no negatives
         "gradient_accumulation_steps": 1,  # 32 pairs fit in memory at once
-        "total_steps": 2000,
+        "total_steps": 1200,
         "warmup_steps": 100,
         "eval_interval": 250,
         "save_interval": 250,
@@ -170,7 +172,7 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
                      "learned_positions")
 # Keys that may change between a run and its continuation, because no weight depends on them.
 FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
-             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "best_model_split",
+             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "best_model_split",
              "total_steps", "warmup_steps", "teacher_model", "precision", "allow_missing_sources")
 
 
@@ -469,6 +471,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
         self.cfg, heads, dim = cfg, cfg.num_heads, cfg.d_model
+        self.delta_rule = partial(chunk_hierarchical_delta_rule, chunk_size=cfg.chunk_size)
         channels = dim // heads
         self.qkv_proj = nn.Linear(dim, 3 * dim)
         self.gate_proj = nn.Linear(dim, 5 * heads)  # beta, a_fast, a_slow, g_fast, g_slow
@@ -548,8 +551,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
             read_slow = (1 - alpha) * g_slow if cfg.hierarchical_memory else torch.zeros_like(alpha)
             read = torch.stack([alpha * g_fast, read_slow]).movedim(0, -1)
 
-            o, state = chunk_hierarchical_delta_rule(q, k, v, beta, transition, read,
-                                                     output_final_state=output_final_state, chunk_size=cfg.chunk_size)
+            o, state = self.delta_rule(q, k, v, beta, transition, read, output_final_state=output_final_state)
             o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.o_norm
             o = self.orient(o).permute(1, 2, 0, 3).reshape(batch, length, dim)
         return self.o_proj(o), state
@@ -1565,6 +1567,7 @@ MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; genera
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Iterator
 
 import torch
@@ -1732,15 +1735,15 @@ def gather_sides(parts: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
 
 
 @torch.no_grad()
-def check_parallel_form(device: torch.device) -> float:
-    """Largest difference of the parallel form from the sequential reference on `device`; UserError above 1e-3."""
+def check_parallel_form(device: torch.device, delta_rule: Callable = chunk_hierarchical_delta_rule) -> float:
+    """Largest difference of `delta_rule` from the sequential reference on `device`; UserError above 1e-3."""
     generator = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     q, k = (l2_normalise(rand(2, 3, 70, 32) - 0.3) for _ in range(2))
     m = rand(2, 3, 70, 2, 2)
     inputs = [x.to(device) for x in (q, k, rand(2, 3, 70, 32), rand(2, 3, 70), m / m.sum(-1, keepdim=True), rand(2, 3, 70, 2))]
     expected = recurrent_hierarchical_delta_rule(*inputs, output_final_state=True)
-    got = chunk_hierarchical_delta_rule(*inputs, output_final_state=True, chunk_size=32)
+    got = delta_rule(*inputs, output_final_state=True, chunk_size=32)
     difference = max((a - b).abs().max().item() for a, b in zip(expected, got))
     if not difference < 1e-3:
         raise UserError(f"the parallel delta rule differs from its reference by {difference:.1e} on {device}: this build "
@@ -1888,6 +1891,13 @@ class Run:
         print(f"teacher: {origin}\ndevice: {self.device}; parallel form against the reference: "
               f"{check_parallel_form(self.device):.1e}")
         self.student = build_student(cfg, self.teacher).to(self.device)
+        if cfg["triton_kernel"]:
+            if self.device.type != "cuda":
+                raise UserError("triton_kernel is true, but the device is the CPU: set --triton_kernel false")
+            from delta_kernel import hierarchical_delta_rule_triton
+            print(f"Triton kernel against the reference: {check_parallel_form(self.device, hierarchical_delta_rule_triton):.1e}")
+            for mixer in self.student.deltanet_layers:
+                mixer.delta_rule = hierarchical_delta_rule_triton
         self.teacher.to(self.device)
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0

@@ -53,7 +53,7 @@ class Tiny:
 
     def train(self, log: Path, **changes: Any) -> int:
         """The exit status of the training script."""
-        return self.runs.wait(self.runs.start(self.cfg | changes, log), 60)
+        return self.runs.wait(self.runs.start(self.cfg | changes, log), 300)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def mutate(tiny: Tiny, path: Path, number: int) -> tuple[str, bool]:
         else:
             torch.save(content, path)
             if way == 2:  # a record that unpacks to a hundred times its size
-                rezip(path, lambda n, c: bytes(100_000_000) if n.endswith("/data/0") else c, zipfile.ZIP_DEFLATED)
+                rezip(path, lambda n, c: bytes(30_000_000) if n.endswith("/data/0") else c, zipfile.ZIP_DEFLATED)
             else:  # a storage that declares more elements than its record holds
                 rezip(path, lambda n, c: c.replace(b"M\x00\x04", b"J\x00\x00\x00\x7f").replace(b"K ", b"J\x00\x00\x00\x7f")
                       if n.endswith("data.pkl") else c)

@@ -49,7 +49,7 @@ class Process:
             self.status = self.runs.poll(self.pid)
         return self.status
 
-    def until(self, condition: Callable[[], Any], seconds: float = 60) -> None:
+    def until(self, condition: Callable[[], Any], seconds: float = 300) -> None:
         """Wait for `condition()`; the run must not end before."""
         limit = time.time() + seconds
         while not condition():
@@ -63,7 +63,7 @@ class Process:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 90) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit status; whatever happened, there is no traceback."""
         limit = time.time() + seconds
         while self.poll() is None:

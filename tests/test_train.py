@@ -382,12 +382,8 @@ def test_bf16_autocast_trains_and_keeps_the_core_in_float32(corpus, tiny_teacher
     last = json.loads((tmp_path / "bf16" / "checkpoint_2.json").read_text())
     assert last["step"] == 2 and all(np.isfinite(v) for v in last["losses"].values())
     mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(d_model=32, num_heads=2))
-    seen = []
-    original, script.chunk_hierarchical_delta_rule = script.chunk_hierarchical_delta_rule, \
-        lambda *a, **kw: seen.extend(a) or original(*a, **kw)
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            out, _ = mixer(torch.randn(2, 5, 32), torch.ones(2, 5))
-    finally:
-        script.chunk_hierarchical_delta_rule = original
+    seen, rule = [], mixer.delta_rule
+    mixer.delta_rule = lambda *inputs, **kwargs: seen.extend(inputs) or rule(*inputs, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = mixer(torch.randn(2, 5, 32), torch.ones(2, 5))
     assert out.dtype == torch.bfloat16 and {x.dtype for x in seen} == {torch.float32}
