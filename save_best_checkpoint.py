@@ -109,12 +109,8 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
               + (", so its own test score chose it and is slightly optimistic." if split == "test" else "."))
     if info["kind"] == "export":
         choice += " The weights were stored in float16; the scores are of the float32 weights they were rounded from."
-    folder = Path(cfg["data_dir"]) / "train"
-    local = sorted(p.name.removesuffix(".jsonl.gz") for p in folder.glob("*.jsonl.gz")) if cfg["data_dir"] else []
-    skipped = set(cfg["skip_files"].split(","))
-    hub = ", ".join(f"{key} ({value[0]})" for key, value in HUB_SOURCES.items())
-    data = ("Sentence pairs from the local files " + ", ".join(n for n in local if n not in skipped) if local else
-            "Sentence pairs from local files" if cfg["data_dir"] else f"Sentence pairs from {hub}; sources = {cfg['sources']}")
+    names = [f"{n} ({HUB_SOURCES[n][0]})" if n in HUB_SOURCES else n for n in info["sources"] or ()]
+    data = f"Sentence pairs of {len(names)} sources: {', '.join(names)}" if names else "The training sources were not recorded"
     parts = [f"{key.replace('_', ' ')}: {'yes' if getattr(c, key) else 'no'}" for key in ARCHITECTURE_KEYS[3:]]
     return f"""---
 language: en
@@ -165,7 +161,8 @@ teacher's and the data's view of people is copied too.
 
 ## Licence
 
-Apache-2.0, as the teacher, whose weights it contains. The training data have licences of their own.
+Apache-2.0, as the teacher, whose weights it contains. The training data have licences of their own, and
+some of the sources named above are for non-commercial or research use only: look there before a use that is not research.
 """
 
 
@@ -278,7 +275,7 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     teacher, tokenizer, _ = load_teacher(cfg | ({"teacher_model": args.teacher_model} if args.teacher_model else {}))
     student = student_from(state, cfg, info["file"], teacher)
     record = {"step": info["step"], "evaluation": info["evaluation"], **info["scores"], "best_model_split": split,
-              "chosen": chosen, "source": Path(info["file"]).name, "source_sha256": info["sha256"]}
+              "chosen": chosen, "sources": info["sources"], "source": Path(info["file"]).name, "source_sha256": info["sha256"]}
     result = {"folder": str(folder), "step": info["step"], "scores": info["scores"], "source": info["file"]}
     if args.export_trained:
         return result | {"files": export_trained(folder, student, cfg, record)}

@@ -1525,7 +1525,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         scores = next((b for b in best.values() if isinstance(b, dict) and b.get("step") == step), {})
         info |= {"kind": "checkpoint", "step": step, "evaluation": cfg["sts_name"],
                  "scores": {k: v for k, v in scores.items() if k != "step"} or recorded_scores(folder, step)}
-        return state["student"], cfg, info
+        return state["student"], cfg, info | {"sources": read_record(folder / "run.json").get("sources")}
     if not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
     if not any(name.startswith("deltanet_layers.") for name in state):
@@ -1542,7 +1542,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
     if record.get("sha256", info["sha256"]) != info["sha256"]:
         raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
     return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),
-                               "evaluation": record.get("evaluation"),
+                               "evaluation": record.get("evaluation"), "sources": record.get("sources"),
                                "chosen": record.get("chosen", "training kept it" if not export else None),
                                "scores": {k: v for k, v in record.items() if k.endswith(("_spearman", "_pearson"))}}
 
@@ -1910,6 +1910,8 @@ class Run:
         self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"]) for s, r in self.sts.items()}
         self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
                                for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
+        write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
+                                              **run_environment(self.device)})
         self.banner()
 
     def begin(self) -> None:
@@ -1934,7 +1936,6 @@ class Run:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove it") from None
         write_atomic(self.metrics_path, lambda file: file.writelines(kept))
-        write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), **run_environment(self.device)})
 
     def banner(self) -> None:
         """Say what a step is, and how much disk the run takes; stop if there is plainly not enough."""
@@ -1991,7 +1992,8 @@ class Run:
 
     def save_model(self, folder: Path, scores: dict[str, float]) -> None:
         save_model(folder, self.student, self.tokenizer, self.cfg,
-                   {"step": self.step, "evaluation": self.cfg["sts_name"], **scores, "best_model_split": self.cfg["best_model_split"]})
+                   {"step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names,
+                    "best_model_split": self.cfg["best_model_split"]})
 
     def save(self, why: str = "save_interval") -> None:
         """Write a checkpoint; a full disk is survived twice in a row."""
