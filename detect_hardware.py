@@ -81,7 +81,7 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
       D for the distance to the teacher; in bf16 6 D less; with the states' loss 4 D more, and 2 D (D / H) a sentence;
       per sentence 5 H T^2: the decay products c, the attention A, their product, and X and W of the triangular solve.
     While one layer runs backwards it holds further 3 H T^2 a sentence. The teacher's hidden states are kept for all
-    micro-batches, the rest for one.
+    micro-batches, the rest for one. A CUDA kernel that keeps no T x T matrices needs less than this.
     """
     d, heads, layers, length = cfg["d_model"], cfg["num_heads"], cfg["num_layers"], cfg["max_length"]
     bf16, parts = cfg["precision"] == "bf16", cfg["gradient_accumulation_steps"]

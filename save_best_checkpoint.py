@@ -234,14 +234,18 @@ def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
         return ids, (torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]).long()
 
     names, dims = ("input_ids", "attention_mask"), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    kept = script.chunk_hierarchical_delta_rule, script.ShortConvolution
-    script.chunk_hierarchical_delta_rule, script.ShortConvolution = ScanRecurrence.delta_rule, ScanRecurrence
+    kept = script.ShortConvolution, [mixer.delta_rule for mixer in student.deltanet_layers]
+    script.ShortConvolution = ScanRecurrence
+    for mixer in student.deltanet_layers:
+        mixer.delta_rule = ScanRecurrence.delta_rule
     try:
         torch.onnx.export(OnnxModel(student).eval(), example(3, 21), dynamo=True, verbose=False, input_names=names,
                           output_names=("last_hidden_state", "sentence_embedding"),
                           dynamic_shapes={name: dims for name in names}).save(path, external_data=False)
     finally:
-        script.chunk_hierarchical_delta_rule, script.ShortConvolution = kept
+        script.ShortConvolution = kept[0]
+        for mixer, delta_rule in zip(student.deltanet_layers, kept[1]):
+            mixer.delta_rule = delta_rule
     session, result = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]), {}
     for length in (5, 37, 128, 512):
         inputs = example(2, length)

@@ -17,12 +17,12 @@ if __name__ == "__main__":  # a signal during the imports below, which take seco
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda number, _: os._exit(128 + number))
 
+import ast
 import difflib
 import fcntl
 import gzip
 import hashlib
 import importlib.util
-import inspect
 import json
 import math
 import platform
@@ -158,8 +158,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quickstart": {
         "data_dir": "data/generated", "output_dir": "runs/quickstart",
-        "projection_init": "teacher", "batch_size": 16, "gradient_accumulation_steps": 2, "total_steps": 300,
-        "warmup_steps": 30, "eval_interval": 100, "save_interval": 100, "log_interval": 10,
+        "projection_init": "teacher", "batch_size": 16, "gradient_accumulation_steps": 2, "total_steps": 200,
+        "warmup_steps": 20, "eval_interval": 100, "save_interval": 100, "log_interval": 10,
         "peak_learning_rate": 1e-4, "mixer_lr_multiplier": 10.0, "dropout": 0.0, "state_dropout": 0.0,
         "best_model_split": "validation",
     },
@@ -1579,11 +1579,16 @@ from transformers.modeling_outputs import BaseModelOutput
 '''
 
 
+# Read with the code that it is the source of: `inspect.getsource` reads the file again, which may be edited during a run.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+
+
 def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
+    nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
     parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, ShortConvolution, l2_normalise,
              DeltaNetConfig, EnhancedHierarchicalDeltaNet, mean_pool, FeedForward, state_overlap, DeltaNetStudent)
-    return MODELLING_HEADER + "".join(f"\n\n{inspect.getsource(part)}" for part in parts)
+    return MODELLING_HEADER + "".join(f"\n\n{ast.get_source_segment(SOURCE, nodes[part.__name__])}\n" for part in parts)
 
 
 def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
@@ -1884,6 +1889,15 @@ class Run:
             self.lock = RunLock(self.folder)
         except OSError as error:
             raise UserError(f"output_dir {self.folder}: cannot be written ({error.strerror})") from None
+        try:
+            self.prepare()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def prepare(self) -> None:
+        """Models, checkpoint and data."""
+        cfg = self.cfg
         for stale in self.folder.rglob(".*.tmp-*"):
             stale.unlink()
         self.device = choose_device(cfg)
