@@ -2117,7 +2117,7 @@ class Run:
         self.save_model(final, last)
         sentences = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell on Monday."]
         loaded = AutoModel.from_pretrained(final, trust_remote_code=True)
-        again = encode(loaded, AutoTokenizer.from_pretrained(final), sentences)
+        again = encode(loaded, AutoTokenizer.from_pretrained(final, trust_remote_code=True), sentences)
         if not np.allclose(again, encode(self.student.cpu(), self.tokenizer, sentences), atol=1e-5):
             raise UserError(f"{final}: loaded back, it gives other embeddings than the student in memory")
         print(f"{final} loaded back; cosines of {sentences}:\n{np.round(again @ again.T, 3)}")

@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # faults to inject are functions of the tests
 
+import datasets  # noqa: F401  imported here, so that the forked processes need not
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
