@@ -3,7 +3,6 @@
 # make setup        the environment alone
 PYTHON ?= python3
 BIN := .venv/bin
-OUTPUT := runs/quickstart
 
 .PHONY: setup quickstart test
 setup: .venv/ready
@@ -18,8 +17,8 @@ setup: .venv/ready
 
 quickstart: setup
 	$(BIN)/python make_corpus.py
-	rm -rf $(OUTPUT)
-	HF_HUB_OFFLINE=1 $(BIN)/python train_6layer_deltanet.py --preset quickstart --output_dir $(OUTPUT) $(if $(DATA_DIR),--data_dir $(DATA_DIR))
+	rm -rf runs/quickstart
+	HF_HUB_OFFLINE=1 $(BIN)/python train_6layer_deltanet.py --preset quickstart $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests

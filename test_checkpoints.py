@@ -62,7 +62,7 @@ def run_config(folder: Path, files: list[Path], args: argparse.Namespace) -> dic
             continue
     given = {key: getattr(args, key) for key in ("data_dir", "sts_name", "teacher_model", "device") if getattr(args, key)}
     cfg = recorded_config((cfg or config) | {"device": "auto"} | given, folder)
-    return cfg | {"precision": "float32", "compile": False}
+    return cfg | {"precision": "float32"}
 
 
 class Scan:

@@ -170,10 +170,11 @@ CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("t
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
                      "learned_positions")
-# Keys that may change between a run and its continuation, because no weight depends on them.
+# Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
+# (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
              "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "best_model_split",
-             "total_steps", "warmup_steps", "teacher_model", "precision", "allow_missing_sources")
+             "total_steps", "warmup_steps", "allow_missing_sources")
 
 
 class UserError(Exception):
@@ -248,6 +249,11 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     for key, value in cfg.items():
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{key} is {value}: it must be finite and not negative")
+    for key in ("warmup_steps", "keep_checkpoints", "threads"):
+        if cfg[key] < 0:
+            raise UserError(f"{key} is {cfg[key]}: it must not be negative")
+    if cfg["spearman_pairs"] < 2 or cfg["spearman_temperature"] == 0:
+        raise UserError("spearman_pairs must be at least 2, and spearman_temperature above 0")
     for key in ("dropout", "state_dropout", "label_smoothing"):
         if cfg[key] >= 1:
             raise UserError(f"{key} is {cfg[key]}: it must be below 1")
@@ -354,6 +360,7 @@ class DeltaAttention(torch.autograd.Function):
         x = torch.linalg.solve_triangular(n, eye, upper=False, unitriangular=True)
         w = (q @ k.mT).tril_() @ x
         ctx.save_for_backward(q, k, beta, x, w)
+        ctx.set_materialize_grads(False)
         return w * beta.unsqueeze(-2), x
 
     @staticmethod
@@ -1015,6 +1022,8 @@ def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
             if not files:
                 raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(data_dir)!r}")
             local = {f.name.removesuffix(".jsonl.gz"): f for f in files}
+            if len(local) < len(files):
+                raise UserError(f"data_dir {data_dir}: a file name is both under train/ and beside it; rename one")
             if unknown := skip - set(local):
                 raise UserError(f"skip_files: no file {min(unknown)!r} under {data_dir}")
             found += [(stem, file) for stem, file in local.items() if stem not in skip]
@@ -1118,20 +1127,27 @@ class PairData:
         rows = np.array([len(t) for t in self.tables], np.float64)
         self.size = int(rows.sum())
         shares = rows ** cfg["source_alpha"]
-        self.bounds = np.concatenate([[0.0], np.cumsum(shares / shares.sum())])
-        self.bounds[-1] = 1.0
+        self.shares = shares / shares.sum()
+        if self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
+            raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
         self.leaks, self.cached = 0, (-1, None, None)
+
+    def drawn(self, total: int) -> np.ndarray:
+        """How many of the first `total` pairs each source gives; never falls as `total` grows by a window."""
+        counts = np.floor(self.shares * total).astype(np.int64)
+        counts[self.shares.argmax()] += total - counts.sum()
+        return counts
 
     def window(self, number: int) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
         """The rows of window `number`, as columns per source order, and the row indices of each of its batches."""
         if self.cached[0] == number:
             return self.cached[1:]
         cfg, count = self.cfg, self.WINDOW * self.cfg["batch_size"]
-        first, last = np.floor(self.bounds * (number * count)), np.floor(self.bounds * ((number + 1) * count))
+        first, last = self.drawn(number * count), self.drawn((number + 1) * count)
         parts: dict[str, list[np.ndarray]] = defaultdict(list)
         for i, table in enumerate(self.tables):
-            draws = np.arange(int(first[i + 1] - first[i]), int(last[i + 1] - last[i]))
+            draws = np.arange(first[i], last[i])
             if not len(draws):
                 continue
             epochs, where = np.divmod(draws, len(table))
@@ -1179,7 +1195,7 @@ class PairData:
             real = np.array([len(x) for x in ids])
             padded = lengths[np.searchsorted(lengths, real)]
             order, groups = np.argsort(real, kind="stable"), []
-            limits = np.unique([padded[piece[-1]] for piece in np.array_split(order, cfg["length_groups"])])
+            limits = np.unique([padded[piece[-1]] for piece in np.array_split(order, cfg["length_groups"]) if len(piece)])
             for low, high in zip([0, *limits[:-1]], limits):
                 members = order[(real[order] > low) & (real[order] <= high)]
                 table, mask = np.zeros((len(members), high), np.int64), np.arange(high) < real[members, None]
@@ -1416,12 +1432,15 @@ def find_checkpoint(folder: Path, step: int, log: Callable[[str], None] = print)
     """The checkpoint to resume from: of exactly `step`, or the newest whole one for -1 (None if there is none)."""
     steps = checkpoint_steps(folder)
     if step == -1:
+        if not steps:
+            log(f"note: no checkpoint in {folder}; starting at step 0")
+            return None
         for candidate in reversed(steps):
             path = folder / f"checkpoint_{candidate}.pt"
             if (fault := verify_checkpoint(path)) is None:
                 return path
             log(f"warning: passing over {path}: {fault}")
-        return None
+        raise UserError(f"{folder}: none of the checkpoints {steps} is whole; move them away to start again (nothing was changed)")
     path = folder / f"checkpoint_{step}.pt"
     if step not in steps:
         raise UserError(f"resume_from_step {step}: no {path}; there are steps {steps if steps else 'none'}")
@@ -1510,6 +1529,8 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         path = found
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
+    if path.suffix == ".pt" and path.with_suffix(".json").is_file() and (fault := verify_checkpoint(path)):
+        raise UserError(f"{path}: damaged, {fault}")
     folder, info = path.parent, {"file": str(path), "sha256": file_sha256(path)}
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file as load_safetensors
@@ -1744,11 +1765,14 @@ def check_parallel_form(device: torch.device, delta_rule: Callable = chunk_hiera
     """Largest difference of `delta_rule` from the sequential reference on `device`; UserError above 1e-3."""
     generator = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32's rounding would hide a wrong result
     q, k = (l2_normalise(rand(2, 3, 70, 32) - 0.3) for _ in range(2))
     m = rand(2, 3, 70, 2, 2)
     inputs = [x.to(device) for x in (q, k, rand(2, 3, 70, 32), rand(2, 3, 70), m / m.sum(-1, keepdim=True), rand(2, 3, 70, 2))]
     expected = recurrent_hierarchical_delta_rule(*inputs, output_final_state=True)
     got = delta_rule(*inputs, output_final_state=True, chunk_size=32)
+    torch.set_float32_matmul_precision(precision)
     difference = max((a - b).abs().max().item() for a, b in zip(expected, got))
     if not difference < 1e-3:
         raise UserError(f"the parallel delta rule differs from its reference by {difference:.1e} on {device}: this build "
@@ -1810,11 +1834,15 @@ def run_environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and git commit: what is needed to repeat a run."""
     import datasets
     import transformers
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                             capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = ""
     return {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__,
             "transformers": transformers.__version__, "datasets": datasets.__version__, "numpy": np.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(), "git_commit": git.stdout.strip() or None}
+            "threads": torch.get_num_threads(), "git_commit": git or None}
 
 
 def plot_curves(folder: Path, teacher_scores: dict[str, float], group: str) -> None:
@@ -1864,7 +1892,10 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
         for key, value in content["config"].items():
             if key in cfg and key not in FREE_KEYS and cfg[key] != value:
                 raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {value}")
-        load_student_state(student, content["student"], str(path))
+        for key in ("total_steps", "warmup_steps"):
+        if content["config"].get(key, cfg[key]) != cfg[key]:
+            print(f"note: {key} was {content['config'][key]}, is now {cfg[key]}: the learning rate follows the new schedule")
+    load_student_state(student, content["student"], str(path))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
         for p in student.parameters():
             state, shapes = optimizer.state.get(p, {}), {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
@@ -1898,7 +1929,7 @@ class Run:
     def prepare(self) -> None:
         """Models, checkpoint and data."""
         cfg = self.cfg
-        for stale in self.folder.rglob(".*.tmp-*"):
+        for stale in [p for d in (".", "*_*", "final_model/*_*", "final_model") for p in self.folder.glob(f"{d}/.*.tmp-*")]:
             stale.unlink()
         self.device = choose_device(cfg)
         self.teacher, self.tokenizer, origin = load_teacher(cfg)
@@ -1997,12 +2028,13 @@ class Run:
         for split in self.sts:
             key = f"{split}_spearman"
             if scores[key] > self.best.get(split, {}).get(key, -2.0):
-                self.best[split] = {"step": self.step, **scores}
                 if split == cfg["best_model_split"]:
                     try:
                         self.save_model(self.folder, scores)
                     except OSError as error:
-                        print(f"warning: best model of step {self.step} not written ({error}); the older one is whole")
+                        print(f"warning: best model of step {self.step} not written ({error}); the next better one will be")
+                        continue
+                self.best[split] = {"step": self.step, **scores}
 
     def save_model(self, folder: Path, scores: dict[str, float]) -> None:
         save_model(folder, self.student, self.tokenizer, self.cfg,
@@ -2080,6 +2112,9 @@ class Run:
         self.write_metrics({**means, "lr": learning_rate(self.step, cfg), "speed/pairs_per_s": round(speed, 2),
                             "speed/data_wait": round(waited / seconds, 4)})
         best = self.best.get("validation", {})
+        if bar.disable:
+            print(f"step {self.step}/{cfg['total_steps']}: loss {means.get('loss/total', math.nan):.4f}, {speed:.1f} pairs/s, "
+                  f"{(cfg['total_steps'] - self.step) * cfg['batch_size'] / speed / 3600:.2f} h left")
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
 
@@ -2116,9 +2151,9 @@ class Run:
         final = self.folder / "final_model"
         self.save_model(final, last)
         sentences = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell on Monday."]
-        loaded = AutoModel.from_pretrained(final, trust_remote_code=True)
+        loaded = AutoModel.from_pretrained(final, trust_remote_code=True).to(self.device)
         again = encode(loaded, AutoTokenizer.from_pretrained(final, trust_remote_code=True), sentences)
-        if not np.allclose(again, encode(self.student.cpu(), self.tokenizer, sentences), atol=1e-5):
+        if not np.allclose(again, encode(self.student, self.tokenizer, sentences), atol=1e-5 if self.device.type == "cpu" else 1e-3):
             raise UserError(f"{final}: loaded back, it gives other embeddings than the student in memory")
         print(f"{final} loaded back; cosines of {sentences}:\n{np.round(again @ again.T, 3)}")
         plot_curves(self.folder, self.teacher_scores, group)
@@ -2130,6 +2165,8 @@ class Run:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
     run = None
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file is up to date
     try:
         cfg = parse_config(sys.argv[1:] if argv is None else argv)
         run = Run(cfg)
@@ -2144,6 +2181,9 @@ def main(argv: list[str] | None = None) -> int:
         return stop.status
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

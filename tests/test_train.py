@@ -272,6 +272,19 @@ def test_every_pair_is_drawn_equally_often_and_padding_is_little(generated):
     assert 1 - real / padded < 0.15
 
 
+def test_small_sources_are_drawn_in_every_window_or_refused():
+    class Table(list):
+        def with_format(self, _):
+            return self
+    sources = [(str(n), Table(range(n))) for n in (3000, 1, 2500)]
+    data = script.PairData(sources, small_config(batch_size=2, gradient_accumulation_steps=1))
+    drawn = np.array([data.drawn(w * data.WINDOW * 2) for w in range(200)])
+    assert (np.diff(drawn, axis=0) >= 0).all() and (drawn.sum(1) == np.arange(200) * data.WINDOW * 2).all()
+    many = [(str(n), Table(range(9))) for n in range(300)]
+    with pytest.raises(script.UserError, match="too small"):
+        script.PairData(many, small_config(batch_size=2, gradient_accumulation_steps=1))
+
+
 def test_permutation_is_one():
     for size in (1, 2, 3, 100, 1000):
         assert sorted(script.permuted(np.arange(size), size, 5)) == list(range(size))
