@@ -1892,10 +1892,9 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
         for key, value in content["config"].items():
             if key in cfg and key not in FREE_KEYS and cfg[key] != value:
                 raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {value}")
-        for key in ("total_steps", "warmup_steps"):
-        if content["config"].get(key, cfg[key]) != cfg[key]:
-            print(f"note: {key} was {content['config'][key]}, is now {cfg[key]}: the learning rate follows the new schedule")
-    load_student_state(student, content["student"], str(path))
+            if key in ("total_steps", "warmup_steps") and cfg[key] != value:
+                print(f"note: {key} was {value}, is now {cfg[key]}: the learning rate follows the new schedule")
+        load_student_state(student, content["student"], str(path))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
         for p in student.parameters():
             state, shapes = optimizer.state.get(p, {}), {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
