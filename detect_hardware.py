@@ -118,7 +118,9 @@ def make_batch(cfg: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+    """Largest resident memory of this process so far, in bytes. ru_maxrss is not it on Linux: it starts at the parent's."""
+    if found := re.search(r"^VmHWM:\s+(\d+) kB", read_text("/proc/self/status"), re.M):
+        return int(found[1]) * 1024
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -101,7 +101,7 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
     trained = sum(t.numel() for t in trainable_state(student).values())
     teacher = read_record(Path(info["file"]).parent / "results.json").get("teacher", {})
     name = "STS-B" if info["evaluation"] == "stsb" else info["evaluation"]
-    rows = "".join(f"| {name} {key.replace('_', ', ')} | {value:.4f} | "
+    rows = "".join(f"| {name} {key.replace('_', ', ', 1).replace('_', ' ')} | {value:.4f} | "
                    + (f"{teacher[key]:.4f} |\n" if key in teacher else "not recorded |\n") for key, value in info["scores"].items())
     scores = f"| evaluation | this model | teacher |\n|---|---:|---:|\n{rows}" if rows else "No score was recorded.\n"
     split = cfg["best_model_split"]
@@ -197,7 +197,7 @@ class ScanRecurrence:
             state = state + (beta.unsqueeze(-1) * k)[..., None, :, None] * error.unsqueeze(-2)
             return state, ((r[..., None, None] * state).sum(-3) * q.unsqueeze(-1)).sum(-2)
 
-        start = (0 * q[:, :, 0, :, None] * v[:, :, 0, None, :]).unsqueeze(2).expand(-1, -1, 2, -1, -1)
+        start = q.new_zeros(*q.shape[:2], 2, q.shape[-1], v.shape[-1])
         return scan(step, start, tuple(x.movedim(2, 0).contiguous() for x in (q, k, v, beta, transition, read)))[1].movedim(0, 2), None
 
     @staticmethod

@@ -394,15 +394,27 @@ def test_bad_steps_in_a_row_stop_the_run(tiny, tmp_path):
     assert not script.checkpoint_steps(run.folder)
 
 
+def infinite_weight(step: int) -> None:
+    """The update of `step` overflows a weight."""
+    original = script.Run.optimise
+
+    def optimise(self, *args):
+        values = original(self, *args)
+        if self.step == step:
+            self.student.deltanet_norms[0].weight.data[0] = float("inf")
+        return values
+    script.Run.optimise = optimise
+
+
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
-    run = Process(tiny, tmp_path / "run", peak_learning_rate=3e38, mixer_lr_multiplier=1.0, warmup_steps=1, save_interval=1)
-    assert run.wait() == 2 and "weights are not finite" in run.text(), run.text()
+    run = Process(tiny, tmp_path / "run", infinite_weight, 5)
+    assert run.wait() == 2 and "step 5: weights are not finite" in run.text(), run.text()
     assert not script.checkpoint_steps(run.folder)
 
 
 def wrong_parallel_form() -> None:
-    original = script.chunk_hierarchical_delta_rule
-    script.chunk_hierarchical_delta_rule = lambda *a, **k: tuple(x + 0.01 for x in original(*a, **k))
+    check, rule = script.check_parallel_form, script.chunk_hierarchical_delta_rule
+    script.check_parallel_form = lambda device: check(device, lambda *a, **k: tuple(x + 0.01 for x in rule(*a, **k)))
 
 
 def test_wrong_parallel_form_stops_the_run(tiny, tmp_path):
