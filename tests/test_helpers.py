@@ -265,7 +265,7 @@ def test_mteb_teacher_and_student_on_stsbenchmark(data_dir, teacher_and_tokenize
     rows = script.read_sts_file(data_dir / "sts" / "stsb-test.tsv.gz")
     assert len(rows) == 1379 and round(teacher, 4) == 0.8203
     assert teacher == pytest.approx(script.evaluate_sts(*teacher_and_tokenizer, rows)["spearman"], abs=1e-6)
-    assert student == pytest.approx(script.evaluate_sts(built, teacher_and_tokenizer[1], rows)["spearman"], abs=1e-6)
+    assert student == pytest.approx(script.evaluate_sts(built, teacher_and_tokenizer[1], rows)["spearman"], abs=1e-5)
 
 
 # detect_hardware.py
