@@ -244,6 +244,7 @@ def test_mteb_gives_each_checkpoint_its_own_training_score(copy, corpus, tmp_pat
     assert "STS13: NOT RUN" in out and "not run" in out
     # Another checkpoint under the same name in the same folder: a score kept by name alone would come back.
     shutil.copy(copy / "checkpoint_4.pt", copy / "checkpoint_1.pt")
+    (copy / "checkpoint_1.json").unlink()  # the mark of the replaced file
     run("test_mteb_local.py", "--checkpoint", copy / "checkpoint_1.pt", "--compare", copy / "checkpoint_2.pt", copy, *options, status=1)
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
     found = [m["scores"]["STS12"] for m in summary["models"]]
