@@ -125,8 +125,11 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measured_steps(cfg: dict[str, Any], count: int = 2) -> dict[str, float]:
-    """Train `count` steps in this process, which should be fresh: seconds of the last step, peak bytes above the start."""
+def measured_steps(cfg: dict[str, Any], budget: float = 0) -> dict[str, float]:
+    """Train in this process, which should be fresh: seconds of the last step, its pairs, peak bytes above the start.
+
+    Two steps of batch_size pairs; with a `budget` of seconds also steps of as many pairs as fit in it, at most `most_pairs`.
+    """
     device = torch.device("cuda" if cfg["device"] != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high"), torch.set_flush_denormal(True)
     if cfg["threads"]:
@@ -135,27 +138,33 @@ def measured_steps(cfg: dict[str, Any], count: int = 2) -> dict[str, float]:
     teacher = random_teacher(cfg)
     student = build_student(cfg, teacher).to(device).train()
     trainer, optimizer = Trainer(student, teacher.to(device), cfg), build_optimizer(student, cfg)
-    seconds = 0.0
-    for step in range(1, count + 1):
-        batch = make_batch(cfg)
-        begun = time.perf_counter()
+
+    def step(pairs: int) -> float:
+        batch, begun = make_batch(cfg | {"batch_size": pairs}), time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        trainer.step_gradients(batch, step)
+        trainer.step_gradients(batch, 1)
         torch.nn.utils.clip_grad_norm_(student.parameters(), cfg["gradient_clip"]).item()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - begun
+        return time.perf_counter() - begun
+
+    pairs = cfg["batch_size"]
+    step(pairs)  # the first one also sets up libraries
+    small = seconds = step(pairs)
+    if budget:
+        pairs = max(pairs, min(cfg["most_pairs"], int(pairs * budget / small / 2)))
+        seconds = min(step(pairs), step(pairs))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss() - start
-    return {"seconds": seconds, "peak": float(peak), "trained": sum(t.numel() for t in trainable_state(student).values())}
+    return {"seconds": seconds, "small_seconds": small, "pairs": pairs, "peak": float(peak)}
 
 
-def measure(cfg: dict[str, Any], timeout: float) -> dict[str, float]:
+def measure(cfg: dict[str, Any], timeout: float, budget: float = 0) -> dict[str, float]:
     """`measured_steps` in a fresh process, so that the peak is the training's own. UserError if it fails."""
     # Without this, the allocator keeps freed blocks of many sizes, and the peak is not what the training needs.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     try:
-        done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(cfg)], capture_output=True, text=True,
+        done = subprocess.run([sys.executable, __file__, "--worker", json.dumps([cfg, budget])], capture_output=True, text=True,
                               timeout=timeout, env=env)
     except subprocess.TimeoutExpired:
         raise UserError(f"the measured steps took more than {timeout:.0f} s; use --measure false") from None
@@ -165,29 +174,24 @@ def measure(cfg: dict[str, Any], timeout: float) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_within(cfg: dict[str, Any], room: float, seconds: float = 28) -> dict[str, Any]:
-    """Steps of as many pairs as fit in time and in `room` bytes; the step of the whole batch is extrapolated in proportion."""
-    limit, most = time.perf_counter() + seconds, cfg["batch_size"] // cfg["gradient_accumulation_steps"]
+def measure_within(cfg: dict[str, Any], room: float) -> dict[str, Any]:
+    """Steps of few pairs, in under 30 s and `room` bytes, and from them the step of the whole batch.
 
-    def attempt(pairs: int) -> dict[str, Any]:
-        small = cfg | {"batch_size": pairs, "gradient_accumulation_steps": 1}
-        return measure(small, limit - time.perf_counter()) | {"pairs": pairs, "estimated": estimate_memory(small)["total"]}
-
-    begun, found = time.perf_counter(), attempt(min(2, cfg["batch_size"]))
-    start_up = time.perf_counter() - begun  # of a fresh process, with two small steps
-    pairs = min(most, int((limit - time.perf_counter() - 1.5 * start_up) / (3 * found["seconds"]) * found["pairs"]))
-    while pairs > 2 and estimate_memory(cfg | {"batch_size": pairs, "gradient_accumulation_steps": 1})["total"] > room:
-        pairs //= 2
-    if pairs > found["pairs"]:
-        try:
-            found = attempt(pairs)
-        except UserError:
-            pass  # out of time: the smaller measurement stands
+    A step is taken as a fixed time and a time for each pair, both from the two sizes measured.
+    """
+    few = min(2, cfg["batch_size"])
+    small = cfg | {"batch_size": few, "gradient_accumulation_steps": 1}
+    small["most_pairs"] = most = max(few, cfg["batch_size"] // cfg["gradient_accumulation_steps"])
+    while most > few and estimate_memory(small | {"batch_size": most})["total"] > room:
+        small["most_pairs"] = most = max(few, most // 2)
+    found = measure(small, 28, 8.0)
     pairs = found["pairs"]
+    each = max(0.0, (found["seconds"] - found["small_seconds"]) / (pairs - few)) if pairs > few else found["seconds"] / pairs
     # Several micro-batches go forward twice: once without and once with a graph, about 4 units of work instead of 3.
     factor = 4 / 3 if cfg["gradient_accumulation_steps"] > 1 else 1.0
-    step = found["seconds"] * cfg["batch_size"] / pairs * factor
-    return found | {"step_seconds": step, "total_hours": step * cfg["total_steps"] / 3600}
+    step = max(0.0, found["seconds"] - each * pairs) + each * cfg["batch_size"] * factor
+    return found | {"estimated": estimate_memory(small | {"batch_size": pairs})["total"], "step_seconds": step,
+                    "total_hours": step * cfg["total_steps"] / 3600}
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
@@ -253,7 +257,7 @@ def page(r: dict[str, Any]) -> str:
     if m := r["measured"]:
         lines += ["", f"Measured here: a step of {m['pairs']} pairs takes {m['seconds']:.2f} s and {m['peak'] / 2**30:.2f} GiB (the "
                   f"formula says {m['estimated'] / 2**30:.2f})",
-                  f"  extrapolated in proportion to {s['batch_size']} pairs, not measured: {1 / m['step_seconds']:.3g} steps/s, "
+                  f"  extrapolated to {s['batch_size']} pairs, not measured: {1 / m['step_seconds']:.3g} steps/s, "
                   f"{m['total_hours']:.3g} hours for {s['total_steps']} steps;", "  a bigger batch uses the device better, and shorter texts take less"]
     if "not_measured" in r:
         lines += ["", f"Not measured: {r['not_measured']}"]
@@ -274,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     try:
         if args.worker:
-            print(json.dumps(measured_steps(json.loads(args.worker))))
+            print(json.dumps(measured_steps(*json.loads(args.worker))))
             return 0
         args.measure = parse_value("measure", args.measure, True)
         result = report(args)

@@ -36,9 +36,11 @@ import unicodedata
 import zipfile
 import zlib
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -116,6 +118,7 @@ config: dict[str, Any] = {
     "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
+    "num_proc": 0,  # processes that tokenise; 0: this one, with the tokenizer's own threads
     "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
     "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128",  # lengths that batches are padded to
     # evaluation and output
@@ -174,7 +177,7 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
 # (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
              "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "best_model_split",
-             "total_steps", "warmup_steps", "allow_missing_sources")
+             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc")
 
 
 class UserError(Exception):
@@ -249,7 +252,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     for key, value in cfg.items():
         if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{key} is {value}: it must be finite and not negative")
-    for key in ("warmup_steps", "keep_checkpoints", "threads"):
+    for key in ("warmup_steps", "keep_checkpoints", "threads", "num_proc"):
         if cfg[key] < 0:
             raise UserError(f"{key} is {cfg[key]}: it must not be negative")
     if cfg["spearman_pairs"] < 2 or cfg["spearman_temperature"] == 0:
@@ -879,7 +882,7 @@ HUB_SOURCES = {  # name: hub id, configuration, split, rows taken, streamed
     "snli": ("stanfordnlp/snli", None, "train", 100_000, False),
 }
 DEFAULT_HUB_SOURCES = "allnli,qqp,msmarco,snli"  # wikianswers is optional
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 Row = tuple[str, str, "str | None"]
 
 
@@ -956,8 +959,11 @@ def read_pairs(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}, after line {number}: cannot be read as gzip ({error})") from None
 
 
-def tokenise_source(rows: Iterable[Row], tokenizer: Any, max_length: int, banned: set[bytes], folder: Path) -> dict[str, Any]:
-    """Write the token ids of `rows` to folder/data.arrow and folder/meta.json, all or nothing; returns the meta data.
+SHARD_ROWS = 1 << 16
+
+
+def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes]) -> None:
+    """Write the token ids of `rows` to `path`, then its counts and sha256 to the .json beside it, which commits it.
 
     A row with a text whose key is in `banned` (STS-B dev and test) is dropped and counted. Columns: anchor, positive,
     negative (uint16 ids, negative empty where there is none), key_anchor, key_positive, key_negative (int64).
@@ -969,42 +975,78 @@ def tokenise_source(rows: Iterable[Row], tokenizer: Any, max_length: int, banned
     backend.no_padding()
     sides = ("anchor", "positive", "negative")
     features = Features({**{s: List(Value("uint16")) for s in sides}, **{f"key_{s}": Value("int64") for s in sides}})
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    meta = {"pairs": 0, "hard_negatives": 0, "leaks": 0, "tokens": 0}
+    counts = {"pairs": 0, "hard_negatives": 0, "leaks": 0, "tokens": 0}
 
-    def flush(block: list[Row]) -> None:
-        keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in block]
-        kept = [i for i, k in enumerate(keys) if not banned.intersection(k)]
-        meta["leaks"] += len(block) - len(kept)
-        columns: dict[str, Any] = {}
-        for side, name in enumerate(sides):
-            texts = [block[i][side] or "" for i in kept]
-            ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
-            columns[name] = [x if block[i][side] is not None else [] for i, x in zip(kept, ids)]
-            columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
-            meta["tokens"] += sum(map(len, columns[name]))
-        meta["pairs"] += len(kept)
-        meta["hard_negatives"] += sum(block[i][2] is not None for i in kept)
-        if kept:
-            writer.write_batch(columns)
+    def write(file: Any) -> None:
+        with ArrowWriter(features=features, stream=file, writer_batch_size=8192) as writer:
+            for start in range(0, len(rows), 8192):
+                block = rows[start:start + 8192]
+                keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in block]
+                kept = [i for i, k in enumerate(keys) if not banned.intersection(k)]
+                columns: dict[str, Any] = {}
+                for side, name in enumerate(sides):
+                    texts = [block[i][side] or "" for i in kept]
+                    ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
+                    columns[name] = [x if block[i][side] is not None else [] for i, x in zip(kept, ids)]
+                    columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
+                    counts["tokens"] += sum(map(len, columns[name]))
+                counts["pairs"] += len(kept)
+                counts["leaks"] += len(block) - len(kept)
+                counts["hard_negatives"] += sum(block[i][2] is not None for i in kept)
+                if kept:
+                    writer.write_batch(columns)
+            writer.finalize(close_stream=False)
 
-    with ExitStack() as stack, ArrowWriter(features=features, path=str(temporary / "data.arrow"), writer_batch_size=8192) as writer:
-        stack.push(lambda kind, *_: kind and shutil.rmtree(temporary, ignore_errors=True))
-        block: list[Row] = []
-        for row in rows:
-            block.append(row)
-            if len(block) == 8192:
-                flush(block)
-                block = []
-        flush(block)
-        writer.finalize()
-    meta["sha256"] = file_sha256(temporary / "data.arrow")
-    (temporary / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    return meta
+    write_atomic(path, write)
+    write_json(path.with_suffix(".json"), counts | {"rows": len(rows), "sha256": file_sha256(path)})
+
+
+def shard_record(path: Path, verify: bool = True) -> dict[str, Any] | None:
+    """What the .json beside a shard holds, or None if the shard is not whole."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text())
+        return record if not verify or file_sha256(path) == record["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes], folder: Path,
+                    num_proc: int = 0, log: Callable[[str], None] = print) -> tuple[Any, dict[str, Any]]:
+    """The rows of a source as a memory-mapped `datasets.Dataset` and their counts; tokenises what `folder` does not hold.
+
+    Shards of SHARD_ROWS rows are built one by one, or by `num_proc` processes. Whole ones that an interrupted build left
+    are kept, and one whose sha256 differs is built again. meta.json, written last, says how many there are.
+    """
+    from datasets import Dataset, concatenate_datasets
+    folder.mkdir(parents=True, exist_ok=True)
+    meta, shard = folder / "meta.json", lambda number: folder / f"shard-{number:05}.arrow"
+    with open(folder / ".lock", "w") as lock, ExitStack() as stack:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same
+        for stale in folder.glob(".*.tmp-*"):
+            stale.unlink()
+        count = json.loads(meta.read_text())["shards"] if meta.exists() else None
+        records = [shard_record(shard(i)) for i in range(count or 0)]
+        if count is None or None in records:
+            if count is not None:
+                log(f"warning: {shard(records.index(None))}: its sha256 differs from what was written; tokenised again")
+            pool = stack.enter_context(ProcessPoolExecutor(num_proc, get_context("spawn"))) if num_proc > 1 else None
+            pending, source = [], iter(rows())
+            for number, block in enumerate(iter(lambda: list(islice(source, SHARD_ROWS)), [])):
+                count = number + 1
+                if shard_record(shard(number)):
+                    continue
+                job = (tokenise_shard, shard(number), block, tokenizer, max_length, banned)
+                pending.append(pool.submit(*job) if pool else job[0](*job[1:]))
+                if pool and len(pending) > num_proc:
+                    pending.pop(0).result()  # so that few blocks are in memory
+            for job in pending if pool else ():
+                job.result()
+            records = [shard_record(shard(i), verify=False) for i in range(count or 0)]
+            write_json(meta, {"shards": len(records)})
+    totals = {key: sum(r[key] for r in records) for key in ("pairs", "hard_negatives", "leaks", "tokens")}
+    totals["sha256"] = hashlib.sha256("".join(r["sha256"] for r in records).encode()).hexdigest()
+    shards = [Dataset.from_file(str(shard(i))) for i, r in enumerate(records) if r["pairs"]]
+    return concatenate_datasets(shards) if shards else None, totals
 
 
 def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
@@ -1037,20 +1079,16 @@ def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
 
 def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> "PairData":
     """Tokenise what is not in the cache yet, and open every source memory-mapped."""
-    from datasets import Dataset
     banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
     recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
                          hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()])
-    sources, left_out, leaks = [], [], 0
+    sources, fingerprints, left_out, leaks = [], {}, [], 0
     for name, file in tqdm(find_sources(cfg), desc="data", unit="source", leave=False, disable=None):
         content = file_sha256(file) if file else repr(HUB_SOURCES[name])
         folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
         try:
-            if (folder / "meta.json").exists():
-                meta = json.loads((folder / "meta.json").read_text())
-            else:
-                rows = read_pairs(file) if file else keep_rows(name, read_hub(name), cfg)
-                meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder)
+            rows = partial(read_pairs, file) if file else lambda: keep_rows(name, read_hub(name), cfg)
+            data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, cfg["num_proc"], log)
         except UserError as error:
             if not cfg["allow_missing_sources"]:
                 raise
@@ -1058,12 +1096,13 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
             log(f"left out: {error}")
             continue
         leaks += meta["leaks"]
-        if meta["pairs"]:
-            sources.append((name, Dataset.from_file(str(folder / "data.arrow"))))
+        if data is not None:
+            sources.append((name, data))
+            fingerprints[name] = meta["sha256"][:16]
     if not sources:
         raise UserError("no training pairs: every source is empty or left out")
     data = PairData(sources, cfg)
-    data.left_out, data.leaks = left_out, leaks
+    data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
     log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS evaluation "
         f"sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
     return data
@@ -1131,6 +1170,7 @@ class PairData:
         if self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
+        self.fingerprints: dict[str, str] = {}  # of every source's token ids
         self.leaks, self.cached = 0, (-1, None, None)
 
     def drawn(self, total: int) -> np.ndarray:
@@ -1339,14 +1379,15 @@ def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, s
 # Checkpoints and saved models
 
 
-def write_atomic(path: Path, write: Callable[[Any], None]) -> None:
-    """Give `path` new content all at once: `write(file)` to a temporary name, flush, fsync, rename."""
+def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], None] = lambda: None) -> None:
+    """Give `path` new content all at once: `write(file)` to a temporary name, flush, fsync, `before()`, rename."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        before()
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -1636,8 +1677,9 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     tokenizer.save_pretrained(folder)
     write_json(folder / "training_config.json", cfg)
     state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
-    (folder / "scores.json").unlink(missing_ok=True)  # scores never stand beside weights that they are not of
-    write_atomic(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
+    # Scores never stand beside weights that they are not of; if the disk is full, the old ones of both stay.
+    write_atomic(folder / "pytorch_model.bin", lambda file: torch.save(state, file),
+                 before=lambda: (folder / "scores.json").unlink(missing_ok=True))
     write_json(folder / "scores.json", {**scores, "sha256": file_sha256(folder / "pytorch_model.bin")})
 
 
@@ -1945,11 +1987,18 @@ class Run:
         self.teacher.to(self.device)
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
+        self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
+        self.trained_on: dict[str, str] | None = None  # fingerprints of the data of the checkpoint resumed from
         self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
         self.means: dict[str, float] = {}  # of that line
         self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
         self.begin()
         self.data = load_training_data(cfg, self.tokenizer)
+        changed = set((self.trained_on or self.data.fingerprints).items()) ^ set(self.data.fingerprints.items())
+        if changed:
+            raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
+                            "data, or start again in another output_dir (nothing was changed)")
+        self.restore_best()
         self.sts = load_sts_splits(cfg)
         self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"]) for s, r in self.sts.items()}
         self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
@@ -1966,6 +2015,7 @@ class Run:
             content = resume(path, self.student, self.optimizer, cfg)
             self.step, self.best = content["step"], content["best"]
             self.sums, self.bad_steps = content["progress"]["sums"], content["progress"]["bad_steps"]
+            self.trained_on = content["progress"].get("data")
             print(f"resumed from {path}")
             for step in (s for s in checkpoint_steps(self.folder) if s > self.step):  # damaged, or of another continuation
                 print(f"note: checkpoint_{step} is newer than this continuation: renamed to checkpoint_{step}.*.superseded")
@@ -1980,6 +2030,25 @@ class Run:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove it") from None
         write_atomic(self.metrics_path, lambda file: file.writelines(kept))
+
+    def restore_best(self) -> None:
+        """The best model of the steps done so far, if the folder holds one of a later step that is superseded."""
+        path, best = self.folder / "pytorch_model.bin", self.best.get(self.cfg["best_model_split"], {})
+        step = best.get("step", 0)
+        if not path.exists() or read_record(self.folder / "scores.json").get("step", 0) <= self.step:
+            return
+        checkpoint = self.folder / f"checkpoint_{step}.pt"
+        if verify_checkpoint(checkpoint):  # not there, or not whole
+            path.rename(f"{path}.superseded")
+            print(f"note: {path} is newer than this continuation: renamed to {path.name}.superseded; no checkpoint holds the best "
+                  f"student until now, of step {step}, so the next evaluation writes one")
+            self.best.pop(self.cfg["best_model_split"], None)
+            return
+        now = {name: tensor.clone() for name, tensor in trainable_state(self.student).items()}
+        load_student_state(self.student, load_file(checkpoint, str(self.device))["student"], str(checkpoint))
+        self.save_model(self.folder, {k: v for k, v in best.items() if k != "step"}, step)
+        load_student_state(self.student, now, "memory")
+        print(f"note: {path} was newer than this continuation: it is the best student until now again, of step {step}")
 
     def banner(self) -> None:
         """Say what a step is, and how much disk the run takes; stop if there is plainly not enough."""
@@ -2022,6 +2091,7 @@ class Run:
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
         self.write_metrics({f"{metric_group(cfg)}/{key}": value for key, value in scores.items()})
+        self.scores = {"step": self.step, **scores}
         tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
                    f"test {scores['test_spearman']:.4f}")
         for split in self.sts:
@@ -2035,9 +2105,9 @@ class Run:
                         continue
                 self.best[split] = {"step": self.step, **scores}
 
-    def save_model(self, folder: Path, scores: dict[str, float]) -> None:
+    def save_model(self, folder: Path, scores: dict[str, float], step: int | None = None) -> None:
         save_model(folder, self.student, self.tokenizer, self.cfg,
-                   {"step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names,
+                   {"step": self.step if step is None else step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names,
                     "best_model_split": self.cfg["best_model_split"]})
 
     def save(self, why: str = "save_interval") -> None:
@@ -2048,7 +2118,8 @@ class Run:
         try:
             self.flush_metrics()
             save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best,
-                            {"sums": self.sums, "bad_steps": self.bad_steps}, {"why": why, "losses": self.means})
+                            {"sums": self.sums, "bad_steps": self.bad_steps, "data": self.data.fingerprints},
+                            {"why": why, "scores": self.scores, "losses": self.means})
         except OSError as error:
             self.failed_saves += 1
             print(f"warning: checkpoint of step {self.step} not written ({error}); older ones are whole")
@@ -2070,7 +2141,7 @@ class Run:
         if self.step == 0:
             self.evaluate()
         self.student.train()
-        seconds, waited, started = 0.0, 0.0, time.perf_counter()
+        seconds, waited, started, since = 0.0, 0.0, time.perf_counter(), self.step
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step", disable=None) as bar:
             coming = pool.submit(self.data.batch, self.step + 1)
             self.signals.training = True
@@ -2088,8 +2159,8 @@ class Run:
                     self.sums["steps"] = self.sums.get("steps", 0) + 1
                 if self.step % cfg["log_interval"] == 0:
                     seconds = time.perf_counter() - started
-                    self.log_line(bar, seconds, waited)
-                    waited, started = 0.0, time.perf_counter()
+                    self.log_line(bar, self.step - since, seconds, waited)
+                    waited, started, since = 0.0, time.perf_counter(), self.step
                 bar.update()
                 if self.step % cfg["eval_interval"] == 0 or self.step == cfg["total_steps"]:
                     paused = time.perf_counter()
@@ -2103,11 +2174,12 @@ class Run:
             self.save(str(self.signals.stop))
             raise self.signals.stop
 
-    def log_line(self, bar: tqdm, seconds: float, waited: float) -> None:
+    def log_line(self, bar: tqdm, done: int, seconds: float, waited: float) -> None:
+        """A line in metrics.jsonl; speeds are of the `done` steps that this process has taken in `seconds`."""
         cfg, steps = self.cfg, self.sums.pop("steps", 1)
         self.means = means = {key: value / steps for key, value in self.sums.items()}
         self.sums = {}
-        speed = cfg["log_interval"] * cfg["batch_size"] / seconds
+        speed = done * cfg["batch_size"] / seconds
         self.write_metrics({**means, "lr": learning_rate(self.step, cfg), "speed/pairs_per_s": round(speed, 2),
                             "speed/data_wait": round(waited / seconds, 4)})
         best = self.best.get("validation", {})

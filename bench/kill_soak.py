@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -188,10 +189,12 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
     begun = time.perf_counter()
     if runs.wait(runs.start(cfg | {"output_dir": str(whole)}, folder / "whole.log")):
         raise SystemExit("error: the undisturbed run failed:\n" + (folder / "whole.log").read_text()[-2000:])
+    speeds = [line["speed/pairs_per_s"] for line in map(json.loads, (whole / "metrics.jsonl").open()) if "lr" in line]
+    pause = 3 * cfg["batch_size"] / statistics.median(speeds)  # seconds of three steps, each with a checkpoint
     say(f"undisturbed: {steps} steps in {time.perf_counter() - begun:.0f} s")
 
     resumed = cfg | {"output_dir": str(killed), "resume_from_step": -1}
-    done = {"start-up": 0, "training": 0, "training, in a write": 0, "finished early": 0}
+    done = {"start-up": 0, "training": 0, "training, in a write": 0, "of them in a checkpoint": 0, "finished early": 0}
     startup, path = 1.0, killed / "metrics.jsonl"  # seconds; measured again in every life
     while (count := done["start-up"] + done["training"]) < kills:
         pid, born, early = runs.start(resumed, log), time.time(), count % 5 == 0
@@ -202,7 +205,7 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
             time.sleep(0.005)
             if before is not None and lines_in(path) > before:
                 startup = 0.5 * startup + 0.5 * (time.time() - born)
-                time.sleep(rng.uniform(0, 0.2))  # two or three steps, each with a checkpoint
+                time.sleep(rng.uniform(0, pause))
                 break
             if before is None and (killed / "run.json").exists() and (killed / "run.json").stat().st_mtime > born:
                 before = lines_in(path)
@@ -214,13 +217,15 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
             done["finished early"] += 1
             break
         done["start-up" if early else "training"] += 1
-        done["training, in a write"] += bool(not early and list(killed.rglob(".*.tmp-*")))
+        written = [p.name for p in killed.rglob(".*.tmp-*")]
+        done["training, in a write"] += bool(not early and written)
+        done["of them in a checkpoint"] += bool(not early and any(name.startswith(".checkpoint") for name in written))
     status = runs.wait(runs.start(resumed, log))
     runs.close()
     if status:
         raise SystemExit("error: the killed run failed:\n" + log.read_text()[-2000:])
     equal = compare(whole, killed, steps) | {"no traceback": "Traceback" not in log.read_text(), "as many kills as asked": count == kills}
-    return {"kills": count, **done, "steps": steps, "damaged checkpoints met": log.read_text().count("warning: passing"),
+    return {"kills": count, **done, "steps": steps, "uncommitted checkpoints passed over": log.read_text().count("warning: passing"),
             "seconds": round(time.perf_counter() - begun), "equal": equal}
 
 
@@ -237,9 +242,9 @@ def main(argv: list[str] | None = None) -> int:
         result = soak(Path(folder), args.kills, args.seed)
     for key, value in result.items():
         if key != "equal":
-            print(f"{key:<32} {value}")
+            print(f"{key:<36} {value}")
     for key, value in result["equal"].items():
-        print(f"{key:<32} {'yes' if value else 'NO'}")
+        print(f"{key:<36} {'yes' if value else 'NO'}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(result["equal"].values()) else 1

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
@@ -170,6 +171,68 @@ def test_continuing_an_older_step_leaves_no_mixture(tiny, copied, finished):
     run = Process(tiny, copied, resume_from_step=10, eval_interval=10)
     assert run.wait() == 0 and "checkpoint_15 is newer than this continuation" in run.text()
     assert kill_soak.metrics(copied) == kill_soak.metrics(finished)
+
+
+def test_best_model_of_a_superseded_step_is_replaced(tiny, copied):
+    """The folder's best model must be of a step that the continuation has seen: from its checkpoint, or put aside."""
+    path, scores = copied / "checkpoint_15.pt", copied / "scores.json"
+    content = script.load_file(path)
+    content["best"]["test"] |= {"step": 10, "test_spearman": 0.5}
+    torch.save(content, path)
+    path.with_suffix(".json").write_text(json.dumps(mark(copied, 15) | {"bytes": path.stat().st_size, "sha256": script.file_sha256(path)}))
+    scores.write_text(json.dumps({"step": 20}))
+    run = Process(tiny, copied, resume_from_step=15, eval_interval=10)
+    assert run.wait() == 0 and "it is the best student until now again, of step 10" in run.text()
+    best, kept = script.load_file(copied / "pytorch_model.bin"), script.load_file(copied / "checkpoint_10.pt")["student"]
+    assert all(torch.equal(best[name], tensor) for name, tensor in kept.items())
+    assert json.loads(scores.read_text())["step"] == 10 and json.loads(scores.read_text())["test_spearman"] == 0.5
+
+    scores.write_text(json.dumps({"step": 999}))
+    (copied / "checkpoint_10.pt").unlink()
+    run = Process(tiny, copied, resume_from_step=15, eval_interval=10)
+    assert run.wait() == 0 and "renamed to pytorch_model.bin.superseded" in run.text()
+    assert json.loads(scores.read_text())["step"] == 20
+
+
+def test_changed_data_are_refused(tiny, copied, tmp_path):
+    other = shutil.copytree(tiny["data_dir"], tmp_path / "data")
+    kill_soak.write_lines(other / "train" / "pairs.jsonl.gz", ['["a red dog", "a blue dog"]'] * 50)
+    before = {p.name: script.file_sha256(p) for p in copied.glob("checkpoint_*")}
+    run = Process(tiny, copied, resume_from_step=15, data_dir=str(other))
+    assert run.wait() == 2 and "source pairs: its content is not what checkpoint_15 was trained on" in run.text()
+    assert {p.name: script.file_sha256(p) for p in copied.glob("checkpoint_*")} == before
+
+
+def test_damaged_or_unfinished_shards_are_tokenised_again(tiny, tmp_path, monkeypatch, capsys):
+    """A kill while tokenising leaves whole shards, which are used; a flipped bit is found and named."""
+    monkeypatch.setattr(script, "SHARD_ROWS", 100)
+    cfg = script.check_config(script.config | tiny | {"cache_dir": str(tmp_path / "cache"), "sts_name": "stsb"})
+    _, tokenizer, _ = script.load_teacher(cfg)
+    load = lambda: script.load_training_data(cfg, tokenizer)  # noqa: E731
+    data = load()
+    shards = sorted((tmp_path / "cache").rglob("shard-*.arrow"))
+    assert len(shards) == 3 and data.size == 300
+    flip(shards[1])
+    shards[2].with_suffix(".json").unlink(), (shards[2].parent / "meta.json").unlink()
+    (shards[0].parent / ".shard-00002.arrow.tmp-1").write_bytes(b"torn")
+    times = [p.stat().st_mtime_ns for p in shards]
+    assert load().fingerprints == data.fingerprints and not list(tmp_path.rglob(".*.tmp-*"))
+    assert [p.stat().st_mtime_ns == t for p, t in zip(shards, times)] == [True, False, False]
+    capsys.readouterr()
+    flip(shards[0])
+    assert load().fingerprints == data.fingerprints and "shard-00000.arrow: its sha256 differs" in capsys.readouterr().out
+
+
+def test_tokenising_in_processes_gives_the_same(tiny, tmp_path):
+    """Two processes, started by the real command line; the shards are those of one process."""
+    folders = [tmp_path / "0", tmp_path / "2"]
+    for folder, count in zip(folders, (0, 2)):
+        cfg = tiny | {"cache_dir": str(folder), "num_proc": count, "total_steps": 1, "output_dir": str(folder / "run")}
+        done = subprocess.run([sys.executable, str(ROOT / "train_6layer_deltanet.py"), *kill_soak.command_line(cfg)],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    first, second = ([script.file_sha256(p) for p in sorted(f.rglob("shard-*.arrow"))] for f in folders)
+    assert first == second and first
 
 
 def test_a_new_run_does_not_touch_checkpoints(tiny, copied):
