@@ -1998,7 +1998,7 @@ class Run:
         if changed:
             raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
                             "data, or start again in another output_dir (nothing was changed)")
-        self.restore_best()
+        self.supersede()
         self.sts = load_sts_splits(cfg)
         self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"]) for s, r in self.sts.items()}
         self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
@@ -2008,7 +2008,7 @@ class Run:
         self.banner()
 
     def begin(self) -> None:
-        """Resume from a checkpoint, or make sure that none is in the way; truncate the metrics to its step."""
+        """Resume from a checkpoint, or make sure that none is in the way; the folder is only read."""
         cfg = self.cfg
         path = find_checkpoint(self.folder, cfg["resume_from_step"]) if cfg["resume_from_step"] else None
         if path:
@@ -2017,22 +2017,22 @@ class Run:
             self.sums, self.bad_steps = content["progress"]["sums"], content["progress"]["bad_steps"]
             self.trained_on = content["progress"].get("data")
             print(f"resumed from {path}")
-            for step in (s for s in checkpoint_steps(self.folder) if s > self.step):  # damaged, or of another continuation
-                print(f"note: checkpoint_{step} is newer than this continuation: renamed to checkpoint_{step}.*.superseded")
-                for old in self.folder.glob(f"checkpoint_{step}.*[nt]"):
-                    old.rename(f"{old}.superseded")
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
             raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
                             "or another output_dir (nothing was changed)")
         lines = self.metrics_path.read_bytes().splitlines(keepends=True) if path and self.metrics_path.exists() else []
         try:
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
+            self.kept_metrics = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove it") from None
-        write_atomic(self.metrics_path, lambda file: file.writelines(kept))
 
-    def restore_best(self) -> None:
-        """The best model of the steps done so far, if the folder holds one of a later step that is superseded."""
+    def supersede(self) -> None:
+        """Put aside what the folder holds of later steps, which this continuation will take again: metrics, checkpoints, best model."""
+        write_atomic(self.metrics_path, lambda file: file.writelines(self.kept_metrics))
+        for step in (s for s in checkpoint_steps(self.folder) if s > self.step):  # damaged, or of another continuation
+            print(f"note: checkpoint_{step} is newer than this continuation: renamed to checkpoint_{step}.*.superseded")
+            for old in self.folder.glob(f"checkpoint_{step}.*[nt]"):
+                old.rename(f"{old}.superseded")
         path, best = self.folder / "pytorch_model.bin", self.best.get(self.cfg["best_model_split"], {})
         step = best.get("step", 0)
         if not path.exists() or read_record(self.folder / "scores.json").get("step", 0) <= self.step:
