@@ -1080,6 +1080,7 @@ def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
 def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> "PairData":
     """Tokenise what is not in the cache yet, and open every source memory-mapped."""
     banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
+    tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()  # earlier calls leave traces
     recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
                          hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()])
     sources, fingerprints, left_out, leaks = [], {}, [], 0
