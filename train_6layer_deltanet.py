@@ -625,13 +625,56 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Student and teacher
+# Encoding, student and teacher
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """L2-normalised mean over real tokens. hidden (B, T, D), mask (B, T) -> (B, D)."""
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=-1)
+
+
+@torch.inference_mode()
+def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], batch_size: int = 64, max_length: int | None = 128,
+           show_progress: bool = False, convert_to_tensor: bool = False) -> np.ndarray | Tensor:
+    """Unit sentence embeddings, (N, D) in the order given, or (D,) for one string; works for the student and for the teacher.
+
+    Sentences are sorted by length so that little is padded, in batches of `batch_size`, less where texts are long (16,384
+    tokens). `max_length` None reads texts whole.
+    """
+    if isinstance(sentences, str):
+        return encode(model, tokenizer, [sentences], batch_size, max_length, show_progress, convert_to_tensor)[0]
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    tokens = tokenise(tokenizer, sentences, max_length)
+    order = np.argsort([-len(t) for t in tokens], kind="stable")
+    out, done = torch.empty(len(sentences), model.config.hidden_size), 0
+    with tqdm(total=len(order), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
+        while done < len(order):
+            chosen = order[done:done + max(1, min(batch_size, 16384 // len(tokens[order[done]])))]
+            ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
+            done += len(chosen)
+            bar.update(len(chosen))
+    model.train(was_training)
+    return out if convert_to_tensor else out.numpy()
+
+
+def tokenise(tokenizer: Any, sentences: list[str], max_length: int | None) -> list[list[int]]:
+    """Token ids of every sentence, with [CLS] and [SEP], not padded."""
+    kwargs = {"truncation": True, "max_length": max_length} if max_length else {"truncation": False}
+    return tokenizer(list(sentences), padding=False, return_attention_mask=False, return_token_type_ids=False,
+                     verbose=False, **kwargs)["input_ids"] if len(sentences) else []
+
+
+def pad_batch(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """ids and mask, (N, T) int64, T the longest length rounded up to a multiple of 8."""
+    length = -(-max(map(len, tokens)) // 8) * 8
+    ids, mask = np.zeros((len(tokens), length), np.int64), np.zeros((len(tokens), length), np.int64)
+    for i, t in enumerate(tokens):
+        ids[i, :len(t)], mask[i, :len(t)] = t, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 class FeedForward(nn.Module):
@@ -703,9 +746,9 @@ class DeltaNetStudent(PreTrainedModel):
             pass
         return BaseModelOutput(last_hidden_state=x)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Sentence embeddings of unit length, (B, D)."""
-        return mean_pool(self(input_ids, attention_mask).last_hidden_state, attention_mask)
+    def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
+        """`encode` with this model; the tokenizer is by default the one saved beside it."""
+        return encode(self, tokenizer or AutoTokenizer.from_pretrained(self.name_or_path), sentences, **options)
 
 
 def state_overlap(state: Tensor) -> Tensor:
@@ -1312,45 +1355,7 @@ class PairData:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Encoding and STS evaluation
-
-
-@torch.inference_mode()
-def encode(model: PreTrainedModel, tokenizer: Any, sentences: list[str], batch_size: int = 64, max_length: int | None = 128,
-           show_progress: bool = False, convert_to_tensor: bool = False) -> np.ndarray | Tensor:
-    """Unit sentence embeddings, (N, D), in the order given; works for the student and for the teacher.
-
-    Sentences are sorted by length so that little is padded. `max_length` None reads texts whole.
-    """
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    tokens = tokenise(tokenizer, sentences, max_length)
-    order = np.argsort([-len(t) for t in tokens], kind="stable")
-    out = torch.empty(len(sentences), model.config.hidden_size)
-    for start in tqdm(range(0, len(order), batch_size), desc="encode", disable=not show_progress, leave=False):
-        chosen = order[start:start + batch_size]
-        ids, mask = pad_batch([tokens[i] for i in chosen])
-        ids, mask = ids.to(device), mask.to(device)
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
-    model.train(was_training)
-    return out if convert_to_tensor else out.numpy()
-
-
-def tokenise(tokenizer: Any, sentences: list[str], max_length: int | None) -> list[list[int]]:
-    """Token ids of every sentence, with [CLS] and [SEP], not padded."""
-    kwargs = {"truncation": True, "max_length": max_length} if max_length else {"truncation": False}
-    return tokenizer(list(sentences), padding=False, return_attention_mask=False, return_token_type_ids=False,
-                     verbose=False, **kwargs)["input_ids"] if len(sentences) else []
-
-
-def pad_batch(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """ids and mask, (N, T) int64, T the longest length rounded up to a multiple of 8."""
-    length = -(-max(map(len, tokens)) // 8) * 8
-    ids, mask = np.zeros((len(tokens), length), np.int64), np.zeros((len(tokens), length), np.int64)
-    for i, t in enumerate(tokens):
-        ids[i, :len(t)], mask[i, :len(t)] = t, 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)
+# STS evaluation
 
 
 STS_ROWS = {"dev": 1500, "test": 1379}
@@ -1696,11 +1701,13 @@ import math
 from functools import partial
 from typing import Any, Iterator
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from tqdm import tqdm
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 '''
 
@@ -1713,8 +1720,11 @@ def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
     nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
     parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, ShortConvolution, l2_normalise,
-             DeltaNetConfig, EnhancedHierarchicalDeltaNet, mean_pool, FeedForward, state_overlap, DeltaNetStudent)
-    return MODELLING_HEADER + f"\nSEGMENT = {SEGMENT}\n" + "".join(f"\n\n{ast.get_source_segment(SOURCE, nodes[part.__name__])}\n" for part in parts)
+             DeltaNetConfig, EnhancedHierarchicalDeltaNet, mean_pool, encode, tokenise, pad_batch, FeedForward, state_overlap,
+             DeltaNetStudent)
+    found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
+    spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
+    return MODELLING_HEADER + f"\nSEGMENT = {SEGMENT}\n" + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
 
 
 def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
