@@ -1656,7 +1656,8 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         scores = next((b for b in best.values() if isinstance(b, dict) and b.get("step") == step), {})
         info |= {"kind": "checkpoint", "step": step, "evaluation": cfg["sts_name"],
                  "scores": {k: v for k, v in scores.items() if k != "step"} or recorded_scores(folder, step)}
-        return state["student"], cfg, info | {"sources": read_record(folder / "run.json").get("sources")}
+        return state["student"], cfg, info | {"sources": read_record(folder / "run.json").get("sources"),
+                                              "teacher": read_record(folder / "scores.json").get("teacher")}
     if not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
     if not any(name.startswith("deltanet_layers.") for name in state):
@@ -1673,7 +1674,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
     if record.get("sha256", info["sha256"]) != info["sha256"]:
         raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
     return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),
-                               "evaluation": record.get("evaluation"), "sources": record.get("sources"),
+                               "evaluation": record.get("evaluation"), "sources": record.get("sources"), "teacher": record.get("teacher"),
                                "chosen": record.get("chosen", "training kept it" if not export else None),
                                "scores": {k: v for k, v in record.items() if k.endswith(("_spearman", "_pearson"))}}
 
@@ -2072,11 +2073,11 @@ class Run:
         if changed:
             raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
                             "data, or start again in another output_dir (nothing was changed)")
-        self.supersede()
         self.sts = load_sts_splits(cfg)
         self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"]) for s, r in self.sts.items()}
         self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
                                for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
+        self.supersede()
         write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
                                               **run_environment(self.device)})
         self.banner()
@@ -2181,7 +2182,7 @@ class Run:
 
     def save_model(self, folder: Path, scores: dict[str, float], step: int | None = None) -> None:
         save_model(folder, self.student, self.tokenizer, self.cfg,
-                   {"step": self.step if step is None else step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names,
+                   {"step": self.step if step is None else step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
                     "best_model_split": self.cfg["best_model_split"]})
 
     def save(self, why: str = "save_interval") -> None:
