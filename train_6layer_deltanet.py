@@ -37,7 +37,6 @@ import zipfile
 import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -119,6 +118,7 @@ config: dict[str, Any] = {
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
     "num_proc": 0,  # processes that tokenise; 0: this one, with the tokenizer's own threads
+    "teacher_cache": "",  # folder to keep the teacher's results in, for runs on the same batches; about 5 KB a token
     "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
     "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128",  # lengths that batches are padded to
     # evaluation and output
@@ -178,6 +178,8 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
 FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
              "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "best_model_split",
              "total_steps", "warmup_steps", "allow_missing_sources", "num_proc")
+BATCH_KEYS = ("seed", "batch_size", "gradient_accumulation_steps", "max_length", "pad_lengths", "length_groups", "source_alpha",
+              "precision")  # with the data and the teacher, all that the teacher's results of a step depend on
 
 
 class UserError(Exception):
@@ -1117,16 +1119,16 @@ def shard_record(path: Path, verify: bool = True) -> dict[str, Any] | None:
 
 
 def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes], folder: Path,
-                    num_proc: int = 0, log: Callable[[str], None] = print) -> tuple[Any, dict[str, Any]]:
+                    pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print) -> tuple[Any, dict[str, Any]]:
     """The rows of a source as a memory-mapped `datasets.Dataset` and their counts; tokenises what `folder` does not hold.
 
-    Shards of SHARD_ROWS rows are built one by one, or by `num_proc` processes. Whole ones that an interrupted build left
+    Shards of SHARD_ROWS rows are built one by one, or by the processes of `pool`. Whole ones that an interrupted build left
     are kept, and one whose sha256 differs is built again. meta.json, written last, says how many there are.
     """
     from datasets import Dataset, concatenate_datasets
     folder.mkdir(parents=True, exist_ok=True)
     meta, shard = folder / "meta.json", lambda number: folder / f"shard-{number:05}.arrow"
-    with open(folder / ".lock", "w") as lock, ExitStack() as stack:
+    with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same
         for stale in folder.glob(".*.tmp-*"):
             stale.unlink()
@@ -1135,7 +1137,6 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
         if count is None or None in records:
             if count is not None:
                 log(f"warning: {shard(records.index(None))}: its sha256 differs from what was written; tokenised again")
-            pool = stack.enter_context(ProcessPoolExecutor(num_proc, get_context("spawn"))) if num_proc > 1 else None
             pending, source = [], iter(rows())
             for number, block in enumerate(iter(lambda: list(islice(source, SHARD_ROWS)), [])):
                 count = number + 1
@@ -1143,7 +1144,7 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
                     continue
                 job = (tokenise_shard, shard(number), block, tokenizer, max_length, banned)
                 pending.append(pool.submit(*job) if pool else job[0](*job[1:]))
-                if pool and len(pending) > num_proc:
+                if pool and len(pending) > 4:
                     pending.pop(0).result()  # so that few blocks are in memory
             for job in pending if pool else ():
                 job.result()
@@ -1183,19 +1184,24 @@ def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
     return found
 
 
-def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> "PairData":
-    """Tokenise what is not in the cache yet, and open every source memory-mapped."""
+def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print,
+                       pool: ProcessPoolExecutor | None = None) -> "PairData":
+    """Tokenise what is not in the cache yet, in `num_proc` processes, and open every source memory-mapped."""
+    found = find_sources(cfg)
     banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
     tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()  # earlier calls leave traces
     recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
                          hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()])
     sources, fingerprints, left_out, leaks = [], {}, [], 0
-    for name, file in tqdm(find_sources(cfg), desc="data", unit="source", leave=False, disable=None):
+    if cfg["num_proc"] > 1:
+        with ProcessPoolExecutor(cfg["num_proc"], get_context("spawn")) as pool:  # it starts no process before there is work
+            return load_training_data(cfg | {"num_proc": 0}, tokenizer, log, pool)
+    for name, file in tqdm(found, desc="data", unit="source", leave=False, disable=None):
         content = file_sha256(file) if file else repr(HUB_SOURCES[name])
         folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
         try:
             rows = partial(read_pairs, file) if file else lambda: keep_rows(name, read_hub(name), cfg)
-            data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, cfg["num_proc"], log)
+            data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log)
         except UserError as error:
             if not cfg["allow_missing_sources"]:
                 raise
@@ -1279,6 +1285,7 @@ class PairData:
         self.left_out: list[str] = []
         self.fingerprints: dict[str, str] = {}  # of every source's token ids
         self.leaks, self.cached = 0, (-1, None, None)
+        self.ahead, self.builder = (-1, None), ThreadPoolExecutor(1)  # the next window is built while this one is used
 
     def drawn(self, total: int) -> np.ndarray:
         """How many of the first `total` pairs each source gives; never falls as `total` grows by a window."""
@@ -1286,10 +1293,14 @@ class PairData:
         counts[self.shares.argmax()] += total - counts.sum()
         return counts
 
-    def window(self, number: int) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
-        """The rows of window `number`, as columns per source order, and the row indices of each of its batches."""
-        if self.cached[0] == number:
-            return self.cached[1:]
+    def window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        """The rows of window `number` as columns, and the row indices of each of its batches."""
+        if self.cached[0] != number:
+            self.cached = (number, *(self.ahead[1].result() if self.ahead[0] == number else self.build_window(number)))
+            self.ahead = (number + 1, self.builder.submit(self.build_window, number + 1))
+        return self.cached[1:]
+
+    def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         cfg, count = self.cfg, self.WINDOW * self.cfg["batch_size"]
         first, last = self.drawn(number * count), self.drawn((number + 1) * count)
         parts: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -1317,9 +1328,7 @@ class PairData:
         for piece in np.array_split(order, slices):
             piece = piece[np.lexsort((noise[piece], second[piece]))]
             batches += [np.sort(b) for b in np.array_split(piece, self.WINDOW // slices)]
-        batches = [batches[i] for i in rng.permutation(self.WINDOW)]
-        self.cached = (number, rows, batches)
-        return rows, batches
+        return rows, [batches[i] for i in rng.permutation(self.WINDOW)]
 
     def batch(self, step: int) -> list[dict[str, Any]]:
         """The micro-batches of step `step` (counted from 1).
@@ -1796,17 +1805,42 @@ def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.opti
 class Trainer:
     """Everything one optimiser step needs; `step_gradients` is the whole of a step's mathematics."""
 
-    def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any]):
+    def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any], data: dict[str, str] | None = None):
+        """`data`: fingerprints of the sources, which with the config and the teacher name the folder in `teacher_cache`."""
         self.student, self.teacher, self.cfg = student, teacher, cfg
         self.device = next(student.parameters()).device
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
+        # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
+        self.teacher_autocast = (lambda: torch.autocast("cuda", torch.float16)) if self.device.type == "cuda" else self.autocast
+        self.cache: Path | None = None
+        if cfg["teacher_cache"]:
+            digest = hashlib.sha256(json.dumps([data, *(cfg[key] for key in BATCH_KEYS)]).encode())
+            for tensor in teacher.state_dict().values():
+                digest.update(tensor.cpu().numpy().tobytes())
+            self.cache = Path(cfg["teacher_cache"]) / digest.hexdigest()[:16]
+            self.cache.mkdir(parents=True, exist_ok=True)
 
-    def teach(self, micro: dict[str, Any]) -> None:
-        """Put the teacher's hidden states and embeddings of a micro-batch into it."""
+    def teach(self, micro: dict[str, Any], name: str) -> None:
+        """Put the teacher's hidden states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
         micro["groups"] = [(ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
                            for ids, mask in micro["groups"]]
-        with self.autocast():
-            micro["states"] = [teacher_states(self.teacher, *group) for group in micro["groups"]]
+        path = self.cache / f"{name}.safetensors" if self.cache else None
+        if path and path.exists():
+            from safetensors.torch import load_file as load_safetensors
+            kept = load_safetensors(path, device=str(self.device))
+            micro["states"] = [list(kept[f"states_{i}"]) for i in range(len(micro["groups"]))]
+        else:
+            with self.teacher_autocast():
+                micro["states"] = [teacher_states(self.teacher, *group) for group in micro["groups"]]
+            if path:
+                from safetensors.torch import save
+                micro["states"] = [[x.half() for x in states] for states in micro["states"]]
+                content = save({f"states_{i}": torch.stack(x).cpu() for i, x in enumerate(micro["states"])})
+                if shutil.disk_usage(self.cache).free > 2e9 + len(content):
+                    write_atomic(path, lambda file: file.write(content))
+                else:
+                    print(f"note: teacher_cache {self.cache}: less than 2 GB free; nothing more is kept")
+                    self.cache = None
         micro["target"] = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro["states"], micro["groups"])])
         micro["target"] = micro["target"][micro["restore"].to(self.device)]
 
@@ -1838,8 +1872,8 @@ class Trainer:
         """
         cfg = self.cfg
         cached = len(batch) > 1 if cached is None else cached
-        for micro in batch:
-            self.teach(micro)
+        for i, micro in enumerate(batch):
+            self.teach(micro, f"{step}-{i}")
         tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
         sentences = sum(len(micro["target"]) for micro in batch)
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
@@ -2212,7 +2246,7 @@ class Run:
 
     def train(self) -> None:
         """All remaining steps."""
-        cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg)
+        cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.data.fingerprints)
         if self.step == 0:
             self.evaluate()
         self.student.train()

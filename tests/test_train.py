@@ -1,6 +1,7 @@
 """The training script: config, model, losses, data, gradient caching, resume, evaluation."""
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -257,7 +258,6 @@ def generated(corpus, teacher_and_tokenizer, tmp_path_factory):
 
 
 def test_pairs_with_an_evaluation_text_are_dropped(corpus, teacher_and_tokenizer, tmp_path):
-    import shutil
     shutil.copytree(corpus / "sts", tmp_path / "sts")
     leaked = script.load_sts(small_config(data_dir=str(corpus), sts_name="generated"), "test")[0][0]
     write_rows(tmp_path / "train" / "x.jsonl.gz", [json.dumps(["A clean text.", "Another one."]),
@@ -268,7 +268,6 @@ def test_pairs_with_an_evaluation_text_are_dropped(corpus, teacher_and_tokenizer
 
 
 def test_changed_file_is_seen(corpus, teacher_and_tokenizer, tmp_path):
-    import shutil
     shutil.copytree(corpus / "sts", tmp_path / "sts")
     cfg = small_config(data_dir=str(tmp_path), sts_name="generated", cache_dir=str(tmp_path / "cache"))
     for count in (1, 2):
@@ -431,3 +430,35 @@ def test_bf16_autocast_trains_and_keeps_the_core_in_float32(corpus, tiny_teacher
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = mixer(torch.randn(2, 5, 32), torch.ones(2, 5))
     assert out.dtype == torch.bfloat16 and {x.dtype for x in seen} == {torch.float32}
+
+
+def tiny_trainer(generated, tiny_teacher, **changes):
+    """A trainer of two small layers with dropout, and the first batch of the generated corpus in three micro-batches."""
+    cfg = small_config(teacher_model=tiny_teacher, d_model=32, num_heads=2, num_layers=2, gradient_accumulation_steps=3,
+                       batch_size=12, **changes)
+    teacher, _, _ = script.load_teacher(cfg)
+    data = script.PairData(list(zip(generated[1].names, [t.with_format(None) for t in generated[1].tables])), cfg)
+    student = script.build_student(cfg, teacher).train()
+    return script.Trainer(student, teacher, cfg, {"x": "y"}), data
+
+
+def gradients(trainer, data) -> dict[str, torch.Tensor]:
+    trainer.student.zero_grad(set_to_none=True)
+    trainer.step_gradients(data.batch(1), 1)
+    return {name: p.grad.clone() for name, p in trainer.student.named_parameters() if p.grad is not None}
+
+
+def test_teacher_cache_gives_the_same_and_spares_the_teacher(generated, tiny_teacher, tmp_path):
+    trainer, data = tiny_trainer(generated, tiny_teacher, teacher_cache=str(tmp_path))
+    first = gradients(trainer, data)
+    assert len(list(trainer.cache.glob("1-*.safetensors"))) == 3
+    again, data = tiny_trainer(generated, tiny_teacher, teacher_cache=str(tmp_path))
+    assert again.cache == trainer.cache
+    again.teacher.forward = lambda *_, **__: pytest.fail("the teacher was asked")
+    second = gradients(again, data)
+    plain, data = tiny_trainer(generated, tiny_teacher)
+    for name, gradient in gradients(plain, data).items():
+        assert torch.equal(first[name], second[name])
+        assert (first[name] - gradient).norm() < 0.02 * gradient.norm() + 1e-5, name  # float16 targets
+    other, _ = tiny_trainer(generated, tiny_teacher, teacher_cache=str(tmp_path), seed=1)
+    assert other.cache != trainer.cache
