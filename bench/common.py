@@ -90,6 +90,8 @@ def configure(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 def find_data(args: argparse.Namespace, folder: Path, pairs: int) -> tuple[dict[str, str], str]:
     """Config keys data_dir and cache_dir, and what the data is; without a data_dir and data/generated, `pairs` are generated."""
     data_dir, name = Path(args.data_dir), f"data_dir {Path(args.data_dir).resolve().name}"
+    if not data_dir.is_dir():
+        raise script.UserError(f"data_dir {data_dir}: no such folder")
     if not args.data_dir:
         data_dir, name = ROOT / "data" / "generated", "the generated corpus, not real text"
     if not args.data_dir and not data_dir.is_dir():
@@ -186,7 +188,7 @@ def fresh(file: str, timeout: float = 3600, **request: Any) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         raise script.UserError(f"{Path(file).name} --worker took more than {timeout:.0f} s") from None
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:300]
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:300].removeprefix("error: ")
         raise script.UserError(f"{Path(file).name} --worker failed (status {done.returncode}): {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 

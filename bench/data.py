@@ -10,7 +10,7 @@ its rows ten times, so sources, files and texts stay the same and nothing is ded
 
 - indexing: `load_training_data` into the empty cache, once. Memory: highest sum over the process and its children, sampled;
   PSS counts a page that several share in parts, `anonymous` is what of it is no mapped file.
-- second start: `load_training_data` on the full cache, `--repeats` times in one process.
+- second start: `load_training_data` on the full cache, `--repeats` times in one process; the first imports `datasets` too.
 - batches: `PairData.batch` of `--batches` consecutive steps. The trainer builds the next batch during a step, so with a step of S
   seconds a batch of b seconds is waited for b - S; `without` is the share if nothing were built ahead. Memory after them, too:
   mapped pages are the page cache's, which the system takes back; `anonymous` is what must not grow with the pairs.
@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 continue
             note(f"second start, {args.batches} batches")
             found = fresh(__file__, kind="starting", cfg=here, repeats=args.repeats, batches=args.batches)
-            started.append({"times": times, **found, "seconds": spread(found["seconds"]),
+            started.append({"times": times, **found, "first_seconds": found["seconds"][0], "seconds": spread(found["seconds"]),
                             "batch_seconds": spread(found["batch_seconds"]),
                             "batch_mean_seconds": sum(found["batch_seconds"]) / args.batches,
                             "waiting": [waiting(found["batch_seconds"], s) for s in args.step_seconds]})
@@ -173,6 +173,7 @@ def page(result: dict[str, Any]) -> str:
         "anonymous": lambda r: mib(r["tree_anonymous_bytes"])})
     lines += table(f"second start, and {s['batches']} batches; memory in MiB", result["starts"], {
         "data": times, "pairs": pairs, "start: seconds": lambda r: shown(r["seconds"]),
+        "the first": lambda r: shown(r["first_seconds"]),
         "ms/batch": lambda r: shown({k: 1e3 * v for k, v in r["batch_seconds"].items()}),
         "mean": lambda r: shown(1e3 * r["batch_mean_seconds"]), "padding": lambda r: shown(r["padding"], ".2%"),
         "peak": lambda r: mib(r["peak_bytes"]), "anonymous: before": lambda r: mib(r["anonymous_before"]),
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--accumulation", type=int, default=0, help="gradient_accumulation_steps; 0: the preset's")
     p.add_argument("--step_seconds", nargs="+", type=float, default=[0.018, 0.5],
                    help="a step's time, to wait for batches in; 0.018: 200,000 steps in an hour")
-    p.add_argument("--work_dir", default="", help="for caches and copies, about 200 bytes a pair; empty: the system's temporary one")
+    p.add_argument("--work_dir", default="", help="for caches and copies, about 200 bytes a pair; empty: the temporary folder")
     return run(p, measure, page, worker, argv)
 
 

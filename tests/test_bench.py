@@ -81,8 +81,8 @@ def test_data(tmp_path):
     for row in result["indexing"]:
         positive(row, "pairs", "sources", "seconds", "pairs_per_s", "peak_bytes", "tree_pss_bytes", "tree_anonymous_bytes")
     for row in result["starts"]:
-        positive(row, "seconds", "batch_seconds", "batch_mean_seconds", "padding", "peak_bytes", "anonymous_opened",
-                 "mapped_bytes")
+        positive(row, "seconds", "first_seconds", "batch_seconds", "batch_mean_seconds", "padding", "peak_bytes",
+                 "anonymous_opened", "mapped_bytes")
         assert row["padding"] < 1 and all(0 <= w["wait_share"] <= w["wait_share_without"] < 1 for w in row["waiting"])
     assert result["indexing"][1]["pairs"] == 2 * result["indexing"][0]["pairs"]  # nothing deduplicated
 
