@@ -1,0 +1,214 @@
+"""Speed of `encode`: against SentenceTransformer with the teacher's weights, then on texts longer than it reads.
+
+    python bench/encode.py                          16 to 512 tokens against MiniLM; 2,048 to 32,768 against its architecture
+    python bench/encode.py --threads 2 --json results/bench/encode.json
+    python bench/encode.py --quick                  does it work? under a minute
+
+Both encoders get the same list of texts, tokenise them and return numpy vectors, at one batch size. A text of N tokens is N - 2
+words of the vocabulary, of one token each, between [CLS] and [SEP]. The student has the teacher's projections and no training:
+its speed does not depend on the weights.
+
+Long texts are encoded one at a time. The attention architecture is a random BERT of the teacher's shapes whose position table
+is as long as the text, with PyTorch's scaled_dot_product_attention. Memory: peak of one text above the loaded, used model, in a
+fresh process for each length. A length is not run where memory or `--time_limit` would not do, and the row says so.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import numpy as np
+import torch
+from common import (configure, fresh, growth, headline, interleaved, machine, mib, note, parser, rate, ratio, resident, run,
+                    script, shown, spread, table)
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from detect_hardware import find_hardware
+
+LENGTHS = (16, 64, 128, 256, 512)
+LONG = (2048, 8192, 32768)
+SHORT = 512  # tokens; what the time per token of long texts is compared with
+
+
+def vocabulary(tokenizer: Any) -> list[str]:
+    """Real words that are one token each."""
+    words = [w for w in tokenizer.get_vocab() if w.isascii() and w.isalpha() and w.islower() and len(w) > 2]
+    return sorted(words)
+
+
+def make_texts(tokenizer: Any, length: int, count: int, seed: int = 0) -> list[str]:
+    """`count` texts of exactly `length` tokens, [CLS] and [SEP] included."""
+    words, rng = vocabulary(tokenizer), np.random.default_rng([seed, length])
+    texts = [" ".join(words[i] for i in row) for row in rng.integers(len(words), size=(count, length - 2))]
+    if any(len(ids) != length for ids in script.tokenise(tokenizer, texts, None)):
+        raise script.UserError(f"texts of {length} tokens cannot be made: this tokenizer splits its own words")
+    return texts
+
+
+def sentence_transformer(folder: Path, device: torch.device) -> Any:
+    """SentenceTransformer on the teacher's folder, reading 512 tokens."""
+    from sentence_transformers import SentenceTransformer
+    modules = None
+    if not (folder / "modules.json").is_file():  # as in a hub cache that holds only what training needs
+        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+        transformer = Transformer(str(folder))
+        modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="mean"), Normalize()]
+    model = SentenceTransformer(None if modules else str(folder), modules=modules, device=str(device))
+    model.max_seq_length = 512
+    return model.eval()
+
+
+def load_student(cfg: dict[str, Any]) -> tuple[Any, Any]:
+    """An untrained student on the device, and the tokenizer."""
+    device = script.choose_device(cfg)
+    teacher, tokenizer, _ = script.load_teacher(cfg)
+    return script.build_student(cfg, teacher).to(device).eval(), tokenizer
+
+
+def long_shapes(cfg: dict[str, Any], positions: int) -> PretrainedConfig:
+    """The teacher's config with a table of `positions`, a multiple of 8 as `encode` pads."""
+    shapes = AutoConfig.from_pretrained(script.find_teacher(cfg["teacher_model"])[0], local_files_only=True)
+    shapes.max_position_embeddings = -(-positions // 8) * 8
+    return shapes
+
+
+def long_attention(cfg: dict[str, Any], positions: int) -> PreTrainedModel:
+    """A random BERT of the teacher's shapes that reads `positions` tokens."""
+    return AutoModel.from_config(long_shapes(cfg, positions), attn_implementation="sdpa", add_pooling_layer=False).eval()
+
+
+def attention_gib(shapes: PretrainedConfig, length: int) -> float:
+    """Estimated GiB of one text in the attention architecture: weights, position table, and the widest layer's activations.
+
+    scaled_dot_product_attention keeps no length x length matrix where its fused form applies, as it does here.
+    """
+    d = shapes.hidden_size
+    weights = shapes.vocab_size * d + shapes.num_hidden_layers * 12 * d * d + length * d
+    return 4 * (weights + length * (10 * d + 2 * shapes.intermediate_size)) / 2**30
+
+
+def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """The student's `encode` and SentenceTransformer's on the same texts."""
+    folder, rows = script.find_teacher(cfg["teacher_model"])[0], []
+    minilm = sentence_transformer(folder, next(student.parameters()).device)
+    for length in args.lengths:
+        count = max(2, args.tokens // length)
+        texts = make_texts(tokenizer, length, count)
+        note(f"{count} texts of {length} tokens")
+        cases = {"student": lambda x: script.encode(student, tokenizer, x, batch_size=args.batch_size, max_length=512),
+                 "minilm": lambda x: minilm.encode(x, batch_size=args.batch_size, show_progress_bar=False)}
+        shapes = {name: case(texts[:2]).shape for name, case in cases.items()}
+        if len(set(shapes.values())) > 1 or len(minilm.tokenizer(texts[0])["input_ids"]) != length:
+            raise script.UserError(f"the two encoders do not read the same {length} tokens: {shapes}")
+        seconds = interleaved(cases, [texts], args.repeats)
+        rows.append({"length": length, "texts": count, "batch_size": args.batch_size, **{
+            name: {"seconds": spread(s), "sentences_per_s": rate(count, s), "tokens_per_s": rate(count * length, s)}
+            for name, s in seconds.items()}, "speed_against_minilm": ratio(seconds["minilm"], seconds["student"])})
+    return rows
+
+
+def not_run(args: argparse.Namespace, cfg: dict[str, Any], length: int, device: torch.device,
+            before: tuple[int, float] | None) -> str | None:
+    """Why attention is not run at this length, or None. `before`: a shorter length, and its seconds; they grow quadratically."""
+    free = torch.cuda.mem_get_info()[0] / 2**30 if device.type == "cuda" else find_hardware()["cpu"]["free_gib"] or 4.0
+    needed = attention_gib(long_shapes(cfg, length), length)
+    if needed > 0.8 * free:
+        return f"not run: would need {needed:.1f} GiB, {free:.1f} GiB free"
+    seconds = (args.long_repeats + 1) * before[1] * (length / before[0]) ** 2 if before else 0.0
+    if seconds > args.time_limit:
+        return f"not run: would take up to {seconds:.0f} s, --time_limit is {args.time_limit:.0f}"
+    return None
+
+
+def long_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """One text at a time; each length takes turns with a few texts of SHORT tokens, and with attention where it can be run."""
+    rows, device, before = [], next(student.parameters()).device, None
+    read = lambda model, text: script.encode(model, tokenizer, [text], batch_size=1, max_length=None)  # noqa: E731
+    short = make_texts(tokenizer, SHORT, args.short_texts, 1)
+    for length in sorted(args.long):
+        text = make_texts(tokenizer, length, 1)[0]
+        note(f"one text of {length:,} tokens")
+        cases = {"short": lambda _: [read(student, t) for t in short], "student": lambda t: read(student, t)}
+        if not (reason := not_run(args, cfg, length, device, before)):
+            attention = long_attention(cfg, length).to(device)
+            cases["attention"] = lambda t: read(attention, t)  # noqa: B023  called in this turn of the loop
+        seconds = interleaved(cases, [text], args.long_repeats)
+        each, each_short = ([s / count for s in seconds[k]] for k, count in (("student", length), ("short", SHORT * len(short))))
+        row = {"length": length, "seconds": spread(seconds["student"]), "seconds_per_token": spread(each),
+               "tokens_per_s": rate(length, seconds["student"]), "time_per_token_over_short": ratio(each, each_short),
+               "attention_not_run": reason, "attention_seconds": None, "speed_against_attention": None}
+        if not reason:
+            before, attention = (length, min(seconds["attention"])), None
+            row |= {"attention_seconds": spread(seconds["attention"]),
+                    "speed_against_attention": ratio(seconds["attention"], seconds["student"])}
+        for kind in ("student", "attention"):
+            peak = None if kind == "attention" and reason else fresh(__file__, kind=kind, cfg=cfg, length=length)["growth"]
+            row |= {f"{kind}_peak_bytes": peak, f"{kind}_bytes_per_token": peak and peak / length}
+        rows.append(row)
+    return rows
+
+
+def worker(kind: str, cfg: dict[str, Any], length: int) -> dict[str, Any]:
+    """Bytes by which one text's peak exceeds the model, which has read a short text before."""
+    student, tokenizer = load_student(cfg)
+    device = next(student.parameters()).device
+    model = long_attention(cfg, length).to(device) if kind == "attention" else student
+    read = lambda text: script.encode(model, tokenizer, [text], batch_size=1, max_length=None)  # noqa: E731
+    read(make_texts(tokenizer, 16, 1)[0])
+    text = make_texts(tokenizer, length, 1)[0]
+    return {"growth": growth(lambda: read(text), device), "before": resident()}
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All rows."""
+    if args.quick:
+        args.lengths, args.long, args.tokens, args.repeats, args.long_repeats, args.short_texts = [16, 128], [1024], 256, 2, 2, 1
+    cfg = configure(args)
+    student, tokenizer = load_student(cfg)
+    result = {"machine": machine(next(student.parameters()).device)}
+    short = short_rows(args, cfg, student, tokenizer) if args.lengths else []
+    return result | {"settings": {"repeats": args.repeats, "long_repeats": args.long_repeats, "batch_size": args.batch_size,
+                                  "short_texts": args.short_texts, "time_limit": args.time_limit},
+                     "rows": short, "long": long_rows(args, cfg, student, tokenizer) if args.long else []}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result for people."""
+    s = result["settings"]
+    lines = headline("Encoding", result)
+    lines += table(f"batches of {s['batch_size']}; MiniLM: SentenceTransformer with the teacher's weights", result["rows"], {
+        "tokens": lambda r: str(r["length"]), "texts": lambda r: str(r["texts"]),
+        "sentences/s": lambda r: shown(r["student"]["sentences_per_s"]),
+        "tokens/s": lambda r: shown(r["student"]["tokens_per_s"], ",.0f"),
+        "MiniLM: sentences/s": lambda r: shown(r["minilm"]["sentences_per_s"]),
+        "its tokens/s": lambda r: shown(r["minilm"]["tokens_per_s"], ",.0f"),
+        "x MiniLM": lambda r: shown(r["speed_against_minilm"], ".2f")})
+    lines += table(f"long texts, one at a time, {s['long_repeats']} repeats, beside {s['short_texts']} texts of {SHORT} tokens, "
+                   "also one at a time; peak memory above the model", result["long"], {
+        "tokens": lambda r: f"{r['length']:,}", "seconds": lambda r: shown(r["seconds"]),
+        "us/token": lambda r: shown(1e6 * r["seconds_per_token"]["median"]),
+        f"over {SHORT}'s": lambda r: shown(r["time_per_token_over_short"], ".2f"), "MiB": lambda r: mib(r["student_peak_bytes"]),
+        "KiB/token": lambda r: shown(r["student_bytes_per_token"] and r["student_bytes_per_token"] / 1024),
+        "attention: seconds": lambda r: r["attention_not_run"] or shown(r["attention_seconds"]),
+        "its MiB": lambda r: mib(r["attention_peak_bytes"]), "x attention": lambda r: shown(r["speed_against_attention"], ".2f")})
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for bad input or a failed measurement."""
+    p = parser(__doc__)
+    p.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens of the short texts")
+    p.add_argument("--long", nargs="*", type=int, default=list(LONG), help="tokens of the long texts")
+    p.add_argument("--tokens", type=int, default=16384, help="tokens of all texts of a short length")
+    p.add_argument("--batch_size", type=int, default=32, help="texts a batch, SentenceTransformer's default")
+    p.add_argument("--short_texts", type=int, default=4, help="texts of 512 tokens beside a long one")
+    p.add_argument("--long_repeats", type=int, default=3, help="timed rounds of the long texts")
+    p.add_argument("--time_limit", type=float, default=900, help="seconds that attention may take at one length")
+    return run(p, measure, page, worker, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The benchmarks' own command lines with --quick: exit status, table, and the JSON's keys with positive finite numbers."""
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SPREAD = {"median", "min", "max"}
+PARTS = {"teacher", "mixers", "FFNs", "rest of student", "losses", "optimiser"}
+
+
+def bench(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A benchmark's run on one thread, its output captured."""
+    return subprocess.run([sys.executable, ROOT / "bench" / f"{name}.py", *arguments], capture_output=True, text=True,
+                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
+def quick(name: str, folder: Path) -> dict:
+    """The JSON of a `--quick` run, which took under a minute of the processor (the clock would count other programs too)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = bench(name, "--quick", "--json", str(folder / "result.json"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
+    result = json.loads((folder / "result.json").read_text())
+    assert result["bench"] == name and result["quick"] is True
+    for key in ("cpu", "threads", "torch", "transformers", "python", "platform"):
+        assert result["machine"][key], key
+    assert result["machine"]["cpu"] in done.stdout and f"{result['settings']['repeats']} repeats" in done.stdout
+    return result
+
+
+def positive(row: dict, *keys: str) -> None:
+    """Each key holds a positive finite number, or a spread of such."""
+    for key in keys:
+        values = row[key]
+        if isinstance(values, dict):
+            assert set(values) == SPREAD and values["min"] <= values["median"] <= values["max"], key
+        for value in values.values() if isinstance(values, dict) else [values]:
+            assert isinstance(value, (int, float)) and math.isfinite(value) and value > 0, (key, value)
+
+
+def test_train_step(tmp_path):
+    result = quick("train_step", tmp_path)
+    assert [row["texts"] for row in result["rows"]] == ["mix", "16 tokens"]
+    for row in result["rows"]:
+        positive(row, "pairs", "sentences", "tokens", "speed_against_attention", "floor_share", "linear_floor_share",
+                 "floor_seconds", "linear_floor_seconds", "floor_gflop_first_batch", "counted_gflop_first_batch")
+        # What is left of the step's own products: the losses', a few sentences by a few.
+        assert row["floor_gflop_first_batch"] == pytest.approx(row["counted_gflop_first_batch"], rel=0.1)
+        assert 0 <= row["padding"] < 1 and row["linear_floor_share"]["median"] < row["floor_share"]["median"] < 1
+        for kind in ("student", "attention"):
+            positive(row[kind], "step_seconds", "pairs_per_s", "tokens_per_s")
+            positive(row[kind]["parts"], *PARTS)
+            assert sum(row[kind]["parts"].values()) == pytest.approx(1)
+    positive(result["rows"][0]["student"], "peak_bytes"), positive(result["rows"][0]["attention"], "peak_bytes")
+    positive(result["reference"], "student_seconds", "reference_seconds", "speed_against_reference")
+
+
+def test_encode(tmp_path):
+    result = quick("encode", tmp_path)
+    assert [row["length"] for row in result["rows"]] == [16, 128] and [row["length"] for row in result["long"]] == [1024]
+    for row in result["rows"]:
+        positive(row, "texts", "speed_against_minilm")
+        for kind in ("student", "minilm"):
+            positive(row[kind], "seconds", "sentences_per_s", "tokens_per_s")
+    for row in result["long"]:
+        assert row["attention_not_run"] is None
+        positive(row, "seconds", "seconds_per_token", "tokens_per_s", "time_per_token_over_short", "attention_seconds",
+                 "speed_against_attention", "student_peak_bytes", "attention_peak_bytes", "student_bytes_per_token")
+
+
+def test_data(tmp_path):
+    result = quick("data", tmp_path)
+    assert [row["times"] for row in result["indexing"]] == [row["times"] for row in result["starts"]] == [1, 2]
+    for row in result["indexing"]:
+        positive(row, "pairs", "sources", "seconds", "pairs_per_s", "peak_bytes", "tree_pss_bytes", "tree_anonymous_bytes")
+    for row in result["starts"]:
+        positive(row, "seconds", "first_seconds", "batch_seconds", "batch_mean_seconds", "padding", "peak_bytes",
+                 "anonymous_opened", "mapped_bytes")
+        assert row["padding"] < 1 and all(0 <= w["wait_share"] <= w["wait_share_without"] < 1 for w in row["waiting"])
+    assert result["indexing"][1]["pairs"] == 2 * result["indexing"][0]["pairs"]  # nothing deduplicated
+
+
+def test_help_and_bad_input(tmp_path):
+    done = bench("data", "--help")
+    assert done.returncode == 0 and "--json" in done.stdout and "--quick" in done.stdout
+    done = bench("data", "--data_dir", str(tmp_path / "none"))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
