@@ -201,23 +201,21 @@ def step_parts(loop: Loop, batches: list[Batch]) -> Counter:
 # The floor
 
 
-def delta_rule_products(length: int, chunk: int, width: int, final_state: bool) -> Iterator[tuple[int, int, int]]:
+def delta_rule_products(length: int, width: int, final_state: bool) -> Iterator[tuple[int, int, int]]:
     """(m, k, n) of the products of one head's parallel form, forward and backward, (m x k) by (k x n)."""
-    starts = range(0, length, chunk)
-    for start in starts:
-        c = min(chunk, length - start)
+    c = length if length <= 80 else 32  # as `chunk_hierarchical_delta_rule` cuts
+    count = -(-length // c)
+    for _ in range(count):
         yield from [(c, width, c)] * 4  # K K^T and Q K^T; backward K K^T again and dO V^T
         yield from [(c, c, c)] * 3  # W = tril(Q K^T) X; backward G X^T and W^T G
         yield from [(c, c, width)] * 5  # O = (c * A) V; backward of V, Q and two of K
         forward = []
-        carried, kept = start > 0, final_state or start != starts[-1]
-        if carried:
-            forward += [(c, c, width), *[(c, width, width)] * 2]  # A K, and what is read of the two states
-        if kept:
-            forward += [(c, c, width), *[(width, c, width)] * 2]  # X^T K, and what is written to the two states
+        if count > 1 or final_state:
             yield from [(c, c, c)] * 2  # backward of X
-        if kept and carried:
-            forward += [*[(c, width, width)] * 2, *[(width, c, width)] * 2]  # what the writes take from the states
+            # X^T K, what is written to the two states, what a write takes from them
+            forward += [(c, c, width), *[(width, c, width)] * 3, *[(width, width, width)] * 2]
+        if count > 1:
+            forward += [(c, c, width), *[(c, width, width)] * 2]  # A K, and what is read of the two states
         for m, k, n in forward:
             yield from ((m, k, n), (m, n, k), (k, m, n))
 
@@ -271,7 +269,7 @@ class Floor:
                         linear += self.linear(heads * rows, fan_in, fan_out, forward + "iw", torch.float32)
                     form = [(rows, width, width)] * (len(forward) + 1) + [(width, rows, width)]
                     other += [self.product(heads, *shape) for shape in form]
-                core = delta_rule_products(length, min(s.chunk_size, length), width, bool(self.cfg["ortho_state_reg_weight"]))
+                core = delta_rule_products(length, width, bool(self.cfg["ortho_state_reg_weight"]))
                 other += [self.product(n * heads, *shape) for shape in core]
         return linear, other
 
