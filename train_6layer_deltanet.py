@@ -1736,9 +1736,10 @@ class Processes:
     def connect(self, device: torch.device, seconds: float) -> None:
         """Meet the others; from then on an operation that lasts longer than `seconds` fails, except `wait`."""
         if self.count > 1:
-            self.store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timedelta(days=1)))
-            backend, store = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", dist.PrefixStore("run", self.store)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count, timeout=timedelta(days=1))
+            store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timedelta(days=1)))
+            self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
+                                    world_size=self.count, timeout=timedelta(days=1))
             self.group = dist.new_group(timeout=timedelta(seconds=seconds))
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -1757,6 +1758,11 @@ class Processes:
         """Until all are here, however long it takes: one of them prepares data or writes files."""
         if self.count > 1:
             dist.all_reduce(torch.zeros(1))
+
+    def leave(self) -> None:
+        """After the last operation."""
+        if self.count > 1:
+            dist.destroy_process_group()
 
     def encode(self, model: PreTrainedModel, tokenizer: Any, sentences: list[str], **kwargs: Any) -> np.ndarray:
         """`encode`, each process a share of the sentences."""
@@ -2413,6 +2419,7 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(cfg)
         print(f"teacher on {run.cfg['sts_name']}: " + ", ".join(f"{k} {v:.4f}" for k, v in run.teacher_scores.items()))
         run.train()
+        run.processes.leave()
         if not run.lock:
             return 0
         run.finish()
@@ -2429,10 +2436,12 @@ def main(argv: list[str] | None = None) -> int:
         print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py)", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not (run and run.processes.count > 1 and re.search(r"gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error))):
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error)):
             raise
-        print(f"error: rank {run.processes.rank}, step {run.step}: no answer from {run.processes.absent()} "
-              f"({str(error).splitlines()[0][:120]}); continue with --resume latest", file=sys.stderr, flush=True)
+        where, absent = (f"step {run.step}", run.processes.absent()) if run else ("start", "another process")
+        reason = re.sub(r"\[\S+\] ", "", str(error).splitlines()[0])[:120]
+        print(f"error: rank {os.environ['RANK']}, {where}: no answer from {absent} ({reason}); "
+              "continue with --resume latest", file=sys.stderr, flush=True)
         os._exit(3)  # an orderly end would wait for the others
     except KeyboardInterrupt:
         return 130
