@@ -1809,7 +1809,7 @@ class Trainer:
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
         self.replica = None
         if self.processes.count > 1:
-            unused = not (cfg["resonance_flux"] and cfg["short_convolution"])  # parameters without a gradient
+            unused = not (cfg["resonance_flux"] and cfg["short_convolution"])  # then some parameters have no gradient
             self.replica = DistributedDataParallel(Replica(student, self.forward), process_group=self.processes.group,
                                                    find_unused_parameters=unused)
             self.replica.register_comm_hook(self.processes.group, sum_gradients)
@@ -2042,7 +2042,7 @@ def choose_device(cfg: dict[str, Any], local_rank: int | None = None) -> torch.d
     use_cuda = cfg["device"] == "cuda" or (cfg["device"] == "auto" and torch.cuda.is_available())
     if use_cuda and local_rank is not None:
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun's --nproc-per-node is above {local_rank}, but there are {torch.cuda.device_count()} GPUs here")
+            raise UserError(f"torchrun's --nproc-per-node is above {torch.cuda.device_count()}, the number of GPUs here")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cuda" if use_cuda else "cpu")
@@ -2081,8 +2081,9 @@ class Run:
         self.cfg, self.folder, self.signals, self.lock = cfg, Path(cfg["output_dir"]), Signals(), None
         self.processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if cfg["gradient_accumulation_steps"] < self.processes.count:
-            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the {self.processes.count} "
-                            f"processes needs a micro-batch; set --gradient_accumulation_steps {self.processes.count} or more")
+            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the "
+                            f"{self.processes.count} processes needs a micro-batch; set --gradient_accumulation_steps "
+                            f"{self.processes.count} or more")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.processes.rank == 0:  # only this process writes
@@ -2136,8 +2137,8 @@ class Run:
         processes.wait()
         found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
         if (found != found[0]).any():
-            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or data than rank 0: "
-                            "output_dir and data_dir must hold the same on every machine")
+            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or data than "
+                            "rank 0: output_dir and data_dir must hold the same on every machine")
         self.supersede()
         self.sts = load_sts_splits(cfg)
         self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"], processes.encode)
@@ -2199,7 +2200,8 @@ class Run:
         cfg, batch = self.cfg, self.cfg["batch_size"]
         parts = cfg["gradient_accumulation_steps"]
         print(f"processes: {self.processes.count}; pairs per step: {batch}; micro-batch: {batch // parts} x {parts}; "
-              f"negatives per anchor: {batch - 1}; steps per epoch: {self.data.size / batch:,.0f}; trained parameters: {sum(t.numel() for t in trainable_state(self.student).values()):,}")
+              f"negatives per anchor: {batch - 1}; steps per epoch: {self.data.size / batch:,.0f}; "
+              f"trained parameters: {sum(t.numel() for t in trainable_state(self.student).values()):,}")
         state_bytes = 3 * sum(t.numel() * 4 for t in trainable_state(self.student).values())
         count = (cfg["total_steps"] - self.step) // cfg["save_interval"]
         if cfg["keep_checkpoints"]:
@@ -2261,7 +2263,7 @@ class Run:
                     "best_model_split": self.cfg["best_model_split"]})
 
     def save(self, why: str = "save_interval") -> None:
-        """Write a checkpoint; a full disk is survived twice in a row."""
+        """Write a checkpoint, while the other processes wait."""
         if not all(torch.isfinite(t).all() for t in trainable_state(self.student).values()):
             raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an earlier "
                             "one with a lower peak_learning_rate")
@@ -2270,6 +2272,7 @@ class Run:
         self.processes.wait()
 
     def write_checkpoint(self, why: str) -> None:
+        """A full disk is survived twice in a row."""
         try:
             self.flush_metrics()
             save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best,
@@ -2352,12 +2355,13 @@ class Run:
             slowest, self.processes.busy = int(busy.argmax()), 0.0
             others = (busy.sum() - busy[slowest]) / (len(busy) - 1)
             pace |= {"speed/slowest_rank": slowest, "speed/slowest_rank_excess": round((busy[slowest] / others - 1).item(), 4)}
+            named = f"; slowest: rank {slowest}, {busy[slowest] / others - 1:+.0%}"
         self.write_metrics({**means, "lr": learning_rate(self.step, cfg), **pace})
         best = self.best.get("validation", {})
         if bar.disable:
             print(f"step {self.step}/{cfg['total_steps']}: loss {means.get('loss/total', math.nan):.4f}, {speed:.1f} pairs/s, "
                   f"{(cfg['total_steps'] - self.step) * cfg['batch_size'] / speed / 3600:.2f} h left"
-                  + ("; slowest: rank {speed/slowest_rank}, {speed/slowest_rank_excess:+.0%}".format(**pace) if len(pace) > 2 else ""))
+                  + (named if self.processes.count > 1 else ""))
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
 

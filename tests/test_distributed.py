@@ -151,7 +151,8 @@ def cut(whole: Path, output: Path) -> Path:
 @pytest.fixture(scope="module")
 def four(tiny, two, folder) -> Path:
     resumed = words(tiny, cut(two, folder / "two-then-four"), resume_from_step=-1)
-    run = Torchrun(4, folder / "four", tiny, inside=[["dump_first_step", str(folder / "step-of-4")], words(tiny, folder / "four"), resumed])
+    inside = [["dump_first_step", str(folder / "step-of-4")], words(tiny, folder / "four"), resumed]
+    run = Torchrun(4, folder / "four", tiny, inside=inside)
     assert run.wait() == 0, run.text()
     assert run.text().count("resumed from") == 1
     return folder / "four"
@@ -193,7 +194,7 @@ def test_losses_and_gradients_of_the_first_step(several, folder, dropout):
     assert dropout == "off" or abs(losses["total"] - expected["off"][0]["total"]) > 1e-3
     for rank in range(count):
         (found, _) = torch.load(folder / f"step-of-{count}-{rank}.pt")
-        assert found[dropout][0] == pytest.approx(losses, abs=1e-6, rel=1e-6)
+        assert found[dropout][0] == pytest.approx(losses, abs=1e-6, rel=0)
         assert found[dropout][1].keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert (found[dropout][1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
@@ -235,9 +236,9 @@ def test_fewer_micro_batches_than_processes_is_one_line(tiny, tmp_path, monkeypa
 
 
 def test_restarts_end_with_the_same_weights(tiny, two, folder):
-    """Rank 1 hangs, is noticed and named; later it is killed; each time the job starts again by itself and ends as if undisturbed."""
-    run = Torchrun(2, folder / "restarted", tiny | {"log_interval": 1, "save_interval": 2, "resume_from_step": -1, "peer_timeout": 4},
-                   "--max-restarts", "3")
+    """Rank 1 hangs and is named; later it is killed; each time the job starts again by itself, and ends as if undisturbed."""
+    cfg = tiny | {"log_interval": 1, "save_interval": 2, "resume_from_step": -1, "peer_timeout": 4}
+    run = Torchrun(2, folder / "restarted", cfg, "--max-restarts", "3")
     run.until_steps(4)
     os.kill(run.pid(1), signal.SIGSTOP)
     run.until(lambda: re.search(r"error: rank 0, step \d+: no answer from rank 1 \(", run.text()), 30)
@@ -252,8 +253,8 @@ def test_restarts_end_with_the_same_weights(tiny, two, folder):
 
 
 def test_sigterm_to_one_saves_once_and_a_killed_process_ends_the_job(tiny, folder):
-    run = Torchrun(2, folder / "ended", tiny | {"log_interval": 1, "save_interval": 1000, "total_steps": 1000, "resume_from_step": -1},
-                   "--max-restarts", "1")
+    cfg = tiny | {"log_interval": 1, "save_interval": 1000, "total_steps": 1000, "resume_from_step": -1}
+    run = Torchrun(2, folder / "ended", cfg, "--max-restarts", "1")
     run.until_steps(3)
     os.kill(run.pid(1), signal.SIGTERM)
     run.until(lambda: "resumed from" in run.text())
@@ -280,7 +281,8 @@ def test_bad_numbers_of_one_the_slowest_and_sigterm_to_the_launcher(tiny, folder
         [(2, "a number of another process"), (3, "contrastive")]
     assert all(line["speed/slowest_rank"] == 1 and line["speed/slowest_rank_excess"] > 0.2 for line in lines if "lr" in line)
     assert "; slowest: rank 1, +" in run.text()
-    assert script.checkpoint_steps(output) == [lines[-1]["step"]] and run.text().count("SIGTERM received; newest") == 1, run.text()
+    assert script.checkpoint_steps(output) == [lines[-1]["step"]], run.text()
+    assert run.text().count("SIGTERM received; newest") == 1, run.text()
 
 
 if __name__ == "__main__":
