@@ -99,7 +99,7 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
     """README.md of a saved folder: how to load, scores and how they came about, architecture, data, limits, licence."""
     total, c = sum(p.numel() for p in student.parameters()), student.config
     trained = sum(t.numel() for t in trainable_state(student).values())
-    teacher = read_record(Path(info["file"]).parent / "results.json").get("teacher", {})
+    teacher = info["teacher"] or {}
     name = "STS-B" if info["evaluation"] == "stsb" else info["evaluation"]
     rows = "".join(f"| {name} {key.replace('_', ', ', 1).replace('_', ' ')} | {value:.4f} | "
                    + (f"{teacher[key]:.4f} |\n" if key in teacher else "not recorded |\n") for key, value in info["scores"].items())
@@ -224,7 +224,7 @@ def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
     """Write model.onnx with dynamic batch and length; returns its largest difference from the student at each length."""
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401
+        import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install -r requirements-eval.txt") from None
     generator = torch.Generator().manual_seed(0)
@@ -279,7 +279,7 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     teacher, tokenizer, _ = load_teacher(cfg | ({"teacher_model": args.teacher_model} if args.teacher_model else {}))
     student = student_from(state, cfg, info["file"], teacher)
     record = {"step": info["step"], "evaluation": info["evaluation"], **info["scores"], "best_model_split": split,
-              "chosen": chosen, "sources": info["sources"], "source": Path(info["file"]).name, "source_sha256": info["sha256"]}
+              "chosen": chosen, "sources": info["sources"], "teacher": info["teacher"], "source": Path(info["file"]).name, "source_sha256": info["sha256"]}
     result = {"folder": str(folder), "step": info["step"], "scores": info["scores"], "source": info["file"]}
     if args.export_trained:
         return result | {"files": export_trained(folder, student, cfg, record)}

@@ -193,22 +193,24 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
     pause = 3 * cfg["batch_size"] / statistics.median(speeds)  # seconds of three steps, each with a checkpoint
     say(f"undisturbed: {steps} steps in {time.perf_counter() - begun:.0f} s")
 
+    steps_in = lambda: path.read_bytes().count(b'"lr"') if path.exists() else 0  # noqa: E731
     resumed = cfg | {"output_dir": str(killed), "resume_from_step": -1}
     done = {"start-up": 0, "training": 0, "training, in a write": 0, "of them in a checkpoint": 0, "finished early": 0}
     startup, path = 1.0, killed / "metrics.jsonl"  # seconds; measured again in every life
+    killed_at = set()
     while (count := done["start-up"] + done["training"]) < kills:
         pid, born, early = runs.start(resumed, log), time.time(), count % 5 == 0
         status = before = None
         if early:
             time.sleep(rng.uniform(0, startup))
-        while not early and status is None:  # until this life has cut the metrics to its checkpoint, and then written a line
+        while not early and status is None:  # until this life has cut the metrics to its checkpoint, and then taken a step
             time.sleep(0.005)
-            if before is not None and lines_in(path) > before:
+            if before is not None and steps_in() > before:
                 startup = 0.5 * startup + 0.5 * (time.time() - born)
                 time.sleep(rng.uniform(0, pause))
                 break
             if before is None and (killed / "run.json").exists() and (killed / "run.json").stat().st_mtime > born:
-                before = lines_in(path)
+                before = steps_in()
             status = runs.poll(pid)
         if status is None:
             os.kill(pid, signal.SIGKILL)
@@ -218,14 +220,16 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
             break
         done["start-up" if early else "training"] += 1
         written = [p.name for p in killed.rglob(".*.tmp-*")]
+        killed_at |= set() if early else {steps_in()}
         done["training, in a write"] += bool(not early and written)
         done["of them in a checkpoint"] += bool(not early and any(name.startswith(".checkpoint") for name in written))
     status = runs.wait(runs.start(resumed, log))
     runs.close()
     if status:
         raise SystemExit("error: the killed run failed:\n" + log.read_text()[-2000:])
-    equal = compare(whole, killed, steps) | {"no traceback": "Traceback" not in log.read_text(), "as many kills as asked": count == kills}
-    return {"kills": count, **done, "steps": steps, "uncommitted checkpoints passed over": log.read_text().count("warning: passing"),
+    equal = compare(whole, killed, steps) | {"no traceback": "Traceback" not in log.read_text(), "as many kills as asked": count == kills,
+                                             "most kills at different steps": len(killed_at) > done["training"] / 2}
+    return {"kills": count, **done, "steps": steps, "different steps killed at": len(killed_at), "uncommitted checkpoints passed over": log.read_text().count("warning: passing"),
             "seconds": round(time.perf_counter() - begun), "equal": equal}
 
 

@@ -81,6 +81,7 @@ for name in ("datasets", "scipy", "sentence_transformers", "tqdm.notebook"):
     sys.modules[name] = None  # only torch and transformers
 from transformers import AutoModel, AutoTokenizer
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+own = model.encode(sentences)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 x = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="pt")
 with torch.no_grad():
@@ -92,7 +93,7 @@ for name in ("datasets", "scipy", "sentence_transformers", "tqdm.notebook"):
 from sentence_transformers import SentenceTransformer
 st = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
 assert st.similarity_fn_name == "cosine" and not any(st.prompts.values()) and st.max_seq_length == 128
-np.savez(out, plain=plain.numpy(), st=st.encode(sentences))
+np.savez(out, plain=plain.numpy(), own=own, st=st.encode(sentences))
 """
 
 
@@ -109,14 +110,15 @@ def test_saved_folder_opens_elsewhere_and_gives_the_same_embeddings(which, tiny_
     expected = script.encode(student, tokenizer, SENTENCES, max_length=128)
     found = np.load(tmp_path / "out.npz")
     assert np.abs(found["plain"] - expected).max() < 1e-5
-    assert np.abs(found["st"] - expected).max() < 1e-5
+    assert np.abs(found["st"] - expected).max() < 1e-5 and np.abs(found["own"] - expected).max() < 1e-5
 
 
 def test_modelling_file_needs_only_torch_and_transformers(tiny_run):
     tree = ast.parse((tiny_run / "modeling_deltanet.py").read_text())
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {n.split(".")[0] for n in names} <= {"__future__", "functools", "math", "typing", "torch", "transformers"}
+    assert {n.split(".")[0] for n in names} <= {"__future__", "functools", "math", "typing", "numpy", "torch", "tqdm",
+                                                  "transformers"}  # what transformers itself needs
 
 
 def test_weights_stand_once_and_scores_belong_to_them(tiny_run):

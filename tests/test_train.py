@@ -98,6 +98,37 @@ def test_student_copies_the_teacher(teacher_and_tokenizer):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
+def test_long_texts_in_segments_give_the_same(teacher_and_tokenizer, monkeypatch, bidirectional):
+    """Beyond SEGMENT tokens the mixer carries its states, and FFNs work piece by piece: lengths 1 past, 3 past and ragged."""
+    student = script.build_student(small_config(bidirectional=bidirectional), teacher_and_tokenizer[0]).eval()
+    with torch.no_grad():
+        for p in student.deltanet_layers.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    for length in (65, 67, 192, 300):
+        ids = torch.randint(1000, 30000, (2, length))
+        mask = (torch.arange(length) < torch.tensor([[length], [length // 2]])).long()
+        monkeypatch.setattr(script, "SEGMENT", 10_000)
+        whole = student(ids, mask).last_hidden_state.detach()
+        monkeypatch.setattr(script, "SEGMENT", 64)
+        with torch.inference_mode():
+            pieces = student(ids, mask).last_hidden_state
+        assert ((pieces - whole) * mask.unsqueeze(-1)).abs().max() < 1e-4  # hidden states have a norm of about 8
+        assert (script.mean_pool(pieces, mask) - script.mean_pool(whole, mask)).abs().max() < 1e-5
+
+
+def test_encode_sorts_and_restores_the_order(teacher_and_tokenizer):
+    teacher, tokenizer = teacher_and_tokenizer
+    student = script.build_student(small_config(), teacher)
+    sentences = ["one two three", "", "a longer sentence than all of the others here", "short", "word " * 200]
+    vectors = student.encode(sentences, tokenizer, batch_size=2, max_length=None)
+    assert vectors.shape == (5, 384) and isinstance(vectors, np.ndarray) and student.training
+    for sentence, vector in zip(sentences, vectors):
+        alone = student.encode(sentence, tokenizer, max_length=None, convert_to_tensor=True)
+        assert alone.shape == (384,) and np.abs(alone.numpy() - vector).max() < 1e-5
+    assert student.encode([], tokenizer).shape == (0, 384)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
 def test_embeddings_do_not_depend_on_padding_or_batch_mates(teacher_and_tokenizer, bidirectional):
     teacher, tokenizer = teacher_and_tokenizer
     student = script.build_student(small_config(bidirectional=bidirectional), teacher).eval()
@@ -113,7 +144,7 @@ def test_embeddings_do_not_depend_on_padding_or_batch_mates(teacher_and_tokenize
             mask = torch.zeros_like(table)
             for i, row in enumerate([ids, *mates]):
                 table[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), 1
-            results.append(student.embed(table, mask)[0])
+            results.append(script.mean_pool(student(table, mask).last_hidden_state, mask)[0])
     for other in results[1:]:
         assert (other - results[0]).abs().max() < 1e-5
 
