@@ -4,6 +4,7 @@
     python train_6layer_deltanet.py --resume_from_step 116000         continue from checkpoint_116000.pt
     python train_6layer_deltanet.py --resume latest                   continue from the newest whole checkpoint
     python train_6layer_deltanet.py --data_dir DIR --preset match_teacher --output_dir runs/first
+    torchrun --nproc-per-node 8 train_6layer_deltanet.py              the same run on 8 GPUs (docs/scaling.md)
     python train_6layer_deltanet.py --help                            every config key, its default, its comment
 
 Importing this file only defines things; the helper scripts import from it.
@@ -37,6 +38,8 @@ import zipfile
 import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
@@ -48,10 +51,12 @@ if sys.version_info < (3, 10):
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -130,6 +135,7 @@ config: dict[str, Any] = {
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
     "triton_kernel": False,  # run the delta rule in delta_kernel.py on CUDA; checked at start, its speed is unmeasured
     "threads": 0,  # CPU threads; 0: PyTorch's choice
+    "peer_timeout": 25,  # seconds that a process waits for another one in a step, under torchrun
 }
 
 # What differs from the specification's defaults in a run that matches the teacher, and why.
@@ -177,7 +183,7 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
 # (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
              "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "best_model_split",
-             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc")
+             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
 BATCH_KEYS = ("seed", "batch_size", "gradient_accumulation_steps", "max_length", "pad_lengths", "length_groups", "source_alpha",
               "precision")  # with the data and the teacher, all that the teacher's results of a step depend on
 
@@ -248,7 +254,7 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
         if cfg[key] not in allowed:
             raise UserError(f"{key} is {cfg[key]!r}: it must be one of {', '.join(allowed)}")
     for key in ("batch_size", "gradient_accumulation_steps", "max_length", "total_steps", "eval_interval",
-                "save_interval", "log_interval", "num_heads", "num_layers", "d_model", "max_bad_steps"):
+                "save_interval", "log_interval", "num_heads", "num_layers", "d_model", "max_bad_steps", "peer_timeout"):
         if cfg[key] < 1:
             raise UserError(f"{key} is {cfg[key]}: it must be at least 1")
     for key, value in cfg.items():
@@ -1431,20 +1437,21 @@ def load_sts_splits(cfg: dict[str, Any]) -> dict[str, list[tuple[str, str, float
     return {"validation": load_sts(cfg, "dev"), "test": load_sts(cfg, "test")}
 
 
-def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int) -> np.ndarray:
-    """The cosine of every pair, (N,)."""
+def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int,
+                encoder: Callable = encode) -> np.ndarray:
+    """The cosine of every pair, (N,); `encoder` is `encode` or shares its work out."""
     first, second, _ = zip(*rows)
-    vectors = encode(model, tokenizer, [*first, *second], max_length=max_length)
+    vectors = encoder(model, tokenizer, [*first, *second], max_length=max_length)
     return (vectors[:len(rows)] * vectors[len(rows):]).sum(1)
 
 
 def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int = 128,
-                 teacher_cosine: np.ndarray | None = None) -> dict[str, float]:
+                 teacher_cosine: np.ndarray | None = None, encoder: Callable = encode) -> dict[str, float]:
     """Pearson and Spearman of the cosines with the gold scores; Spearman with the teacher's cosines where they are given.
 
     A correlation that is not a number raises ValueError: NaN is never a score.
     """
-    cosine, gold = sts_cosines(model, tokenizer, rows, max_length), [row[2] for row in rows]
+    cosine, gold = sts_cosines(model, tokenizer, rows, max_length, encoder), [row[2] for row in rows]
     scores = {"pearson": float(pearsonr(cosine, gold).statistic), "spearman": float(spearmanr(cosine, gold).statistic)}
     if teacher_cosine is not None:
         scores["teacher_agreement"] = float(spearmanr(cosine, teacher_cosine).statistic)
@@ -1776,6 +1783,8 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   lr, grad_norm            learning rate of the copied parts; global gradient norm before clipping
 #   speed/pairs_per_s        pairs of the interval over its wall-clock seconds
 #   speed/data_wait          share of the interval's time spent waiting for data
+#   speed/slowest_rank       process that took the longest for data and forward passes (only where there are several)
+#   speed/slowest_rank_excess   by how much longer than the average of the others, as a share
 #   data/padding             share of padding among the tokens of a step
 #   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with the gold scores) or teacher_agreement
 #                            (Spearman with the teacher's cosines); the set's own name instead of sts where it is not STS-B
@@ -1802,12 +1811,85 @@ def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.opti
         for (mixer, decay), parameters in sorted(groups.items())], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
 
 
+class Processes:
+    """This process among those that torchrun started: number `rank` of `count`. One alone never uses torch.distributed."""
+
+    def __init__(self, rank: int = 0, count: int = 1):
+        self.rank, self.count, self.busy, self.since = rank, count, 0.0, time.perf_counter()
+
+    def connect(self, device: torch.device, seconds: float) -> None:
+        """Meet the others; from then on an operation that lasts longer than `seconds` fails, except `wait`."""
+        if self.count > 1:
+            store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timedelta(days=1)))
+            self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
+                                    world_size=self.count, timeout=timedelta(days=1))
+            self.group = dist.new_group(timeout=timedelta(seconds=seconds))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over the processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def table(self, *values: float) -> Tensor:
+        """The `values` of every process, (count, N) float64, the same on all."""
+        rows = torch.zeros(self.count, len(values), dtype=torch.float64)
+        rows[self.rank] = torch.tensor(values, dtype=torch.float64)
+        return self.sum(rows)
+
+    def wait(self) -> None:
+        """Until all are here, however long it takes: one of them prepares data or writes files."""
+        if self.count > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def leave(self) -> None:
+        """After the last operation."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def encode(self, model: PreTrainedModel, tokenizer: Any, sentences: list[str], **kwargs: Any) -> np.ndarray:
+        """`encode`, each process a share of the sentences."""
+        if self.count == 1:
+            return encode(model, tokenizer, sentences, **kwargs)
+        out = torch.zeros(len(sentences), model.config.hidden_size)
+        out[self.rank::self.count] = torch.from_numpy(encode(model, tokenizer, sentences[self.rank::self.count], **kwargs))
+        return self.sum(out).numpy()
+
+    def absent(self) -> str:
+        """After a failed operation: the processes that have not noticed it as well, because they died or hang."""
+        try:
+            self.store.set(f"noticed/{self.rank}", "yes")
+            time.sleep(2)
+            ranks = [str(r) for r in range(self.count) if not self.store.check([f"noticed/{r}"])]
+        except RuntimeError:  # the machine that holds the store is gone
+            ranks = []
+        return f"rank {', '.join(ranks)}" if ranks else "another process"
+
+
+class Replica(nn.Module):
+    """What DistributedDataParallel wraps: the student, called through `Trainer.forward`."""
+
+    def __init__(self, student: DeltaNetStudent, call: Callable):
+        super().__init__()
+        self.student, self.call = student, call
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.call(*arguments)
+
+
+def sum_gradients(group, bucket):
+    """DistributedDataParallel's hook: the sum over processes, where it would average."""
+    return dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda done: done.value()[0])
+
+
 class Trainer:
     """Everything one optimiser step needs; `step_gradients` is the whole of a step's mathematics."""
 
-    def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any], data: dict[str, str] | None = None):
+    def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any],
+                 data: dict[str, str] | None = None, processes: Processes | None = None):
         """`data`: fingerprints of the sources, which with the config and the teacher name the folder in `teacher_cache`."""
-        self.student, self.teacher, self.cfg = student, teacher, cfg
+        self.student, self.teacher, self.cfg, self.processes = student, teacher, cfg, processes or Processes()
         self.device = next(student.parameters()).device
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
@@ -1819,6 +1901,12 @@ class Trainer:
                 digest.update(tensor.cpu().numpy().tobytes())
             self.cache = Path(cfg["teacher_cache"]) / digest.hexdigest()[:16]
             self.cache.mkdir(parents=True, exist_ok=True)
+        self.replica = None
+        if self.processes.count > 1:
+            unused = not (cfg["resonance_flux"] and cfg["short_convolution"])  # then some parameters have no gradient
+            self.replica = DistributedDataParallel(Replica(student, self.forward), process_group=self.processes.group,
+                                                   find_unused_parameters=unused)
+            self.replica.register_comm_hook(self.processes.group, sum_gradients)
 
     def teach(self, micro: dict[str, Any], name: str) -> None:
         """Put the teacher's hidden states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
@@ -1863,22 +1951,50 @@ class Trainer:
                 local["ortho_state_reg"] = local["ortho_state_reg"] + overlap * (len(ids) / sentences)
         return torch.cat(vectors)[micro["restore"].to(self.device)], dict(local)
 
+    def exchange(self, passes: list[Any], own: list[int], batch: list[dict[str, Any]]) -> list[Any]:
+        """The forward passes of the whole batch from those of its micro-batches `own`; gives every micro-batch its target.
+
+        A sum to which each process adds zeros for the micro-batches of the others: nothing is rounded, sizes may differ.
+        """
+        names, dim = [n for n in ("layer_distill", "ortho_state_reg") if self.cfg[LOSS_WEIGHTS[n]]], self.cfg["d_model"]
+        rows = [2 * dim * len(micro["restore"]) for micro in batch]
+        whole = torch.zeros(sum(rows) + len(rows) * len(names), device=self.device)
+        parts = [part.split([n, *[1] * len(names)]) for part, n in zip(whole.split([n + len(names) for n in rows]), rows)]
+        for i, (vectors, local) in zip(own, passes):
+            torch.cat([vectors.detach(), batch[i]["target"]], out=parts[i][0].view(-1, dim))
+            for name, part in zip(names, parts[i][1:]):
+                part.copy_(local[name].detach())
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the time until here is this process's own
+        self.processes.busy += time.perf_counter() - self.processes.since
+        self.processes.sum(whole)
+        for micro, part in zip(batch, parts):
+            micro["target"] = part[0].view(2, -1, dim)[1]
+        return [(part[0].view(2, -1, dim)[0], {name: x[0] for name, x in zip(names, part[1:])}) for part in parts]
+
     def step_gradients(self, batch: list[dict[str, Any]], step: int, cached: bool | None = None) -> dict[str, float]:
         """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted.
 
         `cached` (default: when there are several micro-batches) keeps no graph between the forward passes and the
         losses: embeddings of all micro-batches first, their gradients from the losses of the whole batch, then each
         micro-batch forward again with the same dropout masks (GradCache, Gao et al. 2021, arXiv:2101.06983).
+
+        Of several processes, each takes the micro-batches `own`. All of them compute the losses of the whole batch from the
+        exchanged embeddings, so each has the exact gradients of its own embeddings without differentiating the exchange;
+        the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
-        cfg = self.cfg
-        cached = len(batch) > 1 if cached is None else cached
-        for i, micro in enumerate(batch):
-            self.teach(micro, f"{step}-{i}")
+        cfg, processes = self.cfg, self.processes
+        cached = len(batch) > 1 if cached is None or self.replica else cached
+        own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
         tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
-        sentences = sum(len(micro["target"]) for micro in batch)
+        sentences = sum(len(micro["restore"]) for micro in batch)
+        for i in own:
+            self.teach(batch[i], f"{step}-{i}")
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
         with torch.set_grad_enabled(not cached):
-            passes = [self.forward(micro, seed, tokens, sentences) for micro, seed in zip(batch, seeds)]
+            passes = [self.forward(batch[i], seeds[i], tokens, sentences) for i in own]
+        if self.replica:
+            passes = self.exchange(passes, own, batch)
 
         leaves = [vectors.detach().requires_grad_() for vectors, _ in passes]
         whole = batch_losses(gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch),
@@ -1890,14 +2006,16 @@ class Trainer:
             for name, loss in local.items():
                 values[name] = values.get(name, 0.0) + loss.item()
 
-        for i, (micro, leaf) in enumerate(zip(batch, leaves)):
-            vectors, local = self.forward(micro, seeds[i], tokens, sentences) if cached else passes[i]
-            objective = sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in local.items())
-            if leaf.grad is not None:
-                objective = objective + (vectors * leaf.grad).sum()
-            objective.backward()
+        for i in own:
+            micro, leaf = batch[i], leaves[i]
+            with self.replica.no_sync() if self.replica and i != own[-1] else nullcontext():
+                vectors, local = (self.replica or self.forward)(micro, seeds[i], tokens, sentences) if cached else passes[i]
+                objective = sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in local.items())
+                if leaf.grad is not None:
+                    objective = objective + (vectors * leaf.grad).sum()
+                objective.backward()
             micro.pop("states"), passes.__setitem__(i, None)
-        if cfg["orthogonal_reg_weight"]:
+        if cfg["orthogonal_reg_weight"]:  # the same on every process, so it is added after their sum
             loss = orthogonal_regularisation_loss(self.student)
             (cfg["orthogonal_reg_weight"] * loss).backward()
             values["orthogonal_reg"] = loss.item()
@@ -2019,8 +2137,8 @@ def plot_curves(folder: Path, teacher_scores: dict[str, float], group: str) -> N
     plt.close(figure)
 
 
-def choose_device(cfg: dict[str, Any]) -> torch.device:
-    """Set threads, TF32 and determinism as configured, and return the device."""
+def choose_device(cfg: dict[str, Any], local_rank: int | None = None) -> torch.device:
+    """Set threads, TF32 and determinism as configured, and return the device: of several GPUs, number `local_rank`."""
     if cfg["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch sees no CUDA GPU here: use --device cpu, or install a CUDA build")
     if cfg["threads"]:
@@ -2031,6 +2149,11 @@ def choose_device(cfg: dict[str, Any]) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     use_cuda = cfg["device"] == "cuda" or (cfg["device"] == "auto" and torch.cuda.is_available())
+    if use_cuda and local_rank is not None:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"torchrun's --nproc-per-node is above {torch.cuda.device_count()}, the number of GPUs here")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
     return torch.device("cuda" if use_cuda else "cpu")
 
 
@@ -2064,24 +2187,37 @@ class Run:
     """One training run in its output folder: metrics, evaluation, checkpoints."""
 
     def __init__(self, cfg: dict[str, Any]):
-        self.cfg, self.folder, self.signals = cfg, Path(cfg["output_dir"]), Signals()
+        self.cfg, self.folder, self.signals, self.lock = cfg, Path(cfg["output_dir"]), Signals(), None
+        self.processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if cfg["gradient_accumulation_steps"] < self.processes.count:
+            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the "
+                            f"{self.processes.count} processes needs a micro-batch; set --gradient_accumulation_steps "
+                            f"{self.processes.count} or more")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = RunLock(self.folder)
+            if self.processes.rank == 0:  # only this process writes
+                self.lock = RunLock(self.folder)
         except OSError as error:
             raise UserError(f"output_dir {self.folder}: cannot be written ({error.strerror})") from None
         try:
             self.prepare()
         except BaseException:
-            self.lock.release()
+            self.release()
             raise
+
+    def release(self) -> None:
+        """Let the next run have the folder."""
+        if self.lock:
+            self.lock.release()
 
     def prepare(self) -> None:
         """Models, checkpoint and data."""
-        cfg = self.cfg
+        cfg, processes = self.cfg, self.processes
         for stale in [p for d in (".", "*_*", "final_model/*_*", "final_model") for p in self.folder.glob(f"{d}/.*.tmp-*")]:
-            stale.unlink()
-        self.device = choose_device(cfg)
+            if self.lock:
+                stale.unlink(missing_ok=True)
+        self.device = choose_device(cfg, int(os.environ["LOCAL_RANK"]) if processes.count > 1 else None)
+        processes.connect(self.device, cfg["peer_timeout"])
         self.teacher, self.tokenizer, origin = load_teacher(cfg)
         print(f"teacher: {origin}\ndevice: {self.device}; parallel form against the reference: "
               f"{check_parallel_form(self.device):.1e}")
@@ -2107,13 +2243,20 @@ class Run:
         if changed:
             raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
                             "data, or start again in another output_dir (nothing was changed)")
+        processes.wait()
+        found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
+        if (found != found[0]).any():
+            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or data than "
+                            "rank 0: output_dir and data_dir must hold the same on every machine")
         self.sts = load_sts_splits(cfg)
-        self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"]) for s, r in self.sts.items()}
+        self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"], processes.encode)
+                                for s, r in self.sts.items()}
         self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
                                for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
         self.supersede()
-        write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
-                                              **run_environment(self.device)})
+        if self.lock:
+            write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
+                                                  "processes": processes.count, **run_environment(self.device)})
         self.banner()
 
     def begin(self) -> None:
@@ -2137,6 +2280,8 @@ class Run:
 
     def supersede(self) -> None:
         """Put aside what the folder holds of later steps, which this continuation will take again: metrics, checkpoints, best model."""
+        if not self.lock:
+            return
         write_atomic(self.metrics_path, lambda file: file.writelines(self.kept_metrics))
         for step in (s for s in checkpoint_steps(self.folder) if s > self.step):  # damaged, or of another continuation
             print(f"note: checkpoint_{step} is newer than this continuation: renamed to checkpoint_{step}.*.superseded")
@@ -2163,8 +2308,9 @@ class Run:
         """Say what a step is, and how much disk the run takes; stop if there is plainly not enough."""
         cfg, batch = self.cfg, self.cfg["batch_size"]
         parts = cfg["gradient_accumulation_steps"]
-        print(f"pairs per step: {batch}; micro-batch: {batch // parts} x {parts}; negatives per anchor: {batch - 1}; steps per "
-              f"epoch: {self.data.size / batch:,.0f}; trained parameters: {sum(t.numel() for t in trainable_state(self.student).values()):,}")
+        print(f"processes: {self.processes.count}; pairs per step: {batch}; micro-batch: {batch // parts} x {parts}; "
+              f"negatives per anchor: {batch - 1}; steps per epoch: {self.data.size / batch:,.0f}; "
+              f"trained parameters: {sum(t.numel() for t in trainable_state(self.student).values()):,}")
         state_bytes = 3 * sum(t.numel() * 4 for t in trainable_state(self.student).values())
         count = (cfg["total_steps"] - self.step) // cfg["save_interval"]
         if cfg["keep_checkpoints"]:
@@ -2177,6 +2323,8 @@ class Run:
 
     def write_metrics(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; what a full disk refuses is kept for the next write."""
+        if not self.lock:
+            return
         self.unwritten += (json.dumps({"step": self.step, **values}) + "\n").encode()
         try:
             self.flush_metrics()
@@ -2194,7 +2342,8 @@ class Run:
         cfg, scores = self.cfg, {}
         for split, rows in self.sts.items():
             try:
-                found = evaluate_sts(self.student, self.tokenizer, rows, cfg["max_length"], self.teacher_cosines[split])
+                found = evaluate_sts(self.student, self.tokenizer, rows, cfg["max_length"], self.teacher_cosines[split],
+                                     self.processes.encode)
             except ValueError as error:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
@@ -2213,17 +2362,26 @@ class Run:
                         print(f"warning: best model of step {self.step} not written ({error}); the next better one will be")
                         continue
                 self.best[split] = {"step": self.step, **scores}
+        self.processes.wait()
 
     def save_model(self, folder: Path, scores: dict[str, float], step: int | None = None) -> None:
+        if not self.lock:
+            return
         save_model(folder, self.student, self.tokenizer, self.cfg,
                    {"step": self.step if step is None else step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
                     "best_model_split": self.cfg["best_model_split"]})
 
     def save(self, why: str = "save_interval") -> None:
-        """Write a checkpoint; a full disk is survived twice in a row."""
+        """Write a checkpoint, while the other processes wait."""
         if not all(torch.isfinite(t).all() for t in trainable_state(self.student).values()):
             raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an earlier "
                             "one with a lower peak_learning_rate")
+        if self.lock:
+            self.write_checkpoint(why)
+        self.processes.wait()
+
+    def write_checkpoint(self, why: str) -> None:
+        """A full disk is survived twice in a row."""
         try:
             self.flush_metrics()
             save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best,
@@ -2244,17 +2402,28 @@ class Run:
                 for suffix in (".json", ".pt"):
                     (self.folder / f"checkpoint_{step}{suffix}").unlink(missing_ok=True)
 
+    def agree(self) -> Stop | None:
+        """The end that a signal to any process asks for, else None; a SIGUSR1 to any of them saves here. All do the same."""
+        asked = self.processes.table(self.signals.stop.status if self.signals.stop else 0, self.signals.save).amax(0)
+        status, save = int(asked[0]), bool(asked[1])
+        if save:
+            self.signals.save = False
+            self.save("SIGUSR1")
+        self.processes.since = time.perf_counter()
+        return Stop(status, f"{signal.Signals(status - 128).name} received") if status else None
+
     def train(self) -> None:
         """All remaining steps."""
-        cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.data.fingerprints)
+        cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.data.fingerprints, self.processes)
         if self.step == 0:
             self.evaluate()
         self.student.train()
         seconds, waited, started, since = 0.0, 0.0, time.perf_counter(), self.step
-        with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step", disable=None) as bar:
+        with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
+                                                 disable=None if self.lock else True) as bar:
             coming = pool.submit(self.data.batch, self.step + 1)
             self.signals.training = True
-            while self.step < cfg["total_steps"] and not self.signals.stop:
+            while not (stop := self.agree()) and self.step < cfg["total_steps"]:
                 begun = time.perf_counter()
                 batch = coming.result()
                 waited += time.perf_counter() - begun
@@ -2275,13 +2444,13 @@ class Run:
                     paused = time.perf_counter()
                     self.evaluate()
                     started += time.perf_counter() - paused
-                if self.step % cfg["save_interval"] == 0 or self.step == cfg["total_steps"] or self.signals.save:
-                    self.save("SIGUSR1" if self.signals.save else "save_interval")
-                    self.signals.save = False
+                if self.step % cfg["save_interval"] == 0 or self.step == cfg["total_steps"]:
+                    self.save()
+        if stop:
+            self.save(str(stop))
         self.signals.training = False
-        if self.signals.stop:
-            self.save(str(self.signals.stop))
-            raise self.signals.stop
+        if stop:
+            raise stop
 
     def log_line(self, bar: tqdm, done: int, seconds: float, waited: float) -> None:
         """A line in metrics.jsonl; speeds are of the `done` steps that this process has taken in `seconds`."""
@@ -2289,12 +2458,19 @@ class Run:
         self.means = means = {key: value / steps for key, value in self.sums.items()}
         self.sums = {}
         speed = done * cfg["batch_size"] / seconds
-        self.write_metrics({**means, "lr": learning_rate(self.step, cfg), "speed/pairs_per_s": round(speed, 2),
-                            "speed/data_wait": round(waited / seconds, 4)})
+        pace = {"speed/pairs_per_s": round(speed, 2), "speed/data_wait": round(waited / seconds, 4)}
+        if self.processes.count > 1:
+            busy = self.processes.table(self.processes.busy).flatten()
+            slowest, self.processes.busy = int(busy.argmax()), 0.0
+            others = (busy.sum() - busy[slowest]) / (len(busy) - 1)
+            pace |= {"speed/slowest_rank": slowest, "speed/slowest_rank_excess": round((busy[slowest] / others - 1).item(), 4)}
+            named = f"; slowest: rank {slowest}, {busy[slowest] / others - 1:+.0%}"
+        self.write_metrics({**means, "lr": learning_rate(self.step, cfg), **pace})
         best = self.best.get("validation", {})
         if bar.disable:
             print(f"step {self.step}/{cfg['total_steps']}: loss {means.get('loss/total', math.nan):.4f}, {speed:.1f} pairs/s, "
-                  f"{(cfg['total_steps'] - self.step) * cfg['batch_size'] / speed / 3600:.2f} h left")
+                  f"{(cfg['total_steps'] - self.step) * cfg['batch_size'] / speed / 3600:.2f} h left"
+                  + (named if self.processes.count > 1 else ""))
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
 
@@ -2307,6 +2483,8 @@ class Run:
         values = trainer.step_gradients(batch, self.step)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
         wrong = next((name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)), None)
+        if self.processes.table(wrong is not None).any():  # one process's doubt is all's, or their weights would part
+            wrong = wrong or "a number of another process"
         if wrong:
             self.bad_steps += 1
             self.write_metrics({"bad/step": self.step, "bad/loss": wrong, "bad/batch": self.step})
@@ -2345,6 +2523,8 @@ class Run:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
     run = None
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file is up to date
     try:
@@ -2352,6 +2532,9 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(cfg)
         print(f"teacher on {run.cfg['sts_name']}: " + ", ".join(f"{k} {v:.4f}" for k, v in run.teacher_scores.items()))
         run.train()
+        run.processes.leave()
+        if not run.lock:
+            return 0
         run.finish()
         for split, best in run.best.items():
             print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, test {best['test_spearman']:.4f}")
@@ -2365,11 +2548,19 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py)", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error)):
+            raise
+        where, absent = (f"step {run.step}", run.processes.absent()) if run else ("start", "another process")
+        reason = re.sub(r"\[\S+\] ", "", str(error).splitlines()[0])[:120]
+        print(f"error: rank {os.environ['RANK']}, {where}: no answer from {absent} ({reason}); "
+              "continue with --resume latest", file=sys.stderr, flush=True)
+        os._exit(3)  # an orderly end would wait for the others
     except KeyboardInterrupt:
         return 130
     finally:
         if run:
-            run.lock.release()
+            run.release()
 
 
 if __name__ == "__main__":

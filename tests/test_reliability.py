@@ -381,10 +381,10 @@ def full_for_the_best_model(folder: str) -> None:
     """The disk is full whenever the best model's weights are written; every evaluation is the best so far."""
     original, evaluate = script.write_atomic, script.Run.evaluate
 
-    def write_atomic(path, write):
+    def write_atomic(path, write, before=lambda: None):
         limit_files(1000 if path == Path(folder) / "pytorch_model.bin" else resource.RLIM_INFINITY)
         try:
-            original(path, write)
+            original(path, write, before)
         finally:
             limit_files(resource.RLIM_INFINITY)
     script.write_atomic = write_atomic
@@ -402,7 +402,7 @@ def test_best_model_on_a_full_disk(tiny, copied):
 def test_metrics_on_a_full_disk(tmp_path, capsys):
     """Lines that do not fit are written as soon as there is space, each once and whole."""
     run = script.Run.__new__(script.Run)
-    run.metrics_path, run.unwritten, run.step = tmp_path / "metrics.jsonl", b"", 0
+    run.metrics_path, run.unwritten, run.step, run.lock = tmp_path / "metrics.jsonl", b"", 0, True
     try:
         for run.step in range(1, 9):
             limit_files(50 if 2 < run.step < 6 else resource.RLIM_INFINITY)
