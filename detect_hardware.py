@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertModel
 
-from train_6layer_deltanet import Trainer, UserError, build_optimizer, build_student, config, parse_value, trainable_state
+from train_6layer_deltanet import Trainer, UserError, build_optimizer, build_student, config, parse_value
 
 PARTS = (1, 2, 4, 8)
 USABLE = 0.9  # share of the memory that a training can have: the rest is the driver's, libraries' and fragmentation

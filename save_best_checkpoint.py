@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,7 @@ def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
         return ids, (torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]).long()
 
     names, dims = ("input_ids", "attention_mask"), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     kept = script.ShortConvolution, [mixer.delta_rule for mixer in student.deltanet_layers]
     script.ShortConvolution = ScanRecurrence
     for mixer in student.deltanet_layers:
@@ -241,12 +243,12 @@ def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
     try:
         torch.onnx.export(OnnxModel(student).eval(), example(3, 21), dynamo=True, verbose=False, input_names=names,
                           output_names=("last_hidden_state", "sentence_embedding"),
-                          dynamic_shapes={name: dims for name in names}).save(path, external_data=False)
+                          dynamic_shapes={name: dims for name in names}).save(temporary, external_data=False)
     finally:
         script.ShortConvolution = kept[0]
         for mixer, delta_rule in zip(student.deltanet_layers, kept[1]):
             mixer.delta_rule = delta_rule
-    session, result = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]), {}
+    session, result = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"]), {}
     for length in (5, 37, 128, 512):
         inputs = example(2, length)
         found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})
@@ -255,8 +257,9 @@ def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
         result[f"onnx_error_{length}"] = max((torch.from_numpy(found[0]) - expected[0])[real].abs().max().item(),
                                              (torch.from_numpy(found[1]) - expected[1]).abs().max().item())
     if not max(result.values()) < 1e-4:
-        path.unlink()
-        raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; the file was removed")
+        temporary.unlink()
+        raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; nothing was written")
+    os.replace(temporary, path)
     return result
 
 

@@ -32,6 +32,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 import zipfile
@@ -552,7 +553,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
 
     def project(self, x: Tensor, mask: Tensor, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """q, k, v before the convolution (3, H, B, T, K) and the logits of the gates (5, H, B, T) of the heads `part`."""
-        (batch, length, dim), heads = x.shape, self.cfg.num_heads
+        (batch, length, _), heads = x.shape, self.cfg.num_heads
 
         def of_part(linear: nn.Linear, count: int) -> Tensor:
             weight, bias = (w.unflatten(0, (count, heads, -1))[:, part].flatten(0, 2) for w in (linear.weight, linear.bias))
@@ -1765,7 +1766,10 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
                                                               "similarity_fn_name": "cosine"})
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in map(Path, tokenizer.save_pretrained(scratch)):
+            if file.is_file():
+                write_atomic(folder / file.name, lambda out: out.write(file.read_bytes()))
     write_json(folder / "training_config.json", cfg)
     state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
     # Scores never stand beside weights that they are not of; if the disk is full, the old ones of both stay.

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not room.is_dir():
         raise script.UserError(f"--work_dir {room}: no such folder")
     indexed, started = [], []
-    with script.ExitStack() as stack:
+    with ExitStack() as stack:
         for times, processes in jobs:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=room)))
             here = cfg | {"cache_dir": str(place / "cache"), "num_proc": processes}

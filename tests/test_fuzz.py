@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
