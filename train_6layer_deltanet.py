@@ -118,8 +118,10 @@ config: dict[str, Any] = {
     "dropout": 0.15,  # on embeddings, mixer and FFN outputs
     # data
     "data_dir": "",  # folder with train/*.jsonl.gz and sts/stsb-{dev,test}.tsv.gz; empty: the hub
-    "sources": "auto",  # names joined by commas: allnli, qqp, msmarco, wikianswers, snli, local; auto: see README
+    "sources": "auto",  # names joined by commas: allnli, qqp, msmarco, wikianswers, snli, local; auto: see README; none: streams alone
     "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
+    "streams": "",  # data sets read with streaming beside `sources`: hub ids, or folders of JSON lines, joined by commas
+    "stream_share": 0.5,  # share of the pairs that comes from the streams
     "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
@@ -1077,43 +1079,46 @@ def read_pairs(path: Path) -> Iterator[Row]:
 SHARD_ROWS = 1 << 16
 
 
-def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes]) -> None:
-    """Write the token ids of `rows` to `path`, then its counts and sha256 to the .json beside it, which commits it.
+def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Token ids and text keys of `rows` as columns, and counts; a row with a text whose key is in `banned` is dropped.
 
-    A row with a text whose key is in `banned` (STS-B dev and test) is dropped and counted. Columns: anchor, positive,
-    negative (uint16 ids, negative empty where there is none), key_anchor, key_positive, key_negative (int64).
+    Columns: anchor, positive, negative (lists of ids, negative empty where there is none), key_anchor, key_positive,
+    key_negative (int64).
     """
-    from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
-    backend = tokenizer.backend_tokenizer
+    backend, columns, sides = tokenizer.backend_tokenizer, {}, ("anchor", "positive", "negative")
     backend.enable_truncation(max_length)
     backend.no_padding()
+    keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in rows]
+    kept = [i for i, k in enumerate(keys) if not banned.intersection(k)]
+    for side, name in enumerate(sides):
+        texts = [rows[i][side] or "" for i in kept]
+        ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
+        columns[name] = [x if rows[i][side] is not None else [] for i, x in zip(kept, ids)]
+        columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
+    return columns, {"pairs": len(kept), "leaks": len(rows) - len(kept), "hard_negatives": sum(rows[i][2] is not None for i in kept),
+                     "tokens": sum(len(x) for name in sides for x in columns[name])}
+
+
+def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes]) -> None:
+    """Write `tokenise_rows` of `rows` to `path`, then counts and sha256 to the .json beside it, which commits it."""
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
     sides = ("anchor", "positive", "negative")
     features = Features({**{s: List(Value("uint16")) for s in sides}, **{f"key_{s}": Value("int64") for s in sides}})
-    counts = {"pairs": 0, "hard_negatives": 0, "leaks": 0, "tokens": 0}
+    totals: dict[str, int] = defaultdict(int)
 
     def write(file: Any) -> None:
         with ArrowWriter(features=features, stream=file, writer_batch_size=8192) as writer:
             for start in range(0, len(rows), 8192):
-                block = rows[start:start + 8192]
-                keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in block]
-                kept = [i for i, k in enumerate(keys) if not banned.intersection(k)]
-                columns: dict[str, Any] = {}
-                for side, name in enumerate(sides):
-                    texts = [block[i][side] or "" for i in kept]
-                    ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
-                    columns[name] = [x if block[i][side] is not None else [] for i, x in zip(kept, ids)]
-                    columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
-                    counts["tokens"] += sum(map(len, columns[name]))
-                counts["pairs"] += len(kept)
-                counts["leaks"] += len(block) - len(kept)
-                counts["hard_negatives"] += sum(block[i][2] is not None for i in kept)
-                if kept:
+                columns, counts = tokenise_rows(rows[start:start + 8192], tokenizer, max_length, banned)
+                for key, value in counts.items():
+                    totals[key] += value
+                if counts["pairs"]:
                     writer.write_batch(columns)
             writer.finalize(close_stream=False)
 
     write_atomic(path, write)
-    write_json(path.with_suffix(".json"), counts | {"rows": len(rows), "sha256": file_sha256(path)})
+    write_json(path.with_suffix(".json"), totals | {"rows": len(rows), "sha256": file_sha256(path)})
 
 
 def shard_record(path: Path, verify: bool = True) -> dict[str, Any] | None:
@@ -1169,7 +1174,7 @@ def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
     if cfg["data_dir"] and not data_dir.is_dir():
         raise UserError(f"data_dir {data_dir}: no such folder")
     files = sorted([*data_dir.glob("train/*.jsonl.gz"), *data_dir.glob("*.jsonl.gz")]) if cfg["data_dir"] else []
-    names = cfg["sources"].split(",")
+    names = [] if cfg["sources"] == "none" else cfg["sources"].split(",")
     if names == ["auto"]:
         names = ["local"] if files else DEFAULT_HUB_SOURCES.split(",")
     found: list[tuple[str, Path | None]] = []
@@ -1219,9 +1224,11 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
         if data is not None:
             sources.append((name, data))
             fingerprints[name] = meta["sha256"][:16]
-    if not sources:
+    streams = [PairStream(name, tokenizer, cfg["max_length"], banned) for name in filter(None, cfg["streams"].split(","))]
+    if not sources and not streams:
         raise UserError("no training pairs: every source is empty or left out")
-    data = PairData(sources, cfg)
+    data = PairData(sources, cfg, streams)
+    fingerprints |= {stream.name: "streamed" for stream in streams}
     data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
     log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS evaluation "
         f"sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
@@ -1271,6 +1278,66 @@ def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+class PairStream:
+    """A data set read in order with `datasets` streaming, tokenised as it comes; `seek` and `take` in windows of rows.
+
+    Columns anchor and positive (and negative), else the first two or three columns of text. A read that fails is a UserError.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, max_length: int, banned: set[bytes]):
+        self.name, self.recipe = name, (tokenizer, max_length, banned)
+        self.window, self.passes, self.leaks, self.rows = 0, 0, 0, None
+        self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the very start
+
+    def open(self, state: Any = None) -> None:
+        from datasets import load_dataset
+        try:
+            self.data = load_dataset(self.name, split="train", streaming=True)
+            columns = [c for c in ("anchor", "positive", "negative") if c in (self.data.column_names or ())]
+            if columns[:2] != ["anchor", "positive"]:
+                columns = [c for c, f in (self.data.features or {}).items() if getattr(f, "dtype", "") == "string"][:3]
+        except Exception as error:  # the hub's client raises a dozen unrelated types
+            raise UserError(f"stream {self.name}: cannot be opened ({str(error).splitlines()[0]}); give a hub id or a folder") from None
+        if len(columns) < 2:
+            raise UserError(f"stream {self.name}: has no two columns of text")
+        if state:
+            self.data.load_state_dict(state)
+        self.rows = (tuple(item[c] for c in columns) + (None,) * (3 - len(columns)) for item in self.data)
+
+    def take(self, window: int, count: int) -> dict[str, Any]:
+        """`count` rows as columns (see `tokenise_rows`): the ones of window `window`."""
+        if window not in self.starts:
+            raise UserError(f"stream {self.name}: window {window} was asked for before those ahead of it; a stream is read in order")
+        if self.window != window or self.rows is None:
+            self.passes, state = self.starts[window] or (0, None)
+            self.open(state)
+        parts: dict[str, list[Any]] = defaultdict(list)
+        found, empty = 0, False
+        while found < count:
+            try:
+                rows = list(islice(self.rows, count - found))
+            except Exception as error:
+                raise UserError(f"stream {self.name}: reading failed ({(str(error).splitlines() or [''])[0]}); continue with "
+                                "--resume latest") from None
+            bad = next((row for row in rows if not all(isinstance(t, str) and t.strip() for t in row[:2])), None)
+            if bad:
+                raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad)[:80]}")
+            columns, counts = tokenise_rows(rows, *self.recipe)
+            found, self.leaks = found + counts["pairs"], self.leaks + counts["leaks"]
+            for key, values in columns.items():
+                parts[key].extend(values)
+            if not rows:  # the end: from the start again
+                if empty:
+                    raise UserError(f"stream {self.name}: holds no pairs")
+                self.passes, empty = self.passes + 1, True
+                self.open()
+            elif counts["pairs"]:
+                empty = False
+        self.window = window + 1
+        self.starts = {w: s for w, s in self.starts.items() if w >= window - 1} | {window + 1: (self.passes, self.data.state_dict())}
+        return parts
+
+
 class PairData:
     """Memory-mapped sources, and the batch of step n as a pure function of (seed, n).
 
@@ -1280,13 +1347,16 @@ class PairData:
 
     WINDOW = 256
 
-    def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any]):
-        self.cfg, self.names = cfg, [name for name, _ in sources]
+    def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], streams: list[PairStream] | None = None):
+        self.cfg, self.streams = cfg, streams or []
+        self.names = [*(name for name, _ in sources), *(stream.name for stream in self.streams)]
         self.tables = [data.with_format("arrow") for _, data in sources]
         rows = np.array([len(t) for t in self.tables], np.float64)
         self.size = int(rows.sum())
         shares = rows ** cfg["source_alpha"]
-        self.shares = shares / shares.sum()
+        streamed = (cfg["stream_share"] if len(rows) else 1.0) if self.streams else 0.0
+        self.shares = np.concatenate([shares / shares.sum() * (1 - streamed) if len(rows) else shares,
+                                      np.full(len(self.streams), streamed / max(1, len(self.streams)))])
         if self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
@@ -1303,7 +1373,9 @@ class PairData:
     def window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """The rows of window `number` as columns, and the row indices of each of its batches."""
         if self.cached[0] != number:
-            self.cached = (number, *(self.ahead[1].result() if self.ahead[0] == number else self.build_window(number)))
+            if self.ahead[0] != number:
+                self.ahead = (number, self.builder.submit(self.build_window, number))
+            self.cached = (number, *self.ahead[1].result())
             self.ahead = (number + 1, self.builder.submit(self.build_window, number + 1))
         return self.cached[1:]
 
@@ -1324,6 +1396,12 @@ class PairData:
                     parts[side].append(lists.flatten().to_numpy())
                     parts[f"{side}_length"].append(lists.value_lengths().to_numpy())
                     parts[f"key_{side}"].append(got[f"key_{side}"].to_numpy())
+        for stream, n in zip(self.streams, (last - first)[len(self.tables):]):
+            got = stream.take(number, int(n))
+            for side in ("anchor", "positive", "negative"):
+                parts[side].append(np.fromiter((t for ids in got[side] for t in ids), np.uint16))
+                parts[f"{side}_length"].append(np.array([len(ids) for ids in got[side]], np.int32))
+                parts[f"key_{side}"].append(np.array(got[f"key_{side}"], np.int64))
         rows = {name: np.concatenate(pieces) for name, pieces in parts.items()}
         for side in ("anchor", "positive", "negative"):
             rows[f"{side}_start"] = np.cumsum(rows[f"{side}_length"]) - rows[f"{side}_length"]
@@ -1336,6 +1414,19 @@ class PairData:
             piece = piece[np.lexsort((noise[piece], second[piece]))]
             batches += [np.sort(b) for b in np.array_split(piece, self.WINDOW // slices)]
         return rows, [batches[i] for i in rng.permutation(self.WINDOW)]
+
+    def positions(self, step: int) -> dict[str, Any]:
+        """Where every stream stands at the start of the window that the step after `step` is in: a checkpoint's part."""
+        return {stream.name: [step // self.WINDOW, stream.starts[step // self.WINDOW]] for stream in self.streams}
+
+    def seek(self, positions: dict[str, Any]) -> None:
+        """Continue the streams from a checkpoint's `positions`. Raises UserError if they do not fit."""
+        for stream in self.streams:
+            try:
+                window, start = positions[stream.name]
+                stream.starts = {int(window): start and (int(start[0]), dict(start[1]))}
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise UserError(f"stream {stream.name}: the checkpoint does not say where it stood") from None
 
     def batch(self, step: int) -> list[dict[str, Any]]:
         """The micro-batches of step `step` (counted from 1).
@@ -2237,6 +2328,7 @@ class Run:
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
         self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
+        self.positions: Any = None  # of the streams there
         self.trained_on: dict[str, str] | None = None  # fingerprints of the data of the checkpoint resumed from
         self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
         self.means: dict[str, float] = {}  # of that line
@@ -2247,6 +2339,8 @@ class Run:
         if changed:
             raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
                             "data, or start again in another output_dir (nothing was changed)")
+        if self.step:
+            self.data.seek(self.positions)
         processes.wait()
         found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
         if (found != found[0]).any():
@@ -2271,7 +2365,7 @@ class Run:
             content = resume(path, self.student, self.optimizer, cfg)
             self.step, self.best = content["step"], content["best"]
             self.sums, self.bad_steps = content["progress"]["sums"], content["progress"]["bad_steps"]
-            self.trained_on = content["progress"].get("data")
+            self.trained_on, self.positions = content["progress"].get("data"), content["progress"].get("streams")
             print(f"resumed from {path}")
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
             raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
@@ -2389,7 +2483,8 @@ class Run:
         try:
             self.flush_metrics()
             save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best,
-                            {"sums": self.sums, "bad_steps": self.bad_steps, "data": self.data.fingerprints},
+                            {"sums": self.sums, "bad_steps": self.bad_steps, "data": self.data.fingerprints,
+                             "streams": self.data.positions(self.step)},
                             {"why": why, "scores": self.scores, "losses": self.means})
         except OSError as error:
             self.failed_saves += 1
@@ -2521,7 +2616,7 @@ class Run:
         plot_curves(self.folder, self.teacher_scores, group)
         write_json(self.folder / "results.json", {
             "evaluation": self.cfg["sts_name"], "teacher": self.teacher_scores, "last": last, "best": self.best,
-            "evaluations": len(scored), "left_out": self.data.left_out, "leaks_dropped": self.data.leaks})
+            "evaluations": len(scored), "left_out": self.data.left_out, "leaks_dropped": self.data.leaks + sum(stream.leaks for stream in self.data.streams)})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -221,6 +222,35 @@ def test_damaged_or_unfinished_shards_are_tokenised_again(tiny, tmp_path, monkey
     capsys.readouterr()
     flip(shards[0])
     assert load().fingerprints == data.fingerprints and "shard-00000.arrow: its sha256 differs" in capsys.readouterr().out
+
+
+def small_windows() -> None:
+    """Windows of 16 steps, so that a short run crosses from one into the next."""
+    script.PairData.WINDOW = 16
+
+
+@pytest.mark.parametrize("sources", ["local", "none"])
+def test_streams_continue_where_they_were(tiny, tmp_path, sources):
+    """A streamed data set beside the local one, or alone, shorter than the run: resumed in either window, the run is the same."""
+    folder = tmp_path / "stream"
+    rng = random.Random(3)
+    for part in range(2):
+        rows = [{"anchor": kill_soak.sentence(rng, 9), "positive": kill_soak.sentence(rng, 9)} for _ in range(30)]
+        kill_soak.write_lines(folder / f"{part}.jsonl.gz", list(map(json.dumps, rows)))
+    cfg = tiny | {"streams": str(folder), "sources": sources, "save_interval": 6, "eval_interval": 10}
+    whole = tmp_path / "whole"
+    run = Process(cfg, whole, small_windows)
+    assert run.wait() == 0, run.text()
+    places = [script.load_file(whole / f"checkpoint_{step}.pt")["progress"]["streams"][str(folder)] for step in (6, 18)]
+    assert places[0] == [0, None] and places[1][0] == 1 and (sources == "local" or places[1][1][0] > 0)  # more than one pass
+    for step in (12, 18):
+        again = Path(shutil.copytree(whole, tmp_path / f"from-{step}"))
+        run = Process(cfg, again, small_windows, resume_from_step=step)
+        assert run.wait() == 0, run.text()
+        assert kill_soak.metrics(again) == kill_soak.metrics(whole)
+        assert kill_soak.same(*(script.load_file(f / "checkpoint_20.pt")["student"] for f in (whole, again)))
+    bad = Process(cfg | {"streams": str(tmp_path / "nowhere")}, tmp_path / "bad")
+    assert bad.wait() == 2 and "nowhere: cannot be opened" in bad.text()
 
 
 def test_tokenising_in_processes_gives_the_same(tiny, tmp_path):
