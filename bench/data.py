@@ -14,10 +14,12 @@ its rows ten times, so sources, files and texts stay the same and nothing is ded
 - batches: `PairData.batch` of `--batches` consecutive steps. The trainer builds the next batch during a step, so with a step of S
   seconds a batch of b seconds is waited for b - S; `without` is the share if nothing were built ahead. Memory after them, too:
   mapped pages are the page cache's, which the system takes back; `anonymous` is what must not grow with the pairs.
+- index: `--index N` opens a tokenised source of N pairs, whose shards are one shard under many names, and draws from it.
 """
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -97,11 +99,33 @@ def starting(cfg: dict[str, Any], tokenizer: Any, repeats: int, batches: int) ->
             "anonymous_bytes": resident("RssAnon"), "mapped_bytes": resident("RssFile")}
 
 
+def index(cfg: dict[str, Any], tokenizer: Any, pairs: int, folder: str) -> dict[str, Any]:
+    """Open a tokenised source of about `pairs` pairs, every shard checked by its sha256, and build two windows of batches."""
+    first, count = Path(folder) / "shard-00000.arrow", -(-pairs // script.SHARD_ROWS)
+    rows = [(f"text number {i}", f"number {i}", None) for i in range(script.SHARD_ROWS)]
+    script.tokenise_shard(first, rows, tokenizer, cfg["max_length"], set())
+    for number in range(1, count):
+        for suffix in (".arrow", ".json"):
+            os.link(first.with_suffix(suffix), Path(folder) / f"shard-{number:05}{suffix}")
+    (Path(folder) / "meta.json").write_text(f'{{"shards": {count}}}')
+    script.tokenise_source(lambda: (), tokenizer, cfg["max_length"], set(), Path(folder) / "empty")  # imports
+    del rows
+    gc.collect()
+    before, begun = resident("RssAnon"), time.perf_counter()
+    dataset, _ = script.tokenise_source(lambda: (), tokenizer, cfg["max_length"], set(), Path(folder))
+    data = script.PairData([("generated", dataset)], cfg)
+    opened, seconds = resident("RssAnon") - before, time.perf_counter() - begun
+    begun = time.perf_counter()
+    data.batch(1), data.batch(1 + data.WINDOW)
+    return {"pairs": data.size, "shards": count, "start_seconds": seconds, "anonymous_bytes": opened, "bytes": first.stat().st_size * count,
+            "window_seconds": (time.perf_counter() - begun) / 2, "anonymous_after_windows": resident("RssAnon") - before}
+
+
 def worker(kind: str, cfg: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """`indexing` or `starting` in this process."""
+    """`indexing`, `starting` or `index` in this process."""
     script.choose_device(cfg)
     tokenizer = script.AutoTokenizer.from_pretrained(script.find_teacher(cfg["teacher_model"])[0], local_files_only=True)
-    return {"indexing": indexing, "starting": starting}[kind](cfg, tokenizer, **more)
+    return {"indexing": indexing, "starting": starting, "index": index}[kind](cfg, tokenizer, **more)
 
 
 def waiting(batch_seconds: list[float], step: float) -> dict[str, float]:
@@ -127,6 +151,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rows."""
     if args.quick:
         args.repeats, args.batches, args.num_proc, args.times = 2, 20, [0], 2
+        args.index = min(args.index, 1_000_000)
     if args.times < 1 or args.batches < 2 or not all(s > 0 for s in args.step_seconds):
         raise script.UserError("--times must be at least 1, --batches at least 2, --step_seconds above 0")
     data, name = find_data(args, folder, 3000)
@@ -154,10 +179,14 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                             "batch_seconds": spread(found["batch_seconds"]),
                             "batch_mean_seconds": sum(found["batch_seconds"]) / args.batches,
                             "waiting": [waiting(found["batch_seconds"], s) for s in args.step_seconds]})
+        big = None
+        if args.index:
+            note(f"index of {args.index:,} pairs")
+            big = fresh(__file__, kind="index", cfg=cfg, pairs=args.index, folder=stack.enter_context(tempfile.TemporaryDirectory(dir=room)))
     kept = ("batch_size", "gradient_accumulation_steps", "length_groups", "pad_lengths", "source_alpha", "max_length")
     settings = {"repeats": args.repeats, "batches": args.batches, "preset": args.preset, "data": name,
                 **{k: cfg[k] for k in kept}}
-    return result | {"settings": settings, "indexing": indexed, "starts": started}
+    return result | {"settings": settings, "indexing": indexed, "starts": started, "index": big}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -185,6 +214,10 @@ def page(result: dict[str, Any]) -> str:
         "data": times, "seconds a step": lambda w: shown(w["step_seconds"]),
         "built ahead": lambda w: shown(w["wait_share"], ".2%"),
         "without": lambda w: shown(w["wait_share_without"], ".2%")})
+    if big := result["index"]:
+        lines += ["", f"index of {big['pairs']:,} pairs ({big['shards']:,} shards, {big['bytes'] / 1e9:.1f} GB): start "
+                  f"{shown(big['start_seconds'])} s, {mib(big['anonymous_bytes'])} MiB; a window of 256 batches {shown(big['window_seconds'])} s, "
+                  f"{mib(big['anonymous_after_windows'])} MiB after two"]
     return "\n".join(lines)
 
 
@@ -193,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--num_proc", nargs="+", type=int, default=[0, 2], help="processes that tokenise")
     p.add_argument("--times", type=int, default=10, help="how many times the pairs in the last row; 1: no such row")
+    p.add_argument("--index", type=int, default=100_000_000, help="pairs of a generated index that is opened; 0: none")
     p.add_argument("--batches", type=int, default=769, help="steps whose batches are drawn; a window is 256")
     p.add_argument("--batch_size", type=int, default=0, help="pairs a step; 0: the preset's")
     p.add_argument("--accumulation", type=int, default=0, help="gradient_accumulation_steps; 0: the preset's")
