@@ -96,7 +96,8 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
     per_token += d if cfg["layer_distill_weight"] else 0
     if cfg["ortho_state_reg_weight"]:
         per_token += 4 * d + 2 * d * (d // heads) / length
-    square = heads * length * length
+    square = heads * length * (length if length <= 80 else 32)  # chunks as in chunk_hierarchical_delta_rule
+    per_token += (8 * d * d // heads // 32 if length > 80 else 0)  # two states a chunk of 32, and what is made of them
     found = {"parameters": 4.0 * (trained + frozen), "teacher": 4.0 * teacher, "gradients": 4.0 * trained,
              "optimizer": 8.0 * trained, "teacher_states": 4.0 * sentences * length * layers * d,
              "activations": 4.0 * part * layers * (length * per_token + 5 * square), "backward": 4.0 * part * 3 * square}

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ class OnnxModel(nn.Module):
 
 
 @torch.no_grad()
-def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
+def export_onnx(student: DeltaNetStudent, path: Path, temporary: Path) -> dict[str, Any]:
     """Write model.onnx with dynamic batch and length; returns its largest difference from the student at each length."""
     try:
         import onnxruntime
@@ -235,7 +235,6 @@ def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
         return ids, (torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]).long()
 
     names, dims = ("input_ids", "attention_mask"), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     kept = script.ShortConvolution, [mixer.delta_rule for mixer in student.deltanet_layers]
     script.ShortConvolution = ScanRecurrence
     for mixer in student.deltanet_layers:
@@ -257,9 +256,8 @@ def export_onnx(student: DeltaNetStudent, path: Path) -> dict[str, Any]:
         result[f"onnx_error_{length}"] = max((torch.from_numpy(found[0]) - expected[0])[real].abs().max().item(),
                                              (torch.from_numpy(found[1]) - expected[1]).abs().max().item())
     if not max(result.values()) < 1e-4:
-        temporary.unlink()
         raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; nothing was written")
-    os.replace(temporary, path)
+    write_atomic(path, lambda file: file.write(temporary.read_bytes()))
     return result
 
 
@@ -294,7 +292,11 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
         if lock:
             lock.release()
     if args.onnx:
-        result["onnx"] = export_onnx(student, folder / "model.onnx")
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                result["onnx"] = export_onnx(student, folder / "model.onnx", Path(scratch) / "model.onnx")
+            except (RuntimeError, ValueError, TypeError) as error:  # of torch's exporter or onnxruntime
+                raise UserError(f"{folder}: the ONNX export failed ({(str(error).splitlines() or [''])[0][:160]})") from None
     return result | {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()
                                      and not p.name.startswith((".", "checkpoint_")))}
 

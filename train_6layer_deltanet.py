@@ -17,8 +17,10 @@ import signal
 if __name__ == "__main__":  # a signal during the imports below, which take seconds, leaves no traceback
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda number, _: os._exit(128 + number))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 import ast
+import copy
 import difflib
 import fcntl
 import gzip
@@ -33,6 +35,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 import zipfile
@@ -43,7 +46,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -187,8 +190,6 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
 FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
              "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "best_model_split",
              "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
-BATCH_KEYS = ("seed", "batch_size", "gradient_accumulation_steps", "max_length", "pad_lengths", "length_groups", "source_alpha",
-              "precision")  # with the data and the teacher, all that the teacher's results of a step depend on
 
 
 class UserError(Exception):
@@ -271,6 +272,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     for key in ("dropout", "state_dropout", "label_smoothing"):
         if cfg[key] >= 1:
             raise UserError(f"{key} is {cfg[key]}: it must be below 1")
+    if not 0 < cfg["stream_share"] <= 1:
+        raise UserError(f"stream_share is {cfg['stream_share']}: it must be above 0 and at most 1")
     for key in ("fast_decay_init", "slow_decay_init"):
         if not 0 < cfg[key] < 1:
             raise UserError(f"{key} is {cfg[key]}: it must lie between 0 and 1")
@@ -998,6 +1001,7 @@ HUB_SOURCES = {  # name: hub id, configuration, split, rows taken, streamed
     "wikianswers": ("sentence-transformers/wikianswers-duplicates", "pair", "train", 1_000_000, True),
     "snli": ("stanfordnlp/snli", None, "train", 100_000, False),
 }
+KEPT_FILES = {"allnli": "AllNLI", "wikianswers": "WikiAnswers"}  # read from data_dir where they are there
 DEFAULT_HUB_SOURCES = "allnli,qqp,msmarco,snli"  # wikianswers is optional
 CACHE_FORMAT = 2
 Row = tuple[str, str, "str | None"]
@@ -1125,7 +1129,8 @@ def shard_record(path: Path, verify: bool = True) -> dict[str, Any] | None:
     """What the .json beside a shard holds, or None if the shard is not whole."""
     try:
         record = json.loads(path.with_suffix(".json").read_text())
-        return record if not verify or file_sha256(path) == record["sha256"] else None
+        whole = all(isinstance(record[key], int) for key in ("pairs", "hard_negatives", "leaks", "tokens"))
+        return record if whole and (not verify or file_sha256(path) == record["sha256"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -1144,7 +1149,10 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same
         for stale in folder.glob(".*.tmp-*"):
             stale.unlink()
-        count = json.loads(meta.read_text())["shards"] if meta.exists() else None
+        try:
+            count = int(json.loads(meta.read_text())["shards"])
+        except (OSError, ValueError, KeyError, TypeError):  # not finished
+            count = None
         records = [shard_record(shard(i)) for i in range(count or 0)]
         if count is None or None in records:
             if count is not None:
@@ -1182,18 +1190,26 @@ def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
         if name == "local":
             if not files:
                 raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(data_dir)!r}")
-            local = {f.name.removesuffix(".jsonl.gz"): f for f in files}
-            if len(local) < len(files):
+            kept = {f"{stem}.jsonl.gz" for name, stem in KEPT_FILES.items() if name in names}  # read under their own names
+            own = [f for f in files if f.name not in kept or f.parent != data_dir]
+            local = {f.name.removesuffix(".jsonl.gz"): f for f in own}
+            if len(local) < len(own):
                 raise UserError(f"data_dir {data_dir}: a file name is both under train/ and beside it; rename one")
             if unknown := skip - set(local):
                 raise UserError(f"skip_files: no file {min(unknown)!r} under {data_dir}")
             found += [(stem, file) for stem, file in local.items() if stem not in skip]
         elif name in HUB_SOURCES:
-            kept = data_dir / {"allnli": "AllNLI.jsonl.gz", "wikianswers": "WikiAnswers.jsonl.gz"}.get(name, "")
+            kept = data_dir / f"{KEPT_FILES.get(name, '')}.jsonl.gz"
             found.append((name, kept if cfg["data_dir"] and kept.is_file() else None))
         else:
             raise UserError(f"sources: no source {name!r}; there are local, {', '.join(HUB_SOURCES)}")
     return found
+
+
+def end_with_parent() -> None:
+    """In a tokenising process: ignore Ctrl-C, which is the parent's to handle, and do not outlive the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print,
@@ -1206,7 +1222,8 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
                          hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()])
     sources, fingerprints, left_out, leaks = [], {}, [], 0
     if cfg["num_proc"] > 1:
-        with ProcessPoolExecutor(cfg["num_proc"], get_context("spawn")) as pool:  # it starts no process before there is work
+        # It starts no process before there is work.
+        with ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent) as pool:
             return load_training_data(cfg | {"num_proc": 0}, tokenizer, log, pool)
     for name, file in tqdm(found, desc="data", unit="source", leave=False, disable=None):
         content = file_sha256(file) if file else repr(HUB_SOURCES[name])
@@ -1227,6 +1244,9 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
     streams = [PairStream(name, tokenizer, cfg["max_length"], banned) for name in filter(None, cfg["streams"].split(","))]
     if not sources and not streams:
         raise UserError("no training pairs: every source is empty or left out")
+    names = [*fingerprints, *(stream.name for stream in streams)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"source {twice[0]}: is named twice in sources and streams")
     data = PairData(sources, cfg, streams)
     fingerprints |= {stream.name: "streamed" for stream in streams}
     data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
@@ -1242,10 +1262,14 @@ def keep_rows(name: str, rows: Iterator[Row], cfg: dict[str, Any]) -> Iterator[R
         return
     final = Path(cfg["data_dir"]) / "WikiAnswers.jsonl.gz"
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    for stale in final.parent.glob(f".{final.name}.tmp-*"):
+        stale.unlink()
     with gzip.open(temporary, "wt", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps([t for t in row if t is not None], ensure_ascii=False) + "\n")
             yield row
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, final)
 
 
@@ -1285,7 +1309,7 @@ class PairStream:
     """
 
     def __init__(self, name: str, tokenizer: Any, max_length: int, banned: set[bytes]):
-        self.name, self.recipe = name, (tokenizer, max_length, banned)
+        self.name, self.recipe = name, (copy.deepcopy(tokenizer), max_length, banned)  # another thread uses the tokenizer
         self.window, self.passes, self.leaks, self.rows = 0, 0, 0, None
         self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the very start
 
@@ -1297,7 +1321,7 @@ class PairStream:
             if columns[:2] != ["anchor", "positive"]:
                 columns = [c for c, f in (self.data.features or {}).items() if getattr(f, "dtype", "") == "string"][:3]
         except Exception as error:  # the hub's client raises a dozen unrelated types
-            raise UserError(f"stream {self.name}: cannot be opened ({str(error).splitlines()[0]}); give a hub id or a folder") from None
+            raise UserError(f"stream {self.name}: cannot be opened ({(str(error).splitlines() or [''])[0]}); give a hub id or a folder") from None
         if len(columns) < 2:
             raise UserError(f"stream {self.name}: has no two columns of text")
         if state:
@@ -1319,7 +1343,9 @@ class PairStream:
             except Exception as error:
                 raise UserError(f"stream {self.name}: reading failed ({(str(error).splitlines() or [''])[0]}); continue with "
                                 "--resume latest") from None
-            bad = next((row for row in rows if not all(isinstance(t, str) and t.strip() for t in row[:2])), None)
+            fine = lambda t: isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t)  # noqa: E731
+            rows = [(*row[:2], row[2] or None) for row in rows]
+            bad = next((row for row in rows if not all(map(fine, row[:2 if row[2] is None else 3]))), None)
             if bad:
                 raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad)[:80]}")
             columns, counts = tokenise_rows(rows, *self.recipe)
@@ -1855,8 +1881,8 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": cfg["max_length"], "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
                                                               "similarity_fn_name": "cosine"})
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as scratch:
         for file in map(Path, tokenizer.save_pretrained(scratch)):
             if file.is_file():
@@ -1883,7 +1909,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   data/padding             share of padding among the tokens of a step
 #   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with the gold scores) or teacher_agreement
 #                            (Spearman with the teacher's cosines); the set's own name instead of sts where it is not STS-B
-#   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss's name, its batch's number
+#   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss's name, the batch's text keys
 
 
 def learning_rate(step: int, cfg: dict[str, Any]) -> float:
@@ -1982,20 +2008,21 @@ class Trainer:
     """Everything one optimiser step needs; `step_gradients` is the whole of a step's mathematics."""
 
     def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any],
-                 data: dict[str, str] | None = None, processes: Processes | None = None):
-        """`data`: fingerprints of the sources, which with the config and the teacher name the folder in `teacher_cache`."""
+                 processes: Processes | None = None):
         self.student, self.teacher, self.cfg, self.processes = student, teacher, cfg, processes or Processes()
         self.device = next(student.parameters()).device
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
         self.teacher_autocast = (lambda: torch.autocast("cuda", torch.float16)) if self.device.type == "cuda" else self.autocast
-        self.cache: Path | None = None
+        self.cache, self.full = None, False
         if cfg["teacher_cache"]:
-            digest = hashlib.sha256(json.dumps([data, *(cfg[key] for key in BATCH_KEYS)]).encode())
+            digest = hashlib.sha256(cfg["precision"].encode())
             for tensor in teacher.state_dict().values():
                 digest.update(tensor.cpu().numpy().tobytes())
             self.cache = Path(cfg["teacher_cache"]) / digest.hexdigest()[:16]
             self.cache.mkdir(parents=True, exist_ok=True)
+            for stale in self.cache.glob(".*.tmp-*") if self.processes.rank == 0 else ():
+                stale.unlink(missing_ok=True)
         self.replica = None
         if self.processes.count > 1:
             unused = not (cfg["resonance_flux"] and cfg["short_convolution"])  # then some parameters have no gradient
@@ -2003,29 +2030,46 @@ class Trainer:
                                                    find_unused_parameters=unused)
             self.replica.register_comm_hook(self.processes.group, sum_gradients)
 
-    def teach(self, micro: dict[str, Any], name: str) -> None:
+    def teach(self, micro: dict[str, Any]) -> None:
         """Put the teacher's hidden states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
+        path = None
+        if self.cache:
+            digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro["groups"] for x in group))
+            path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
         micro["groups"] = [(ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
                            for ids, mask in micro["groups"]]
-        path = self.cache / f"{name}.safetensors" if self.cache else None
-        if path and path.exists():
-            from safetensors.torch import load_file as load_safetensors
-            kept = load_safetensors(path, device=str(self.device))
-            micro["states"] = [list(kept[f"states_{i}"]) for i in range(len(micro["groups"]))]
-        else:
+        micro["states"] = self.recall(path) if path else None
+        if micro["states"] is None:
             with self.teacher_autocast():
                 micro["states"] = [teacher_states(self.teacher, *group) for group in micro["groups"]]
             if path:
-                from safetensors.torch import save
                 micro["states"] = [[x.half() for x in states] for states in micro["states"]]
-                content = save({f"states_{i}": torch.stack(x).cpu() for i, x in enumerate(micro["states"])})
-                if shutil.disk_usage(self.cache).free > 2e9 + len(content):
-                    write_atomic(path, lambda file: file.write(content))
-                else:
-                    print(f"note: teacher_cache {self.cache}: less than 2 GB free; nothing more is kept")
-                    self.cache = None
+                self.keep(path, micro["states"])
         micro["target"] = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro["states"], micro["groups"])])
         micro["target"] = micro["target"][micro["restore"].to(self.device)]
+
+    def recall(self, path: Path) -> list[list[Tensor]] | None:
+        """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file as load_safetensors
+        try:
+            kept = load_safetensors(path, device=str(self.device))
+        except (OSError, SafetensorError):
+            return None
+        return [list(kept[f"states_{i}"]) for i in range(len(kept))]
+
+    def keep(self, path: Path, states: list[list[Tensor]]) -> None:
+        """Write what `recall` reads; a disk with less than 2 GB free, or that refuses, is left alone."""
+        from safetensors.torch import save
+        content = save({f"states_{i}": torch.stack(x).cpu() for i, x in enumerate(states)})
+        try:
+            if shutil.disk_usage(self.cache).free < 2e9 + len(content):
+                raise OSError("less than 2 GB free")
+            write_atomic(path, lambda file: file.write(content))
+        except OSError as error:
+            if not self.full:
+                print(f"note: teacher_cache {self.cache}: {error}; not all results are kept")
+            self.full = True
 
     def forward(self, micro: dict[str, Any], seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Embeddings of a micro-batch, and its share of the losses that are sums over sentences or tokens.
@@ -2084,7 +2128,7 @@ class Trainer:
         tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
         sentences = sum(len(micro["restore"]) for micro in batch)
         for i in own:
-            self.teach(batch[i], f"{step}-{i}")
+            self.teach(batch[i])
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
         with torch.set_grad_enabled(not cached):
             passes = [self.forward(batch[i], seeds[i], tokens, sentences) for i in own]
@@ -2271,6 +2315,8 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
                 raise ValueError(f"the averages of a parameter of shape {tuple(p.shape)} are of other shapes, or not finite")
         numbers = [content["step"], content["progress"]["bad_steps"], *content["progress"]["sums"].values(),
                    *(best[key] for best in content["best"].values() for key in ("step", "validation_spearman", "test_spearman"))]
+        if not isinstance(content["progress"].get("data", {}), dict):
+            raise ValueError("progress.data is no dict")
         if path.stem != f"checkpoint_{content['step']}" or not all(isinstance(x, (int, float)) for x in numbers):
             raise ValueError("steps, sums and scores must be numbers, the step that of the file's name")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -2328,6 +2374,7 @@ class Run:
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
         self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
+        self.data: PairData | None = None
         self.positions: Any = None  # of the streams there
         self.trained_on: dict[str, str] | None = None  # fingerprints of the data of the checkpoint resumed from
         self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
@@ -2356,6 +2403,7 @@ class Run:
             write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
                                                   "processes": processes.count, **run_environment(self.device)})
         self.banner()
+        processes.wait()  # for process 0's files
 
     def begin(self) -> None:
         """Resume from a checkpoint, or make sure that none is in the way; the folder is only read."""
@@ -2386,8 +2434,9 @@ class Run:
             for old in self.folder.glob(f"checkpoint_{step}.*[nt]"):
                 old.rename(f"{old}.superseded")
         path, best = self.folder / "pytorch_model.bin", self.best.get(self.cfg["best_model_split"], {})
-        step = best.get("step", 0)
-        if not path.exists() or read_record(self.folder / "scores.json").get("step", 0) <= self.step:
+        step, newest = best.get("step", 0), read_record(self.folder / "scores.json").get("step")
+        newest = newest if isinstance(newest, int) else -1  # -1: weights without scores, which a kill leaves
+        if not path.exists() or 0 <= newest <= self.step:
             return
         checkpoint = self.folder / f"checkpoint_{step}.pt"
         if verify_checkpoint(checkpoint):  # not there, or not whole
@@ -2513,11 +2562,12 @@ class Run:
 
     def train(self) -> None:
         """All remaining steps."""
-        cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.data.fingerprints, self.processes)
-        if self.step == 0:
+        cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.processes)
+        if self.step == 0 and not self.kept_metrics:
             self.evaluate()
         self.student.train()
-        seconds, waited, started, since = 0.0, 0.0, time.perf_counter(), self.step
+        begun_at = since = self.step
+        seconds, waited, started = 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
             coming = pool.submit(self.data.batch, self.step + 1)
@@ -2525,6 +2575,8 @@ class Run:
             while not (stop := self.agree()) and self.step < cfg["total_steps"]:
                 begun = time.perf_counter()
                 batch = coming.result()
+                if self.step in (begun_at, self.step // self.data.WINDOW * self.data.WINDOW):
+                    self.processes.wait()  # building a window may take one process longer than peer_timeout
                 waited += time.perf_counter() - begun
                 self.step += 1
                 if self.step < cfg["total_steps"]:
@@ -2548,6 +2600,9 @@ class Run:
         if stop:
             self.save(str(stop))
         self.signals.training = False
+        if self.failed_saves:
+            raise UserError(f"{self.folder}: the last checkpoint, of step {self.step}, could not be written; free some space and "
+                            "--resume latest")
         if stop:
             raise stop
 
@@ -2582,11 +2637,16 @@ class Run:
         values = trainer.step_gradients(batch, self.step)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
         wrong = next((name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)), None)
-        if self.processes.table(wrong is not None).any():  # one process's doubt is all's, or their weights would part
+        keys = torch.cat([micro["keys"] for micro in batch])
+        doubts, batches = self.processes.table(wrong is not None, float((keys % 2**31).sum())).T
+        if (batches != batches[0]).any():
+            raise UserError(f"step {self.step}: rank {int((batches != batches[0]).nonzero()[0])} has another batch than rank 0: the "
+                            "data must be the same on every machine")
+        if doubts.any():  # one process's doubt is all's, or their weights would part
             wrong = wrong or "a number of another process"
         if wrong:
             self.bad_steps += 1
-            self.write_metrics({"bad/step": self.step, "bad/loss": wrong, "bad/batch": self.step})
+            self.write_metrics({"bad/step": self.step, "bad/loss": wrong, "bad/batch": keys.tolist()})
             print(f"warning: step {self.step} skipped: {wrong} is not finite; its batch is PairData.batch({self.step})")
             if self.bad_steps >= cfg["max_bad_steps"]:
                 raise UserError(f"step {self.step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
@@ -2604,7 +2664,7 @@ class Run:
         group = metric_group(self.cfg)
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
         scored = [line for line in lines if f"{group}/test_spearman" in line]
-        last = {k.removeprefix(f"{group}/"): v for k, v in scored[-1].items()} if scored else {}
+        last = {k.removeprefix(f"{group}/"): v for k, v in scored[-1].items()} if scored and scored[-1]["step"] == self.step else {}
         final = self.folder / "final_model"
         self.save_model(final, last)
         sentences = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell on Monday."]
@@ -2659,6 +2719,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         if run:
+            run.signals.training = False  # a signal from here on ends at once
+            if run.data:
+                run.data.builder.shutdown(wait=False, cancel_futures=True)
             run.release()
 
 
