@@ -5,11 +5,10 @@
 
 Measured on the same steps of `PairData` at 1 and at 2 processes, a mean over the processes:
 - compute: teacher, student forward, losses of the whole batch, student forward and backward, clipping, AdamW
-- waiting: for the process whose micro-batches are longer (they are sorted by length)
+- waiting for the process whose micro-batches are longer or whose core is slower
 - gather: the sum of `Trainer.exchange` and the two small sums of `Run`, after all processes have met
 - reduction: a step less the same step without DistributedDataParallel's all-reduce: what the backward pass does not hide
 - data: `PairData.batch`, which training calls a step ahead in a thread; here it stands before the step
-
 Predicted without a step of 2 processes, from tokens, sentences, pairs and 4 bytes a trained parameter, with constants for
 - a step, a micro-batch and a padded token (fitted to one process's steps on other batches), and a pair of data
 - slow-down: the same steps in two processes at once that do not communicate (they share caches and memory bandwidth)
@@ -37,7 +36,7 @@ PARTS = ("compute", "waiting", "gather", "reduction", "data", "step")
 SIZES = [2**n for n in range(14, 25, 2)]  # bytes of the all-reduces that latency and bandwidth are fitted to
 BACKWARD = 0.4  # of a micro-batch's time: teacher 1, student forward 1 and again 1, its backward 2
 ASSUMED = {  # of H100 nodes; rates are parts of the data sheets', for a reader to replace
-    "micro_batch_s": 0.077,  # 12,800 PyTorch operators that are no views (counted on the CPU), 6 us of launch each
+    "micro_batch_s": 0.126,  # 21,000 PyTorch operators that are no views (counted on the CPU, 4 groups of lengths), 6 us each
     "flop_per_s": 100e12, "memory_bytes_per_s": 2e12,  # of 495e12 (TF32) and 3.35e12, for products 384 deep
     "loss_passes": 16,  # reads and writes of N x N float32 by the similarity loss and its gradient
     "node_bytes_per_s": 200e9, "node_latency_s": 3e-5,  # NVLink, of 450e9 a direction
@@ -96,8 +95,8 @@ def worker(cfg: dict[str, Any], folder: str, batches: int, repeats: int) -> dict
         call = lambda case: (meet(), timed(lambda: optimise(alone, optimizer, case, 1)))[1]  # noqa: E731
         return [median([call(case) for _ in range(repeats + 1)][1:]) for case in cases]
 
-    def rounds(trainer: Any) -> list[dict[str, float]]:
-        """Seconds of the parts of each step, `repeats` times; two processes take it with the reduction, and marked without."""
+    def rounds(trainer: Any) -> list[list[float]]:
+        """Mean seconds of PARTS, `repeats` times; two processes take a step with the reduction, and marked without."""
         now, found = trainer.processes, []
         for turn in range(-2, repeats):
             for step in range(batches + 1, batches + 2 if turn < 0 else 2 * batches + 1):
@@ -110,8 +109,8 @@ def worker(cfg: dict[str, Any], folder: str, batches: int, repeats: int) -> dict
                     fetched = timed(lambda: steps.update({step: data.batch(step)}))
                     whole[marked] = fetched + timed(lambda: optimise(trainer, optimizer, steps[step], step))
                 compute, taken = whole[True] - now.waited - now.summed - fetched, whole.get(False, whole[True])
-                found.append(dict(zip(PARTS, (compute, now.waited, now.summed, taken - whole[True], fetched, taken))))
-        return found[-repeats * batches:]
+                found.append((compute, now.waited, now.summed, taken - whole[True], fetched, taken))
+        return np.array(found[2:]).reshape(repeats, batches, len(PARTS)).mean(1).tolist()
 
     processes.wait()
     if processes.rank == 0:
@@ -147,15 +146,15 @@ def reduction(latency: float, byte: float, size: int, hidden: float) -> float:
     return max(buckets * latency + size * byte - hidden, latency + size * byte / buckets)
 
 
-def predict(c: dict[str, float], cfg: dict[str, Any], step: dict[str, Any], size: int, count: int = 2) -> dict[str, float]:
-    """Seconds of the parts of one step, with `size` bytes of gradients."""
+def predict(c: dict[str, float], cfg: dict[str, Any], step: dict[str, Any], size: int, count: int = 2) -> list[float]:
+    """Seconds of PARTS in one step, with `size` bytes of gradients."""
     own = [[n for i, n in enumerate(step["tokens"]) if (i + step["step"]) % count == rank] for rank in range(count)]
     seconds = [c["slow_down"] * (c["step_s"] + c["micro_batch_s"] * len(n) + c["token_s"] * sum(n)) for n in own]
     hidden = c["hidden_share"] * c["slow_down"] * (c["micro_batch_s"] + c["token_s"] * min(n[-1] for n in own))
     gather = 3 * c["latency_s"] + 8 * cfg["d_model"] * step["sentences"] * c["byte_s"]
     parts = [fmean(seconds), max(seconds) - fmean(seconds), gather, reduction(c["latency_s"], c["byte_s"], size, hidden),
              c["slow_down"] * c["data_pair_s"] * cfg["batch_size"]]
-    return dict(zip(PARTS, [*parts, sum(parts)]))
+    return [*parts, sum(parts)]
 
 
 def cluster(nodes: int, gpus: int, micro_pairs: int, sentences: float, size: int, one: dict[str, Any], d: int) -> dict[str, Any]:
@@ -180,37 +179,30 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = script.choose_device(cfg)
     result = {"machine": machine(device)}
     request = json.dumps({"cfg": cfg, "folder": str(folder), "batches": args.batches, "repeats": args.repeats})
-    # Not by `fresh`, which sets an allocator that shows peaks, not speed.
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--worker",
-                           request], capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--worker", request]
+    done = subprocess.run(command, capture_output=True, text=True)  # not `fresh`: its allocator shows peaks, not speed
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise script.UserError(next((line[7:] for line in lines if line.startswith("error: ")), f"torchrun: {lines[-1][:300]}"))
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    constants, one, steps, size = calibrate(ranks, BACKWARD if device.type == "cuda" else 0.0), ranks[0], ranks[0]["steps"], 4 * ranks[0]["parameters"]
-    predicted = [predict(constants, cfg, step, size) for step in steps]
-
-    def found(part: str, *rounds: list[dict[str, float]]) -> dict[str, float]:
-        means = [fmean(r[part] for r in same) for same in zip(*rounds)]
-        return spread([fmean(means[i:i + args.batches]) for i in range(0, len(means), args.batches)])
-    rows = [{"part": p, "one": found(p, one["one"]), "predicted": fmean(x[p] for x in predicted),
-             "measured": found(p, *(r["two"] for r in ranks))} for p in PARTS]
-    rows = [row | {"error": row["predicted"] / row["measured"]["median"] - 1} for row in rows]
-    sentences, last, two = fmean(s["sentences"] for s in steps), rows[-1], rows[-1]["measured"]["median"]
+    one, steps, size = ranks[0], ranks[0]["steps"], 4 * ranks[0]["parameters"]
+    constants, sentences = calibrate(ranks, BACKWARD if device.type == "cuda" else 0.0), fmean(s["sentences"] for s in steps)
+    predicted, two = [predict(constants, cfg, step, size) for step in steps], np.mean([r["two"] for r in ranks], 0).tolist()
+    rows = [{"part": part, "one": spread(alone), "predicted": fmean(model), "measured": spread(both), "error": fmean(model) / median(both) - 1}
+            for part, alone, model, both in zip(PARTS, zip(*one["one"]), zip(*predicted), zip(*two))]
     return result | {
         "settings": {"repeats": args.repeats, "preset": args.preset, "batches": args.batches, "data": name, "teacher": one["teacher"],
                      **{k: cfg[k] for k in ("batch_size", "gradient_accumulation_steps", "threads", "precision")}},
         "sizes": {"gradient_bytes": size, "gather_bytes": 8 * cfg["d_model"] * sentences, "sentences": sentences,
                   "padded_tokens": fmean(sum(s["tokens"]) for s in steps), "micro_batches_per_process": args.accumulation / 2},
         "constants": constants | {k: one[k] for k in ("batch_pair_s", "window_pair_s")}, "allreduce": one["allreduce"],
-        "rows": rows, "speed_up": {k: last["one"]["median"] / v for k, v in (("predicted", last["predicted"]), ("measured", two))},
-        "assumed": ASSUMED, "cluster": [cluster(*shape, 256, sentences / cfg["batch_size"], size, one, cfg["d_model"])
-                                        for shape in ((1, 1), (1, 8), (2, 8), (8, 8))]}
+        "rows": rows, "assumed": ASSUMED, "cluster": [
+            cluster(*shape, 256, sentences / cfg["batch_size"], size, one, cfg["d_model"]) for shape in ((1, 1), (1, 8), (2, 8), (8, 8))]}
 
 
 def page(result: dict[str, Any]) -> str:
     """The result for people."""
-    s, z = result["settings"], result["sizes"]
+    s, z, step = result["settings"], result["sizes"], result["rows"][-1]
     ms = lambda x: shown(spread([*x.values()], 1e3) if isinstance(x, dict) else 1e3 * x, ".1f")  # noqa: E731
     lines = headline("Scaling from 1 to 2 processes", result, f"{s['batches']} steps in each")
     lines += [f"{s['data']}; preset {s['preset']}, {s['batch_size']} pairs in {s['gradient_accumulation_steps']} micro-batches; a step: "
@@ -218,7 +210,8 @@ def page(result: dict[str, Any]) -> str:
     lines += table("milliseconds of a step", result["rows"], {
         "part": lambda r: r["part"], "1 process": lambda r: ms(r["one"]), "2 predicted": lambda r: ms(r["predicted"]),
         "2 measured": lambda r: ms(r["measured"]), "error": lambda r: shown(r["error"], "+.0%")})
-    lines += ["speed-up: {predicted:.2f} predicted, {measured:.2f} measured".format(**result["speed_up"])]
+    lines += [f"speed-up: {step['one']['median'] / step['predicted']:.2f} predicted, "
+              f"{step['one']['median'] / step['measured']['median']:.2f} measured"]
     columns = {k: lambda r, k=k: ms(r[k]) for k in ("compute", "losses", "gather", "reduction", "device", "batch", "window")}
     lines += table("extrapolated: milliseconds of a step, 256 pairs a GPU; device: the sum before it; batch, window: threads beside it",
                    result["cluster"], {"nodes x GPUs": lambda r: f"{r['nodes']} x {r['gpus']}", "pairs": lambda r: f"{r['pairs']:,}",
