@@ -87,6 +87,24 @@ def test_data(tmp_path):
     assert result["indexing"][1]["pairs"] == 2 * result["indexing"][0]["pairs"]  # nothing deduplicated
 
 
+def test_scale(tmp_path):
+    result = quick("scale", tmp_path)
+    rows = {row["part"]: row for row in result["rows"]}
+    assert list(rows) == ["compute", "waiting", "gather", "reduction", "data", "step"]
+    for part in ("compute", "data", "step"):
+        positive(rows[part], "one", "predicted", "measured")
+    positive(rows["gather"], "predicted", "measured"), positive(rows["reduction"], "predicted"), positive(rows["waiting"], "measured")
+    for key in ("one", "predicted", "measured"):  # one round: the parts are the step
+        value = {part: row[key] if key == "predicted" else row[key]["median"] for part, row in rows.items()}
+        assert sum(value.values()) == pytest.approx(2 * value["step"])
+    assert result["sizes"]["gather_bytes"] == 2 * 384 * 4 * result["sizes"]["sentences"]
+    assert result["sizes"]["gradient_bytes"] == pytest.approx(4 * 10.8e6, rel=0.02)
+    positive(result["constants"], "slow_down", "latency_s", "byte_s", "data_pair_s", "batch_pair_s", "window_pair_s")
+    assert [(row["nodes"], row["gpus"], row["pairs"]) for row in result["cluster"]] == [(1, 1, 256), (1, 8, 2048), (2, 8, 4096), (8, 8, 16384)]
+    for row in result["cluster"]:
+        positive(row, "compute", "losses", "device", "batch", "window", "loss_matrix_bytes")
+
+
 def test_help_and_bad_input(tmp_path):
     done = bench("data", "--help")
     assert done.returncode == 0 and "--json" in done.stdout and "--quick" in done.stdout
