@@ -101,8 +101,9 @@ def starting(cfg: dict[str, Any], tokenizer: Any, repeats: int, batches: int) ->
 
 def index(cfg: dict[str, Any], tokenizer: Any, pairs: int, folder: str) -> dict[str, Any]:
     """Open a tokenised source of about `pairs` pairs, every shard checked by its sha256, and build two windows of batches."""
-    first, count = Path(folder) / "shard-00000.arrow", -(-pairs // script.SHARD_ROWS)
-    rows = [(f"text number {i}", f"number {i}", None) for i in range(script.SHARD_ROWS)]
+    size = min(script.SHARD_ROWS, pairs)
+    first, count = Path(folder) / "shard-00000.arrow", -(-pairs // size)
+    rows = [(f"text number {i}", f"number {i}", None) for i in range(size)]
     script.tokenise_shard(first, rows, tokenizer, cfg["max_length"], set())
     for number in range(1, count):
         for suffix in (".arrow", ".json"):
@@ -151,7 +152,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rows."""
     if args.quick:
         args.repeats, args.batches, args.num_proc, args.times = 2, 20, [0], 2
-        args.index = min(args.index, 1_000_000)
+        args.index = min(args.index, 1000)
     if args.times < 1 or args.batches < 2 or not all(s > 0 for s in args.step_seconds):
         raise script.UserError("--times must be at least 1, --batches at least 2, --step_seconds above 0")
     data, name = find_data(args, folder, 3000)

@@ -85,6 +85,7 @@ def test_data(tmp_path):
                  "anonymous_opened", "mapped_bytes")
         assert row["padding"] < 1 and all(0 <= w["wait_share"] <= w["wait_share_without"] < 1 for w in row["waiting"])
     assert result["indexing"][1]["pairs"] == 2 * result["indexing"][0]["pairs"]  # nothing deduplicated
+    positive(result["index"], "pairs", "start_seconds", "window_seconds", "anonymous_after_windows")
 
 
 def test_scale(tmp_path):
