@@ -148,14 +148,14 @@ config: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "match_teacher": {
         "projection_init": "teacher",  # the teacher's q, k, v, o are a better start than random ones
-        "batch_size": 32,  # more steps in the same time: the distillation losses need no negatives
-        "gradient_accumulation_steps": 1,  # 32 pairs fit in memory at once
-        "total_steps": 1200,
+        "batch_size": 16,  # more steps in the same time: the distillation losses need no negatives
+        "gradient_accumulation_steps": 1,  # 16 pairs fit in memory at once
+        "total_steps": 2600,
         "warmup_steps": 100,
-        "eval_interval": 250,
-        "save_interval": 250,
+        "eval_interval": 650,
+        "save_interval": 325,
         "log_interval": 25,
-        "peak_learning_rate": 1e-4,  # the copied norms and FFNs have to move, not only to adapt
+        "peak_learning_rate": 2e-4,  # the copied norms and FFNs have to move, not only to adapt
         "mixer_lr_multiplier": 10.0,  # the mixers start untrained
         "weight_decay": 0.01,
         "dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
@@ -426,18 +426,20 @@ def chunk_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
     a, x = DeltaAttention.apply(q, k, beta)
     o, state = (c * a) @ v, initial_state
     if initial_state is not None or output_final_state or count > 1:
+        # Both states side by side as K x 2V: what each is multiplied with is the same, so one product serves both.
         k_end = ((x.mT @ k) * beta.unsqueeze(-1)).mT  # columns: beta_j H_C ... H_{j+1} k_j
-        written = torch.stack([(k_end * right[tau].unsqueeze(-2)) @ v for tau in (0, 1)], -3)  # (..., chunks, 2, K, V)
-        lost, states = (k_end @ k).unsqueeze(-3), []
-        state = torch.zeros_like(written[..., 0, :, :, :]) if state is None else state
-        for i in range(count):
+        both = lambda weights: torch.cat([weights[0].unsqueeze(-1) * v, weights[1].unsqueeze(-1) * v], -1)  # noqa: E731
+        written, lost, width = (k_end @ both(right)).unbind(-3), (k_end @ k).unbind(-3), v.shape[-1]
+        state = torch.zeros_like(written[0]) if state is None else state.movedim(-3, -2).flatten(-2)
+        states = []
+        for i, m in enumerate(whole.movedim(-1, 0).unsqueeze(-1).unsqueeze(-1)):  # (chunks, 2, 2, ..., 1, 1)
             states.append(state)
-            kept = state - lost[..., i, :, :, :] @ state
-            state = written[..., i, :, :, :] + torch.einsum("st...,...tkv->...skv", whole[..., i], kept)
+            fast, slow = torch.sub(state, lost[i] @ state).split(width, -1)
+            state = written[i] + torch.cat([m[0, 0] * fast + m[0, 1] * slow, m[1, 0] * fast + m[1, 1] * slow], -1)
         if initial_state is not None or count > 1:
-            before, q_state = torch.stack(states, -4), q - a @ k  # rows: H_1 ... H_t q_t
-            o = o + left[0].unsqueeze(-1) * (q_state @ before[..., 0, :, :])
-            o = o + left[1].unsqueeze(-1) * (q_state @ before[..., 1, :, :])
+            fast, slow = ((q - a @ k) @ torch.stack(states, -3)).split(width, -1)  # rows of q - A K: H_1 ... H_t q_t
+            o = o + left[0].unsqueeze(-1) * fast + left[1].unsqueeze(-1) * slow
+        state = state.unflatten(-1, (2, width)).movedim(-2, -3)
     o = o.flatten(-3, -2)
     return o[..., :length, :] if pad else o, state if output_final_state else None
 
