@@ -140,6 +140,7 @@ config: dict[str, Any] = {
     "device": "auto",  # cuda if there is one, else cpu
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
     "triton_kernel": False,  # run the delta rule in delta_kernel.py on CUDA; checked at start, its speed is unmeasured
+    "compile": "auto",  # torch.compile of what is elementwise, and of the teacher: true, false, or auto: on CUDA alone
     "threads": 0,  # CPU threads; 0: PyTorch's choice
     "peer_timeout": 25,  # seconds that a process waits for another one in a step, under torchrun
 }
@@ -150,10 +151,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "projection_init": "teacher",  # the teacher's q, k, v, o are a better start than random ones
         "batch_size": 16,  # more steps in the same time: the distillation losses need no negatives
         "gradient_accumulation_steps": 1,  # 16 pairs fit in memory at once
-        "total_steps": 2600,
+        "total_steps": 2400,
         "warmup_steps": 100,
-        "eval_interval": 650,
-        "save_interval": 325,
+        "eval_interval": 600,
+        "save_interval": 300,
         "log_interval": 25,
         "peak_learning_rate": 2e-4,  # the copied norms and FFNs have to move, not only to adapt
         "mixer_lr_multiplier": 10.0,  # the mixers start untrained
@@ -163,7 +164,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "contrastive_weight": 0.0,  # pulls away from the teacher, whose similarities are graded
         "layer_distill_weight": 1.0,
         "distillation_weight": 5.0,
-        "similarity_distill_weight": 20.0,  # STS-B scores similarities, not embeddings
         "spearman_loss_weight": 0.0,
         "ranking_loss_weight": 0.0,
         "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
@@ -181,14 +181,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("test", "validation"),
-           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda")}
+           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false")}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
                      "learned_positions")
 # Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
 # (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
-             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "best_model_split",
+             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "compile", "best_model_split",
              "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
 
 
@@ -569,8 +569,8 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         qkv = of_part(self.qkv_proj, 3) * mask[..., None, None, None]
         return qkv.float().permute(2, 3, 0, 1, 4), of_part(self.gate_proj, 5).float().squeeze(-1).permute(2, 3, 0, 1)
 
-    def mix(self, qkv: Tensor, gates: Tensor, update: Tensor, **states: Any) -> tuple[Tensor, Tensor | None]:
-        """The recurrence of all heads, each in its own direction: as `project`, update (H, B, T) -> o (H, B, T, K), states."""
+    def prepare(self, qkv: Tensor, gates: Tensor, update: Tensor) -> tuple[Tensor, ...]:
+        """The recurrence's arguments q, k, v, beta, transition, read; elementwise but for the flux. Arguments as of `mix`."""
         cfg = self.cfg
         q, k, v = F.silu(qkv).unbind(0)
         q, k = l2_normalise(q), l2_normalise(k)
@@ -578,10 +578,6 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         if not cfg.read_gates:
             g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
         psi = self.flux(k, v) if cfg.resonance_flux else torch.full_like(beta, 0.5)
-        if self.training and cfg.state_dropout > 0:
-            update = update & (torch.rand_like(beta) >= cfg.state_dropout)
-        beta = beta * update
-
         kappa = 0.05 + 0.10 * psi if cfg.cross_timescale_coupling and cfg.hierarchical_memory else 0.0 * psi
         f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
         out_fast, out_slow = kappa * psi, kappa * (1 - psi)
@@ -589,9 +585,13 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         eye = torch.eye(2, device=qkv.device).view(4, 1, 1, 1)
         transition = torch.where(update, transition, eye).unflatten(0, (2, 2)).movedim((0, 1), (-2, -1))
         read_slow = (1 - alpha) * g_slow if cfg.hierarchical_memory else torch.zeros_like(alpha)
-        read = torch.stack([alpha * g_fast, read_slow]).movedim(0, -1)
+        return q, k, v, beta * update, transition, torch.stack([alpha * g_fast, read_slow]).movedim(0, -1)
 
-        o, state = self.delta_rule(q, k, v, beta, transition, read, **states)
+    def mix(self, qkv: Tensor, gates: Tensor, update: Tensor, **states: Any) -> tuple[Tensor, Tensor | None]:
+        """The recurrence of all heads, each in its own direction: as `project`, update (H, B, T) -> o (H, B, T, K), states."""
+        if self.training and self.cfg.state_dropout > 0:
+            update = update & (torch.rand_like(gates[0]) >= self.cfg.state_dropout)
+        o, state = self.delta_rule(*self.prepare(qkv, gates, update), **states)
         return o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.o_norm, state
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -772,6 +772,30 @@ def state_overlap(state: Tensor) -> Tensor:
     fast, slow = state.unbind(-3)
     inner = (fast * slow).sum((-2, -1)).square()
     return (inner / (fast.square().sum((-2, -1)) * slow.square().sum((-2, -1)) + 1e-12)).mean()
+
+
+def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any], device: torch.device,
+                   log: Callable[[str], None] = print, backend: str | Callable = "inductor") -> bool:
+    """torch.compile of the mixers' `prepare`, the FFNs and the teacher, as the config's `compile` says; True if it was done.
+
+    One graph with symbolic sizes serves all layers and lengths. The recurrence is left out: its block sizes follow the length,
+    so that each of them would be compiled anew. Without a compiler one line says so, and everything runs as it is.
+    """
+    if cfg["compile"] == "false" or (cfg["compile"] == "auto" and device.type != "cuda"):
+        return False
+    compiler = os.environ.get("CXX", "g++") if device.type == "cpu" else os.environ.get("CC", "gcc")  # Triton's launchers are in C
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        log("note: compile: the package triton is not installed; running without")
+    elif backend == "inductor" and not shutil.which(compiler):
+        log(f"note: compile: no compiler {compiler!r} is installed (environment variable {'CXX' if device.type == 'cpu' else 'CC'}); "
+            "running without")
+    else:
+        for mixer, ffn in zip(student.deltanet_layers, student.deltanet_ffns):
+            mixer.prepare = torch.compile(mixer.prepare, dynamic=True, backend=backend)
+            ffn.forward = torch.compile(ffn.forward, dynamic=True, backend=backend)
+        teacher.forward = torch.compile(teacher.forward, dynamic=True, backend=backend)
+        return True
+    return False
 
 
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the official model.safetensors
@@ -2373,6 +2397,8 @@ class Run:
             for mixer in self.student.deltanet_layers:
                 mixer.delta_rule = hierarchical_delta_rule_triton
         self.teacher.to(self.device)
+        if compile_models(self.student, self.teacher, cfg, self.device):
+            print("compile: mixers' elementwise parts, FFNs and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
         self.scores: dict[str, float] = {}  # of the newest evaluation, with its step

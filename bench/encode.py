@@ -1,7 +1,7 @@
 """Speed of `encode`: against SentenceTransformer with the teacher's weights, then on texts longer than it reads.
 
     python bench/encode.py                          16 to 512 tokens against MiniLM; 2,048 to 32,768 against its architecture
-    python bench/encode.py --threads 2 --json results/bench/encode.json
+    python bench/encode.py --threads 2 --json results/bench/encode.json --plot results/bench/throughput.png
     python bench/encode.py --quick                  does it work? under a minute
 
 Both encoders get the same list of texts, tokenise them and return numpy vectors, at one batch size. A text of N tokens is N - 2
@@ -170,9 +170,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     student, tokenizer = load_student(cfg)
     result = {"machine": machine(next(student.parameters()).device)}
     short = short_rows(args, cfg, student, tokenizer) if args.lengths else []
-    return result | {"settings": {"repeats": args.repeats, "long_repeats": args.long_repeats, "batch_size": args.batch_size,
-                                  "short_texts": args.short_texts, "time_limit": args.time_limit},
-                     "rows": short, "long": long_rows(args, cfg, student, tokenizer) if args.long else []}
+    result |= {"settings": {"repeats": args.repeats, "long_repeats": args.long_repeats, "batch_size": args.batch_size,
+                            "short_texts": args.short_texts, "time_limit": args.time_limit},
+               "rows": short, "long": long_rows(args, cfg, student, tokenizer) if args.long else []}
+    if args.plot:
+        plot(result, args.plot)
+    return result
 
 
 def page(result: dict[str, Any]) -> str:
@@ -197,6 +200,29 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Tokens a second over the text's length, student and teacher, both axes logarithmic."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows, long = result["rows"], result["long"]
+    lines = {"student": [(r["length"], r["student"]["tokens_per_s"]["median"]) for r in rows]
+             + [(r["length"], r["tokens_per_s"]["median"]) for r in long],
+             "teacher (SentenceTransformer, reads up to 512)": [(r["length"], r["minilm"]["tokens_per_s"]["median"]) for r in rows],
+             "its attention architecture without that limit": [(r["length"], r["length"] / r["attention_seconds"]["median"])
+                                                               for r in long if r["attention_seconds"]]}
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for label, points in lines.items():
+        if points:
+            axis.plot(*zip(*points), marker="o", label=label)
+    axis.set(xscale="log", yscale="log", xlabel="tokens of a text", ylabel="tokens a second", title="encoding")
+    axis.set_xticks(ticks := [length for length, _ in lines["student"]], [f"{t:,}" for t in ticks], fontsize=7)
+    axis.grid(alpha=0.3), axis.legend(fontsize=8)
+    figure.tight_layout()
+    script.write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    plt.close(figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for bad input or a failed measurement."""
     p = parser(__doc__)
@@ -207,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--short_texts", type=int, default=4, help="texts of 512 tokens beside a long one")
     p.add_argument("--long_repeats", type=int, default=3, help="timed rounds of the long texts")
     p.add_argument("--time_limit", type=float, default=900, help="seconds that attention may take at one length")
+    p.add_argument("--plot", type=Path, help="write throughput over length as a PNG too")
     return run(p, measure, page, worker, argv)
 
 

@@ -20,10 +20,10 @@ def bench(name: str, *arguments: str) -> subprocess.CompletedProcess:
                           timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
 
-def quick(name: str, folder: Path) -> dict:
+def quick(name: str, folder: Path, *arguments: str) -> dict:
     """The JSON of a `--quick` run, which took about a minute of the processor at most (the clock would count other programs too)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = bench(name, "--quick", "--json", str(folder / "result.json"))
+    done = bench(name, "--quick", "--json", str(folder / "result.json"), *arguments)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 90  # under 60 on two Zen 3 cores
@@ -63,7 +63,8 @@ def test_train_step(tmp_path):
 
 
 def test_encode(tmp_path):
-    result = quick("encode", tmp_path)
+    result = quick("encode", tmp_path, "--plot", str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [row["length"] for row in result["rows"]] == [16, 128] and [row["length"] for row in result["long"]] == [1024]
     for row in result["rows"]:
         positive(row, "texts", "speed_against_minilm")
@@ -104,6 +105,27 @@ def test_scale(tmp_path):
     assert [(row["nodes"], row["gpus"], row["pairs"]) for row in result["cluster"]] == [(1, 1, 256), (1, 8, 2048), (2, 8, 4096), (8, 8, 16384)]
     for row in result["cluster"]:
         positive(row, "compute", "losses", "device", "batch", "window", "loss_matrix_bytes")
+
+
+def test_ablate(tmp_path):
+    result = quick("ablate", tmp_path)
+    assert [(row["variant"], len(row["runs"])) for row in result["rows"]] == [("base", 3), ("no layer distillation", 3)]
+    for row in result["rows"]:
+        for run in row["runs"]:
+            positive(run, "steps", "dev_spearman", "dev_teacher_agreement")
+    first, second = (row["runs"] for row in result["rows"])
+    assert "layer_distill" in first[0]["last_losses"] and "layer_distill" not in second[0]["last_losses"]
+    assert len({run["dev_spearman"] for run in first + second}) == 6  # what is changed, and the seed, does something
+
+
+def test_generalise(tmp_path):
+    result = quick("generalise", tmp_path)
+    assert [row["length"] for row in result["lengths"]] == [16, 32] and len(result["worst"]) == 10
+    for row in [*result["sources"], *result["lengths"]]:
+        positive(row, "texts", "agreement", "neighbours")
+        assert row["agreement"] > 0.5 and row["neighbours"] <= 1, row  # results/best follows its teacher
+    for row in result["shape"].values():
+        positive(row, "effective_rank", "norm_mean")
 
 
 def test_help_and_bad_input(tmp_path):

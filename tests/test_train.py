@@ -150,6 +150,40 @@ def test_embeddings_do_not_depend_on_padding_or_batch_mates(teacher_and_tokenize
         assert (other - results[0]).abs().max() < 1e-5
 
 
+def test_compiled_parts_give_the_same_with_few_graphs(monkeypatch):
+    """One graph for each kind of part serves all layers, sizes and lengths; what inductor makes of it is PyTorch's affair."""
+    from torch._dynamo.testing import CompileCounter
+    from transformers import BertConfig, BertModel
+    teacher = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64),
+                        add_pooling_layer=False)
+    cfg, lines, counter = small_config(d_model=32, num_heads=4, num_layers=3, compile="true"), [], CompileCounter()
+    student = script.build_student(cfg, teacher).train()
+    batches = [(torch.randint(1000, 2000, (n, t)), torch.ones(n, t, dtype=torch.long)) for n, t in ((3, 9), (5, 24), (2, 100), (7, 9))]
+    batches[1][1][:, 20:] = 0
+
+    def step(ids, mask):
+        student.zero_grad()
+        torch.manual_seed(0)
+        states, _ = student.hidden_states(ids, mask)
+        sum(x.square().sum() for x in states).backward()
+        return [*(x.detach() for x in states), *script.teacher_states(teacher, ids, mask),
+                *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
+
+    expected = [step(*batch) for batch in batches]
+    cpu = torch.device("cpu")
+    assert not script.compile_models(student, teacher, cfg | {"compile": "auto"}, cpu, lines.append)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not script.compile_models(student, teacher, cfg, cpu, lines.append)
+    assert len(lines) == 1 and "no-such-compiler" in lines[0]
+    assert script.compile_models(student, teacher, cfg, cpu, lines.append, counter)
+    for batch, values in zip(batches, expected):
+        torch.testing.assert_close(step(*batch), values, rtol=1e-4, atol=1e-5)
+    assert 3 <= counter.frame_count <= 6
+    student.eval()
+    script.encode(student, script.load_teacher(script.config)[1], ["one text", "another, longer text"])
+    assert counter.frame_count <= 10
+
+
 def test_tampered_or_missing_teacher_is_one_line(tmp_path):
     with pytest.raises(script.UserError, match="no such folder"):
         script.find_teacher(str(tmp_path / "none"))

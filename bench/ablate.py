@@ -1,0 +1,173 @@
+"""Ablations and recipe trials: the same short run with one thing changed at a time, scored on STS-B dev.
+
+    python bench/ablate.py --data_dir DIR --groups architecture losses --closest 2 --json results/ablations.json
+    python bench/ablate.py --data_dir DIR --groups recipe --json results/recipe.json
+    python bench/ablate.py --list                          every variant and what it changes
+
+Every run sees `--pairs` pairs, the same ones for the same seed and batch size, warms up over a tenth of its steps, decays to 0
+and is scored once, at its end, on dev alone: nothing is chosen among evaluations, and test is not looked at. With `--closest N`
+the base and the N variants whose dev scores lie nearest to the base's are run with two more seeds. Finished runs in
+`--output_dir` are kept, so that an interrupted command goes on where it was.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import configure, find_data, machine, note, parser, run, script
+from torch import nn
+
+# Name: what changes. The base is the preset itself.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "base": {"base": {}},
+    "architecture": {
+        "all heads left to right": {"bidirectional": False},
+        "no slow state": {"hierarchical_memory": False},
+        "no cross-timescale coupling": {"cross_timescale_coupling": False},
+        "no resonance flux": {"resonance_flux": False},
+        "no short convolution": {"short_convolution": False},
+        "no read gates": {"read_gates": False},
+        "learned positions": {"learned_positions": True},
+        "orthogonal projections": {"projection_init": "orthogonal"},
+    },
+    "losses": {
+        "no embedding distillation": {"distillation_weight": 0.0},
+        "no layer distillation": {"layer_distill_weight": 0.0},
+        "with similarity distillation": {"similarity_distill_weight": 20.0},
+        **{f"with {name.replace('_', ' ')} loss": {key: script.config[key]} for name, key in script.LOSS_WEIGHTS.items()
+           if script.config[key] and not script.PRESETS["match_teacher"].get(key, 1)},
+    },
+    "recipe": {
+        "batch 32": {"batch_size": 32},
+        "batch 8": {"batch_size": 8},
+        "learning rate 1e-4": {"peak_learning_rate": 1e-4},
+        "learning rate 4e-4": {"peak_learning_rate": 4e-4},
+        "mixers x 5": {"mixer_lr_multiplier": 5.0},
+        "mixers x 20": {"mixer_lr_multiplier": 20.0},
+        "layer weight 3": {"layer_distill_weight": 3.0},
+        "layer weight 10": {"layer_distill_weight": 10.0},
+        "embedding weight 20": {"distillation_weight": 20.0},
+        "source_alpha 0.5": {"source_alpha": 0.5},
+        "source_alpha 1": {"source_alpha": 1.0},
+        "trained embeddings": {"train_embeddings": True},
+        "dropout 0.1": {"dropout": 0.1},
+    },
+}
+
+
+def variants(groups: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> (group, changed keys), the base first."""
+    return {name: (group, change) for group in ["base", *groups] for name, change in VARIANTS[group].items()}
+
+
+class Trials:
+    """Short runs in one process: what does not change between them (teacher, its cosines, dev set, pairs) is loaded once."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        data, self.data_name = find_data(args, folder, 2000)
+        self.args, self.cfg = args, configure(args, **data, teacher_cache=args.teacher_cache, gradient_accumulation_steps=1,
+                                              batch_size=args.batch_size)
+        self.device = script.choose_device(self.cfg)
+        self.teacher, self.tokenizer, _ = script.load_teacher(self.cfg)
+        self.teacher.to(self.device)
+        self.dev = script.load_sts(self.cfg, "dev")
+        self.cosines = script.sts_cosines(self.teacher, self.tokenizer, self.dev, self.cfg["max_length"])
+        self.pairs: dict[str, script.PairData] = {}
+
+    def run(self, name: str, change: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Train and score one variant; its record, read back if `--output_dir` holds it."""
+        cfg = script.check_config({**self.cfg, **change, "seed": seed})
+        steps = self.args.pairs // cfg["batch_size"]
+        cfg |= {"total_steps": steps, "warmup_steps": max(1, steps // 10)}
+        path = self.args.output_dir / f"{name.replace(' ', '_')}-{seed}.json"
+        digest = script.config_hash({k: v for k, v in cfg.items() if k not in ("cache_dir", "teacher_cache", "threads")})
+        if path.is_file() and (record := json.loads(path.read_text()))["config_hash"] == digest:
+            return record
+        note(f"{name}, seed {seed}: {steps} steps")
+        order = script.stable_seed(*(cfg[k] for k in ("seed", "batch_size", "source_alpha", "max_length")))
+        if order not in self.pairs:
+            self.pairs = {order: script.load_training_data(cfg, self.tokenizer, note)}
+        student = script.build_student(cfg, self.teacher).to(self.device).train()
+        trainer, optimizer = script.Trainer(student, self.teacher, cfg), script.build_optimizer(student, cfg)
+        for step in range(1, steps + 1):
+            optimizer.zero_grad(set_to_none=True)
+            losses = trainer.step_gradients(self.pairs[order].batch(step), step)
+            nn.utils.clip_grad_norm_(student.parameters(), cfg["gradient_clip"])
+            for group in optimizer.param_groups:
+                group["lr"] = script.learning_rate(step, cfg) * group["lr_multiplier"]
+            optimizer.step()
+        scores = script.evaluate_sts(student, self.tokenizer, self.dev, cfg["max_length"], self.cosines)
+        note(f"{name}, seed {seed}: dev Spearman {scores['spearman']:.4f}")
+        record = {"seed": seed, "steps": steps, **{f"dev_{k}": v for k, v in scores.items()}, "last_losses": losses, "config_hash": digest}
+        script.write_json(path, record)
+        return record
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All rows."""
+    if args.quick:
+        args.pairs, args.batch_size, args.groups, args.only, args.closest = 4, 2, ["losses"], ["no layer distillation"], 1
+    found = variants(args.groups)
+    if unknown := set(args.only) - set(found):
+        raise script.UserError(f"--only {', '.join(sorted(unknown))}: not in these groups; see --list")
+    found = {name: v for name, v in found.items() if not args.only or name in ("base", *args.only)}
+    args.output_dir = args.output_dir or folder / "runs"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    trials = Trials(args, folder)
+    first = trials.cfg["seed"]
+    rows = [{"group": group, "variant": name, "changes": change, "runs": [trials.run(name, change, first)]}
+            for name, (group, change) in found.items()]
+    base = rows[0]["runs"][0]["dev_spearman"]
+    for row in rows:
+        row["difference"] = row["runs"][0]["dev_spearman"] - base
+    for seed in (first + 1, first + 2) if args.closest else ():
+        for row in sorted(rows, key=lambda r: abs(r["difference"]))[:args.closest + 1]:  # the base is the first
+            row["runs"].append(trials.run(row["variant"], row["changes"], seed))
+    for row in rows:
+        values = [r["dev_spearman"] for r in row["runs"]]
+        row["mean"], row["deviation"] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+    kept = ("projection_init", "peak_learning_rate", "mixer_lr_multiplier", "source_alpha", "dropout", *script.LOSS_WEIGHTS.values())
+    return {"machine": machine(trials.device), "rows": rows, "settings": {
+        "preset": args.preset, "pairs": args.pairs, "batch_size": args.batch_size, "repeats": 1, "data": trials.data_name,
+        **{k: trials.cfg[k] for k in kept}}}
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result for people: a Markdown table."""
+    s, m = result["settings"], result["machine"]
+    lines = [f"Runs of {s['pairs']:,} pairs of {s['data']}, preset {s['preset']}, batches of {s['batch_size']}. "
+             f"{m['cpu']}, {m['threads']} threads, PyTorch {m['torch']}, commit {m['git_commit']}; 1 repeats. "
+             "Differences are of the first seed.", "",
+             "| group | variant | dev Spearman | difference | agreement with the teacher | mean of seeds (standard deviation) |",
+             "|---|---|---:|---:|---:|---:|"]
+    for row in sorted(result["rows"], key=lambda r: (list(VARIANTS).index(r["group"]), r["difference"])):
+        seeds = f"{row['mean']:.4f} ({row['deviation']:.4f}), {len(row['runs'])} seeds" if len(row["runs"]) > 1 else ""
+        lines.append(f"| {row['group']} | {row['variant']} | {row['runs'][0]['dev_spearman']:.4f} | {row['difference']:+.4f} | "
+                     f"{row['runs'][0]['dev_teacher_agreement']:.4f} | {seeds} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for bad input or a failed run."""
+    p = parser(__doc__)
+    p.add_argument("--groups", nargs="*", default=["architecture", "losses"], choices=[g for g in VARIANTS if g != "base"], help="which variants")
+    p.add_argument("--only", nargs="*", default=[], help="names of variants, to run these and the base alone")
+    p.add_argument("--pairs", type=int, default=1600, help="pairs a run sees")
+    p.add_argument("--batch_size", type=int, default=16, help="pairs a step, unless the variant changes it")
+    p.add_argument("--closest", type=int, default=0, help="how many variants nearest to the base get two more seeds, like the base")
+    p.add_argument("--teacher_cache", default="", help="as in training: saves the teacher's share of all runs on the same batches")
+    p.add_argument("--output_dir", type=Path, help="where the runs are kept; empty: a temporary folder")
+    p.add_argument("--list", action="store_true", help="print the variants and stop")
+    if "--list" in (sys.argv[1:] if argv is None else argv):
+        print("\n".join(f"{group:13} {name}: {change}" for name, (group, change) in variants(list(VARIANTS)[1:]).items()))
+        return 0
+    return run(p, measure, page, lambda: {}, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
