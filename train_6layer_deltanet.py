@@ -151,7 +151,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "projection_init": "teacher",  # the teacher's q, k, v, o are a better start than random ones
         "batch_size": 16,  # more steps in the same time: the distillation losses need no negatives
         "gradient_accumulation_steps": 1,  # 16 pairs fit in memory at once
-        "total_steps": 2400,
+        "total_steps": 1800,
         "warmup_steps": 100,
         "eval_interval": 600,
         "save_interval": 300,
