@@ -48,6 +48,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import MethodType
 from typing import Any, Callable, Iterable, Iterator
 
 if sys.version_info < (3, 10):
@@ -279,6 +280,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{key} is {cfg[key]}: it must lie between 0 and 1")
     if cfg["batch_size"] < 2 or cfg["batch_size"] < cfg["gradient_accumulation_steps"]:
         raise UserError(f"batch_size is {cfg['batch_size']}: it must be at least 2 and gradient_accumulation_steps")
+    if cfg["compile"] == "true" and cfg["deterministic"]:
+        raise UserError("compile is true: with deterministic it must be false or auto, as compiled kernels follow the first shapes seen")
     if cfg["d_model"] % cfg["num_heads"] or (cfg["bidirectional"] and cfg["num_heads"] % 2):
         raise UserError(f"num_heads is {cfg['num_heads']}: it must divide d_model, and be even when bidirectional")
     if not 4 <= cfg["max_length"] <= 512:
@@ -574,7 +577,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         cfg = self.cfg
         q, k, v = F.silu(qkv).unbind(0)
         q, k = l2_normalise(q), l2_normalise(k)
-        beta, a_fast, a_slow, g_fast, g_slow = torch.sigmoid(gates).unbind(0)
+        beta, a_fast, a_slow, g_fast, g_slow = map(torch.sigmoid, gates.unbind(0))
         if not cfg.read_gates:
             g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
         psi = self.flux(k, v) if cfg.resonance_flux else torch.full_like(beta, 0.5)
@@ -778,24 +781,37 @@ def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict
                    log: Callable[[str], None] = print, backend: str | Callable = "inductor") -> bool:
     """torch.compile of the mixers' `prepare`, the FFNs and the teacher, as the config's `compile` says; True if it was done.
 
-    One graph with symbolic sizes serves all layers and lengths. The recurrence is left out: its block sizes follow the length,
-    so that each of them would be compiled anew. Without a compiler one line says so, and everything runs as it is.
+    Sizes are symbolic, so a few graphs (with and without gradients, one sentence, several) serve all layers and lengths. The
+    recurrence is left out: its block sizes follow the length, so that each of them would be compiled anew. `prepare` and its
+    gradients are compared with the uncompiled ones; where they differ or nothing can be compiled, one line says why, and
+    everything runs as it is. `auto` leaves several processes alone, of which none must wait
+    for another one's compiler, and deterministic runs, as a resumed run may be compiled from other first shapes.
     """
-    if cfg["compile"] == "false" or (cfg["compile"] == "auto" and device.type != "cuda"):
+    alone = device.type == "cuda" and not cfg["deterministic"] and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if cfg["compile"] == "false" or (cfg["compile"] == "auto" and not alone):
         return False
-    compiler = os.environ.get("CXX", "g++") if device.type == "cpu" else os.environ.get("CC", "gcc")  # Triton's launchers are in C
-    if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        log("note: compile: the package triton is not installed; running without")
-    elif backend == "inductor" and not shutil.which(compiler):
-        log(f"note: compile: no compiler {compiler!r} is installed (environment variable {'CXX' if device.type == 'cpu' else 'CC'}); "
-            "running without")
-    else:
-        for mixer, ffn in zip(student.deltanet_layers, student.deltanet_ffns):
-            mixer.prepare = torch.compile(mixer.prepare, dynamic=True, backend=backend)
-            ffn.forward = torch.compile(ffn.forward, dynamic=True, backend=backend)
-        teacher.forward = torch.compile(teacher.forward, dynamic=True, backend=backend)
-        return True
-    return False
+    prepare, first = torch.compile(EnhancedHierarchicalDeltaNet.prepare, dynamic=True, backend=backend), student.deltanet_layers[0]
+    heads, width = student.config.num_heads, student.config.d_model // student.config.num_heads
+    qkv, gates = (torch.rand(n, heads, 5, 24, *k, device=device).sub_(0.5).requires_grad_() for n, k in ((3, [width]), (5, [])))
+    update, found = torch.arange(24, device=device).expand(heads, 5, 24) < 20, []
+    try:
+        for function in (EnhancedHierarchicalDeltaNet.prepare, prepare):
+            outputs = function(first, qkv, gates, update)
+            found.append([*outputs, *torch.autograd.grad(sum((x * torch.linspace(-1, 1, x.shape[-1], device=device)).sum() for x in outputs),
+                                                         (qkv, gates))])
+        error = max(float((x - y).abs().max()) for x, y in zip(*found))
+        if not error < 1e-3:  # seen with PyTorch 2.13 on a CPU, where one sigmoid over all five gates gave a wrong gradient
+            raise ArithmeticError(f"error: compiled results are off by {error:.1e}")
+    except Exception as error:  # a missing compiler, header or GPU feature: PyTorch has a type of its own for each
+        reason = next((line for line in reversed(str(error).splitlines()) if "rror" in line or "ompiler" in line), type(error).__name__)
+        log(f"note: compile: PyTorch cannot compile here ({reason.strip()[:200]}); running without")
+        return False
+    torch._dynamo.config.optimize_ddp = False  # it would cut the graphs at DDP's buckets
+    for mixer, ffn in zip(student.deltanet_layers, student.deltanet_ffns):
+        mixer.prepare = MethodType(prepare, mixer)  # bound anew in a copy
+        ffn.compile(dynamic=True, backend=backend)
+    teacher.compile(dynamic=True, backend=backend)
+    return True
 
 
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the official model.safetensors

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import configure, find_data, machine, note, parser, run, script
 from torch import nn
 
-# Name: what changes. The base is the preset itself.
+# Name: what changes. The base is the preset itself; a variant that changes nothing in it is left out. `learned_positions` moves all
+# other random starts too, as it draws more numbers before them.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {"base": {}},
     "architecture": {
@@ -36,11 +38,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "orthogonal projections": {"projection_init": "orthogonal"},
     },
     "losses": {
-        "no embedding distillation": {"distillation_weight": 0.0},
-        "no layer distillation": {"layer_distill_weight": 0.0},
         "with similarity distillation": {"similarity_distill_weight": 20.0},
-        **{f"with {name.replace('_', ' ')} loss": {key: script.config[key]} for name, key in script.LOSS_WEIGHTS.items()
-           if script.config[key] and not script.PRESETS["match_teacher"].get(key, 1)},
+        **{f"no {name.replace('_', ' ')} loss": {key: 0.0} for name, key in script.LOSS_WEIGHTS.items()},
+        **{f"with {name.replace('_', ' ')} loss": {key: script.config[key]} for name, key in script.LOSS_WEIGHTS.items() if script.config[key]},
     },
     "recipe": {
         "batch 32": {"batch_size": 32},
@@ -75,35 +75,41 @@ class Trials:
         self.device = script.choose_device(self.cfg)
         self.teacher, self.tokenizer, _ = script.load_teacher(self.cfg)
         self.teacher.to(self.device)
-        self.dev = script.load_sts(self.cfg, "dev")
+        self.dev = script.load_sts(self.cfg, "dev")[:100 if args.quick else None]
         self.cosines = script.sts_cosines(self.teacher, self.tokenizer, self.dev, self.cfg["max_length"])
         self.pairs: dict[str, script.PairData] = {}
 
     def run(self, name: str, change: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train and score one variant; its record, read back if `--output_dir` holds it."""
-        cfg = script.check_config({**self.cfg, **change, "seed": seed})
-        steps = self.args.pairs // cfg["batch_size"]
-        cfg |= {"total_steps": steps, "warmup_steps": max(1, steps // 10)}
-        path = self.args.output_dir / f"{name.replace(' ', '_')}-{seed}.json"
-        digest = script.config_hash({k: v for k, v in cfg.items() if k not in ("cache_dir", "teacher_cache", "threads")})
-        if path.is_file() and (record := json.loads(path.read_text()))["config_hash"] == digest:
-            return record
-        note(f"{name}, seed {seed}: {steps} steps")
+        steps = self.args.pairs // {**self.cfg, **change}["batch_size"]
+        cfg = script.check_config({**self.cfg, **change, "seed": seed, "total_steps": steps, "warmup_steps": max(1, steps // 10)})
         order = script.stable_seed(*(cfg[k] for k in ("seed", "batch_size", "source_alpha", "max_length")))
         if order not in self.pairs:
             self.pairs = {order: script.load_training_data(cfg, self.tokenizer, note)}
+        path = self.args.output_dir / f"{name.replace(' ', '_')}-{seed}.json"
+        places = ("data_dir", "cache_dir", "teacher_cache", "threads", "output_dir")
+        digest = f"{script.stable_seed({k: v for k, v in cfg.items() if k not in places}, self.pairs[order].fingerprints):016x}"
+        try:
+            if (record := json.loads(path.read_text()))["config"] == digest:
+                return record
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not run, or not to its end
+        note(f"{name}, seed {seed}: {steps} steps")
         student = script.build_student(cfg, self.teacher).to(self.device).train()
         trainer, optimizer = script.Trainer(student, self.teacher, cfg), script.build_optimizer(student, cfg)
         for step in range(1, steps + 1):
             optimizer.zero_grad(set_to_none=True)
             losses = trainer.step_gradients(self.pairs[order].batch(step), step)
+            if not math.isfinite(losses["total"]):
+                raise script.UserError(f"{name}, seed {seed}: the loss of step {step} is not finite; leave this variant out with --only")
             nn.utils.clip_grad_norm_(student.parameters(), cfg["gradient_clip"])
             for group in optimizer.param_groups:
                 group["lr"] = script.learning_rate(step, cfg) * group["lr_multiplier"]
             optimizer.step()
         scores = script.evaluate_sts(student, self.tokenizer, self.dev, cfg["max_length"], self.cosines)
         note(f"{name}, seed {seed}: dev Spearman {scores['spearman']:.4f}")
-        record = {"seed": seed, "steps": steps, **{f"dev_{k}": v for k, v in scores.items()}, "last_losses": losses, "config_hash": digest}
+        record = {"seed": seed, "steps": steps, **{f"dev_{k}": v for k, v in scores.items()}, "last_losses": losses, "config": digest,
+                  "git_commit": machine(self.device)["git_commit"]}
         script.write_json(path, record)
         return record
 
@@ -111,15 +117,19 @@ class Trials:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rows."""
     if args.quick:
-        args.pairs, args.batch_size, args.groups, args.only, args.closest = 4, 2, ["losses"], ["no layer distillation"], 1
+        args.pairs, args.batch_size, args.groups, args.only, args.closest = 4, 2, ["losses"], ["no layer distill loss"], 1
     found = variants(args.groups)
     if unknown := set(args.only) - set(found):
         raise script.UserError(f"--only {', '.join(sorted(unknown))}: not in these groups; see --list")
     found = {name: v for name, v in found.items() if not args.only or name in ("base", *args.only)}
+    if args.pairs < max(args.batch_size, *(change.get("batch_size", 0) for _, change in found.values())):
+        raise script.UserError(f"--pairs {args.pairs}: less than a batch")
     args.output_dir = args.output_dir or folder / "runs"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     trials = Trials(args, folder)
     first = trials.cfg["seed"]
+    found = {name: v for name, v in found.items() if name == "base" or any(
+        not trials.cfg[k] if name.startswith("with ") else trials.cfg[k] != x for k, x in v[1].items())}
     rows = [{"group": group, "variant": name, "changes": change, "runs": [trials.run(name, change, first)]}
             for name, (group, change) in found.items()]
     base = rows[0]["runs"][0]["dev_spearman"]

@@ -166,6 +166,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rows."""
     if args.quick:
         args.lengths, args.long, args.tokens, args.repeats, args.long_repeats, args.short_texts = [16, 128], [1024], 256, 2, 2, 1
+    if args.plot and not args.plot.absolute().parent.is_dir():
+        raise script.UserError(f"--plot {args.plot}: no such folder")
     cfg = configure(args)
     student, tokenizer = load_student(cfg)
     result = {"machine": machine(next(student.parameters()).device)}

@@ -150,38 +150,76 @@ def test_embeddings_do_not_depend_on_padding_or_batch_mates(teacher_and_tokenize
         assert (other - results[0]).abs().max() < 1e-5
 
 
-def test_compiled_parts_give_the_same_with_few_graphs(monkeypatch):
-    """One graph for each kind of part serves all layers, sizes and lengths; what inductor makes of it is PyTorch's affair."""
-    from torch._dynamo.testing import CompileCounter
+@pytest.fixture
+def compilable():
+    """A small student and teacher, batches, and a function that gives all their outputs and gradients."""
     from transformers import BertConfig, BertModel
     teacher = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64),
-                        add_pooling_layer=False)
-    cfg, lines, counter = small_config(d_model=32, num_heads=4, num_layers=3, compile="true"), [], CompileCounter()
+                        add_pooling_layer=False).eval()
+    cfg = small_config(d_model=32, num_heads=4, num_layers=3, compile="true")
     student = script.build_student(cfg, teacher).train()
-    batches = [(torch.randint(1000, 2000, (n, t)), torch.ones(n, t, dtype=torch.long)) for n, t in ((3, 9), (5, 24), (2, 100), (7, 9))]
+    batches = [(torch.randint(1000, 2000, (n, t)), torch.ones(n, t, dtype=torch.long)) for n, t in ((3, 9), (5, 24), (2, 100), (1, 9))]
     batches[1][1][:, 20:] = 0
 
     def step(ids, mask):
         student.zero_grad()
         torch.manual_seed(0)
+        with torch.no_grad():
+            first, _ = student.hidden_states(ids, mask)
         states, _ = student.hidden_states(ids, mask)
-        sum(x.square().sum() for x in states).backward()
-        return [*(x.detach() for x in states), *script.teacher_states(teacher, ids, mask),
+        sum((x * torch.randn_like(x)).sum() for x in states).backward()
+        return [*first, *(x.detach() for x in states), *script.teacher_states(teacher, ids, mask),
                 *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
 
+    yield student, teacher, cfg, batches, step
+    torch._dynamo.reset()
+
+
+def test_compiled_parts_give_the_same_with_few_graphs(compilable):
+    from torch._dynamo.testing import CompileCounter
+    student, teacher, cfg, batches, step = compilable
+    lines, counter, cpu = [], CompileCounter(), torch.device("cpu")
     expected = [step(*batch) for batch in batches]
-    cpu = torch.device("cpu")
-    assert not script.compile_models(student, teacher, cfg | {"compile": "auto"}, cpu, lines.append)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not script.compile_models(student, teacher, cfg, cpu, lines.append)
-    assert len(lines) == 1 and "no-such-compiler" in lines[0]
-    assert script.compile_models(student, teacher, cfg, cpu, lines.append, counter)
+    assert not script.compile_models(student, teacher, cfg | {"compile": "auto"}, cpu, lines.append, counter)
+    assert script.compile_models(student, teacher, cfg, cpu, lines.append, counter) and not lines
+    counts = [counter.frame_count]
+    for call in (lambda: student.hidden_states(*batches[0]), lambda: script.teacher_states(teacher, *batches[0])):
+        call()
+        counts.append(counter.frame_count)
+    assert counts[1] <= 3 and counts[2] == counts[1] + 1  # prepare and FFN of all layers; the teacher
     for batch, values in zip(batches, expected):
         torch.testing.assert_close(step(*batch), values, rtol=1e-4, atol=1e-5)
-    assert 3 <= counter.frame_count <= 6
-    student.eval()
-    script.encode(student, script.load_teacher(script.config)[1], ["one text", "another, longer text"])
-    assert counter.frame_count <= 10
+    assert counter.frame_count <= 16
+    twin = script.copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not twin.hidden_states(*batches[0])[0][-1].any()  # its own weights, not the original's
+
+
+def test_without_a_compiler_one_line_says_so(compilable, monkeypatch):
+    student, teacher, cfg, batches, step = compilable
+    from torch._inductor import config as inductor
+    lines = []
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
+        assert not script.compile_models(student, teacher, cfg, torch.device("cpu"), lines.append)
+    assert len(lines) == 1 and "running without" in lines[0] and "\n" not in lines[0], lines
+    wrong = lambda graph, inputs: lambda *a: [x if x is None or not x.is_floating_point() else x + 0.01 for x in graph(*a)]  # noqa: E731
+    torch._dynamo.reset()
+    assert not script.compile_models(student, teacher, cfg, torch.device("cpu"), lines.append, wrong)
+    assert len(lines) == 2 and "off by" in lines[1]
+    step(*batches[0])
+    with pytest.raises(script.UserError, match="deterministic"):
+        small_config(compile="true", deterministic=True)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler g++: torch.compile is not tested")
+def test_inductor_gives_the_same(compilable):
+    student, teacher, cfg, batches, step = compilable
+    expected = [step(*batch) for batch in batches]
+    assert script.compile_models(student, teacher, cfg, torch.device("cpu"), print)
+    for batch, values in zip(batches, expected):
+        torch.testing.assert_close(step(*batch), values, rtol=1e-3, atol=1e-4)
 
 
 def test_tampered_or_missing_teacher_is_one_line(tmp_path):
