@@ -123,7 +123,7 @@ def test_generalise(tmp_path, corpus):
     assert [row["length"] for row in result["lengths"]] == [16] and len(result["worst"]) == 10
     for row in [*result["sources"], *result["lengths"]]:
         positive(row, "agreement", "neighbours")
-        assert row["texts"] == 200 and 0.7 < row["agreement"] < 1 and 0.4 < row["neighbours"] < 1, row  # by chance 0 and 0.05
+        assert row["texts"] >= 200 and 0.7 < row["agreement"] < 1 and 0.4 < row["neighbours"] < 1, row  # by chance 0 and 0.05 or less
     for row in result["shape"].values():
         positive(row, "effective_rank", "norm_mean")
     done = bench("generalise", "--data_dir", str(corpus))  # other data than it was trained on
