@@ -215,11 +215,20 @@ def test_without_a_compiler_one_line_says_so(compilable, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler g++: torch.compile is not tested")
 def test_inductor_gives_the_same(compilable):
-    student, teacher, cfg, batches, step = compilable
-    expected = [step(*batch) for batch in batches]
+    student, teacher, cfg, batches, _ = compilable
+
+    def gradients():
+        student.zero_grad()
+        states, _ = student.hidden_states(*batches[1])
+        weights = torch.linspace(-1, 1, states[0].numel()).sin().view_as(states[0])
+        sum((x * weights).sum() for x in states).backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    student.config.dropout = student.config.state_dropout = 0.0
+    expected = gradients()
     assert script.compile_models(student, teacher, cfg, torch.device("cpu"), print)
-    for batch, values in zip(batches, expected):
-        torch.testing.assert_close(step(*batch), values, rtol=1e-3, atol=1e-4)
+    for name, grad in gradients().items():
+        assert (grad - expected[name]).norm() < 1e-3 * expected[name].norm() + 1e-6, name
 
 
 def test_tampered_or_missing_teacher_is_one_line(tmp_path):
