@@ -22,9 +22,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import configure, find_data, machine, note, parser, run, script
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # Name: what changes. The base is the preset itself; a variant that changes nothing in it is left out. `learned_positions` moves all
-# other random starts too, as it draws more numbers before them.
+# other random starts too, as it draws more numbers before them. `ema_decay` is this script's own, not a key of the config: what is
+# scored has the exponential moving average of the weights.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {"base": {}},
     "architecture": {
@@ -56,6 +58,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "source_alpha 1": {"source_alpha": 1.0},
         "trained embeddings": {"train_embeddings": True},
         "dropout 0.1": {"dropout": 0.1},
+        "averaged weights": {"ema_decay": 0.95},
     },
 }
 
@@ -81,6 +84,7 @@ class Trials:
 
     def run(self, name: str, change: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train and score one variant; its record, read back if `--output_dir` holds it."""
+        change, decay = {k: v for k, v in change.items() if k != "ema_decay"}, change.get("ema_decay")
         steps = self.args.pairs // {**self.cfg, **change}["batch_size"]
         cfg = script.check_config({**self.cfg, **change, "seed": seed, "total_steps": steps, "warmup_steps": max(1, steps // 10)})
         order = script.stable_seed(*(cfg[k] for k in ("seed", "batch_size", "source_alpha", "max_length")))
@@ -88,7 +92,8 @@ class Trials:
             self.pairs = {order: script.load_training_data(cfg, self.tokenizer, note)}
         path = self.args.output_dir / f"{name.replace(' ', '_')}-{seed}.json"
         places = ("data_dir", "cache_dir", "teacher_cache", "threads", "output_dir")
-        digest = f"{script.stable_seed({k: v for k, v in cfg.items() if k not in places}, self.pairs[order].fingerprints):016x}"
+        kept = {k: v for k, v in cfg.items() if k not in places} | ({"ema_decay": decay} if decay else {})
+        digest = f"{script.stable_seed(kept, self.pairs[order].fingerprints):016x}"
         try:
             if (record := json.loads(path.read_text()))["config"] == digest:
                 return record
@@ -97,6 +102,7 @@ class Trials:
         note(f"{name}, seed {seed}: {steps} steps")
         student = script.build_student(cfg, self.teacher).to(self.device).train()
         trainer, optimizer = script.Trainer(student, self.teacher, cfg), script.build_optimizer(student, cfg)
+        averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
         for step in range(1, steps + 1):
             optimizer.zero_grad(set_to_none=True)
             losses = trainer.step_gradients(self.pairs[order].batch(step), step)
@@ -106,7 +112,9 @@ class Trials:
             for group in optimizer.param_groups:
                 group["lr"] = script.learning_rate(step, cfg) * group["lr_multiplier"]
             optimizer.step()
-        scores = script.evaluate_sts(student, self.tokenizer, self.dev, cfg["max_length"], self.cosines)
+            if averaged:
+                averaged.update_parameters(student)
+        scores = script.evaluate_sts(averaged.module if averaged else student, self.tokenizer, self.dev, cfg["max_length"], self.cosines)
         note(f"{name}, seed {seed}: dev Spearman {scores['spearman']:.4f}")
         record = {"seed": seed, "steps": steps, **{f"dev_{k}": v for k, v in scores.items()}, "last_losses": losses, "config": digest,
                   "git_commit": machine(self.device)["git_commit"]}
@@ -129,7 +137,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trials = Trials(args, folder)
     first = trials.cfg["seed"]
     found = {name: v for name, v in found.items() if name == "base" or any(
-        not trials.cfg[k] if name.startswith("with ") else trials.cfg[k] != x for k, x in v[1].items())}
+        not trials.cfg[k] if name.startswith("with ") else trials.cfg.get(k) != x for k, x in v[1].items())}
     rows = [{"group": group, "variant": name, "changes": change, "runs": [trials.run(name, change, first)]}
             for name, (group, change) in found.items()]
     base = rows[0]["runs"][0]["dev_spearman"]
