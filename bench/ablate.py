@@ -93,7 +93,7 @@ class Trials:
         path = self.args.output_dir / f"{name.replace(' ', '_')}-{seed}.json"
         places = ("data_dir", "cache_dir", "teacher_cache", "threads", "output_dir")
         kept = {k: v for k, v in cfg.items() if k not in places} | ({"ema_decay": decay} if decay else {})
-        digest = f"{script.stable_seed(kept, self.pairs[order].fingerprints):016x}"
+        digest = f"{script.stable_seed(kept, self.pairs[order].fingerprints, script.SOURCE):016x}"
         try:
             if (record := json.loads(path.read_text()))["config"] == digest:
                 return record
@@ -149,6 +149,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for row in rows:
         values = [r["dev_spearman"] for r in row["runs"]]
         row["mean"], row["deviation"] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+        differences = [v - r["dev_spearman"] for v, r in zip(values, rows[0]["runs"])]  # same seed, same batches
+        row["difference_mean"] = statistics.mean(differences)
+        row["difference_deviation"] = statistics.stdev(differences) if len(values) > 1 else None
     kept = ("projection_init", "peak_learning_rate", "mixer_lr_multiplier", "source_alpha", "dropout", *script.LOSS_WEIGHTS.values())
     return {"machine": machine(trials.device), "rows": rows, "settings": {
         "preset": args.preset, "pairs": args.pairs, "batch_size": args.batch_size, "repeats": 1, "data": trials.data_name,
@@ -160,11 +163,12 @@ def page(result: dict[str, Any]) -> str:
     s, m = result["settings"], result["machine"]
     lines = [f"Runs of {s['pairs']:,} pairs of {s['data']}, preset {s['preset']}, batches of {s['batch_size']}. "
              f"{m['cpu']}, {m['threads']} threads, PyTorch {m['torch']}, commit {m['git_commit']}; 1 repeats. "
-             "Differences are of the first seed.", "",
-             "| group | variant | dev Spearman | difference | agreement with the teacher | mean of seeds (standard deviation) |",
-             "|---|---|---:|---:|---:|---:|"]
+             "Differences are of the first seed, in the last column of runs with the same seed.", "",
+             "| group | variant | dev Spearman | difference | agreement with the teacher | mean of seeds (deviation) | mean difference (deviation) |",
+             "|---|---|---:|---:|---:|---:|---:|"]
     for row in sorted(result["rows"], key=lambda r: (list(VARIANTS).index(r["group"]), r["difference"])):
-        seeds = f"{row['mean']:.4f} ({row['deviation']:.4f}), {len(row['runs'])} seeds" if len(row["runs"]) > 1 else ""
+        seeds = f"{row['mean']:.4f} ({row['deviation']:.4f}) | {row['difference_mean']:+.4f} ({row['difference_deviation']:.4f})" \
+            if len(row["runs"]) > 1 else "|"
         lines.append(f"| {row['group']} | {row['variant']} | {row['runs'][0]['dev_spearman']:.4f} | {row['difference']:+.4f} | "
                      f"{row['runs'][0]['dev_teacher_agreement']:.4f} | {seeds} |")
     return "\n".join(lines)

@@ -53,6 +53,18 @@ def test_parallel_equals_reference(length, case):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradients_of_outputs_or_of_the_final_state_alone(which):
+    inputs = [x.requires_grad_() for x in random_inputs(40)[:6]]
+    found = []
+    for form, sizes in ((script.recurrent_hierarchical_delta_rule, [{}]), (script.chunk_hierarchical_delta_rule, [{}, {"chunk_size": 16}])):
+        for size in sizes:
+            result = form(*inputs, output_final_state=True, **size)[which]
+            found.append(torch.autograd.grad(result.square().sum(), inputs, allow_unused=True, materialize_grads=True))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-10)
+
+
 def test_parallel_equals_reference_at_1000_tokens():
     inputs = random_inputs(1000)
     expected = run(script.recurrent_hierarchical_delta_rule, inputs, True)
@@ -80,3 +92,72 @@ def test_short_convolution_equals_conv1d():
     grad = torch.randn_like(y)
     for a, b in zip(torch.autograd.grad(y, (x, w), grad), torch.autograd.grad(expected, (x, w), grad)):
         torch.testing.assert_close(a, b)
+
+
+def written_out(mixer, p: dict, x: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The layer in float64, head by head and token by token, as section 1 of the delta rule's definition has it.
+
+    p: the mixer's parameters; x (B, T, D), mask (B, T); keep (H, B, T): False where state dropout drops a write.
+    """
+    cfg, (batch, length, dim), heads, out = mixer.cfg, x.shape, mixer.cfg.num_heads, []
+    size = dim // heads
+    for h in range(heads):
+        turned = cfg.bidirectional and h >= heads // 2
+        xs, real = (y.flip(1) if turned else y for y in (x, mask))
+        q, k, v = (xs @ p["qkv_proj.weight"].view(3, heads, size, dim)[j, h].T + p["qkv_proj.bias"].view(3, heads, size)[j, h] for j in range(3))
+        if cfg.short_convolution:
+            raw = [y * real[..., None] for y in (q, k, v)]
+            taps = p["conv_weight"][:, :, h, 0, 0]
+            q, k, v = (torch.stack([sum(taps[i, j] * raw[j][:, t - i] for i in range(min(4, t + 1))) for t in range(length)], 1) for j in range(3))
+        q, k, v = (y * torch.sigmoid(y) for y in (q, k, v))
+        q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+        gate = xs @ p["gate_proj.weight"].view(5, heads, dim)[:, h].T + p["gate_proj.bias"].view(5, heads)[:, h]
+        beta, a_fast, a_slow, g_fast, g_slow = torch.sigmoid(gate).unbind(-1)
+        if not cfg.read_gates:
+            g_fast = g_slow = torch.ones_like(g_fast)
+        u = torch.einsum("bti,ij,btj->bt", k, p["flux_bilinear"][h], v) / p["flux_log_temperature"][h].exp()
+        hidden = torch.cat([k, v, u.unsqueeze(-1)], -1) @ p["flux_in.weight"].T + p["flux_in.bias"]
+        psi = torch.sigmoid((hidden * torch.sigmoid(hidden)) @ p["flux_out.weight"].T + p["flux_out.bias"]).squeeze(-1).clamp(0.01, 0.99)
+        psi = psi if cfg.resonance_flux else torch.full_like(beta, 0.5)
+        kappa = 0.05 + 0.10 * psi if cfg.cross_timescale_coupling and cfg.hierarchical_memory else torch.zeros_like(psi)
+        f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
+        for b in range(batch):
+            fast = slow = torch.zeros(size, size, dtype=x.dtype)
+            rows = []
+            for t in range(length):
+                if real[b, t] and keep[h, b, t]:
+                    old, n = (fast, slow), (b, t)
+                    fast = f[n] * (1 - kappa[n] * psi[n]) * old[0] + f[n] * kappa[n] * psi[n] * old[1]
+                    slow = s[n] * kappa[n] * (1 - psi[n]) * old[0] + s[n] * (1 - kappa[n] * (1 - psi[n])) * old[1]
+                    fast, slow = (m + beta[n] * torch.outer(k[n], v[n] - m.T @ k[n]) for m in (fast, slow))
+                o = alpha[b, t] * g_fast[b, t] * fast.T @ q[b, t]
+                if cfg.hierarchical_memory:
+                    o = o + (1 - alpha[b, t]) * g_slow[b, t] * slow.T @ q[b, t]
+                rows.append(o / (o.square().mean() + 1e-6).sqrt() * p["o_norm"][h, 0, 0])
+            out.append(torch.stack(rows[::-1] if turned else rows))
+    o = torch.stack(out).view(heads, batch, length, size).permute(1, 2, 0, 3).flatten(2)
+    return o @ p["o_proj.weight"].T + p["o_proj.bias"]
+
+
+@pytest.mark.parametrize("switch", ["", "bidirectional", "hierarchical_memory", "cross_timescale_coupling", "resonance_flux",
+                                    "short_convolution", "read_gates", "state_dropout"])
+def test_layer_equals_its_definition(switch, monkeypatch):
+    dropped = switch == "state_dropout"
+    mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(
+        d_model=16, num_heads=4, state_dropout=0.4 if dropped else 0.0, **({switch: False} if switch and not dropped else {})))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in mixer.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    x, mask = torch.randn(2, 7, 16, generator=generator), torch.ones(2, 7)
+    mask[1, 4:] = 0
+    draws = torch.rand(4, 2, 7, generator=generator)
+    monkeypatch.setattr(torch, "rand_like", lambda _: draws)
+    keep = draws >= 0.4 if dropped else torch.ones_like(draws, dtype=torch.bool)
+    weights = torch.randn(2, 7, 16, generator=generator) * mask[..., None]  # what stands at padding is nobody's
+    leaves = {name: p.detach().double().requires_grad_() for name, p in mixer.named_parameters()}
+    y, expected = mixer(x, mask)[0], written_out(mixer, leaves, x.double(), mask, keep)
+    torch.testing.assert_close((y * mask[..., None]).double(), expected * mask[..., None], rtol=1e-4, atol=1e-4)
+    (y * weights).sum().backward(), (expected * weights).sum().backward()
+    for name, p in mixer.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        assert (grad.double() - (0 if leaves[name].grad is None else leaves[name].grad)).norm() < 1e-4 * (1 + grad.norm()), name
