@@ -3,7 +3,7 @@
     python bench/generalise.py --checkpoint results/best --data_dir DIR --json results/generalise.json
 
 - sources: `--sentences` sentences of every training source that the student's run did not draw: its seed, batch size, steps and
-  sources say which it drew (whole windows of 256 steps are left out). A source with fewer than 200 left is not measured, one with fewer
+  sources say which it drew (whole windows of 256 steps are left out). The data must be that of the training: only the sources' names are compared. A source with fewer than 200 left is not measured, one with fewer
   than asked for on what it has: neighbours are easier among few, and by chance 10 / (texts - 1). Agreement: Spearman correlation of the
   student's and the teacher's cosines over all pairs of these sentences. Neighbours: share of the teacher's 10 nearest sentences that
   are among the student's 10 nearest. `--drawn none` is for a student that was trained on other data.

@@ -9,6 +9,7 @@ A step is the teacher's forward pass, the student's forward and backward pass, a
 AdamW, on batches that are already in memory (see bench/data.py for them). On a mix, the batches are `--batches` of the first
 window, spread evenly over it by their number of tokens; at a fixed length every token is real.
 
+- Nothing is compiled, and the delta rule is the PyTorch form, on CUDA too.
 - attention: the same loop with a student of the teacher's own architecture (random, its embeddings frozen).
 - reference: the same student with `mixer.delta_rule` replaced by the token-by-token recurrence, few pairs.
 - floor: the matrix products of the step alone, with torch.mm and torch.bmm into given memory: those of every linear layer of
