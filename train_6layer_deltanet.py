@@ -805,7 +805,7 @@ def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict
             outputs = [*functions[0](mixer, qkv, gates, update), functions[1](x)]
             total = sum((y * torch.linspace(-1, 1, y.shape[-1], device=device)).sum() for y in outputs)
             found.append([*outputs, *(g for g in torch.autograd.grad(total, inputs, allow_unused=True) if g is not None)])
-        error = max(float((x - y).abs().max() / (1 + x.abs().max())) for x, y in zip(*found, strict=True))
+        error = max(float((x - y).detach().abs().max() / (1 + x.detach().abs().max())) for x, y in zip(*found, strict=True))
         if not error < 1e-3:  # seen with PyTorch 2.13 on a CPU, where one sigmoid over all five gates gave a wrong gradient
             raise ArithmeticError(f"error: compiled results are off by {error:.1e}")
     except Exception as error:  # a missing compiler, header or GPU feature: PyTorch has a type of its own for each

@@ -190,7 +190,7 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
     if runs.wait(runs.start(cfg | {"output_dir": str(whole)}, folder / "whole.log")):
         raise SystemExit("error: the undisturbed run failed:\n" + (folder / "whole.log").read_text()[-2000:])
     speeds = [line["speed/pairs_per_s"] for line in map(json.loads, (whole / "metrics.jsonl").open()) if "lr" in line]
-    pause = 3 * cfg["batch_size"] / statistics.median(speeds)  # seconds of three steps, each with a checkpoint
+    pause = cfg["batch_size"] / statistics.median(speeds)  # seconds of a step, with its checkpoint
     say(f"undisturbed: {steps} steps in {time.perf_counter() - begun:.0f} s")
 
     steps_in = lambda: path.read_bytes().count(b'"lr"') if path.exists() else 0  # noqa: E731
@@ -200,17 +200,17 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
     killed_at = set()
     while (count := done["start-up"] + done["training"]) < kills:
         pid, born, early = runs.start(resumed, log), time.time(), count % 5 == 0
-        status = before = None
+        status = target = None
         if early:
             time.sleep(rng.uniform(0, startup))
-        while not early and status is None:  # until this life has cut the metrics to its checkpoint, and then taken a step
+        while not early and status is None:  # until this life has cut the metrics to its checkpoint, and then taken 1 to 3 steps
             time.sleep(0.005)
-            if before is not None and steps_in() > before:
+            if target is not None and steps_in() >= target:
                 startup = 0.5 * startup + 0.5 * (time.time() - born)
                 time.sleep(rng.uniform(0, pause))
                 break
-            if before is None and (killed / "run.json").exists() and (killed / "run.json").stat().st_mtime > born:
-                before = steps_in()
+            if target is None and (killed / "run.json").exists() and (killed / "run.json").stat().st_mtime > born:
+                target = steps_in() + rng.randint(1, 3)
             status = runs.poll(pid)
         if status is None:
             os.kill(pid, signal.SIGKILL)
