@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "mixers x 20": {"mixer_lr_multiplier": 20.0},
         "layer weight 3": {"layer_distill_weight": 3.0},
         "layer weight 10": {"layer_distill_weight": 10.0},
+        "layer weight 30": {"layer_distill_weight": 30.0},
         "embedding weight 20": {"distillation_weight": 20.0},
         "source_alpha 0.5": {"source_alpha": 0.5},
         "source_alpha 1": {"source_alpha": 1.0},
