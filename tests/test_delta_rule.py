@@ -80,6 +80,15 @@ def test_float32_is_close_to_the_float64_reference(case):
     assert max((a - b.double()).abs().max() for a, b in zip(expected[:2], got[:2])) < 5e-6
 
 
+def test_start_up_check_sees_a_wrong_gradient():
+    def wrong(q, k, v, *rest, **options):  # the values are right, the gradient of v is 1% off
+        return script.chunk_hierarchical_delta_rule(q, k, v.detach() + 1.01 * (v - v.detach()), *rest, **options)
+
+    assert script.check_parallel_form(torch.device("cpu")) < 1e-5
+    with pytest.raises(script.UserError, match="differs from its reference"):
+        script.check_parallel_form(torch.device("cpu"), wrong)
+
+
 def test_short_convolution_equals_conv1d():
     x = torch.randn(3, 4, 2, 11, 8, dtype=torch.float64, requires_grad=True)
     w = torch.randn(4, 3, 4, 1, 1, 8, dtype=torch.float64, requires_grad=True)
