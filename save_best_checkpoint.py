@@ -156,7 +156,7 @@ Embeddings, norms and FFNs started as the teacher's; projections started {cfg['p
 
 ## Limits
 
-English only. Trained on texts of at most {cfg['max_length']} tokens, and `SentenceTransformer` cuts texts there. Similarities are
+English only. Trained on texts of at most {script.longest_text(cfg)} tokens, and `SentenceTransformer` cuts texts there. Similarities are
 those of general sentences; retrieval, long documents and other languages were not measured. What is unfair in the
 teacher's and the data's view of people is copied too.
 

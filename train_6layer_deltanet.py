@@ -126,13 +126,15 @@ config: dict[str, Any] = {
     "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
     "streams": "",  # data sets read with streaming beside `sources`: hub ids, or folders of JSON lines, joined by commas
     "stream_share": 0.5,  # share of the pairs that comes from the streams
+    "joined_share": 0.0,  # share of the pairs that are joined with those that follow them, to train on longer texts
+    "joined_length": 512,  # tokens that such texts reach at most; their lengths are log-uniform from 32
     "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
     "num_proc": 0,  # processes that tokenise; 0: this one, with the tokenizer's own threads
     "teacher_cache": "",  # folder to keep the teacher's results in, for runs on the same batches; about 5 KB a token
     "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
-    "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128",  # lengths that batches are padded to
+    "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128,160,192,256,320,384,448",  # lengths that batches are padded to
     # evaluation and output
     "sts_name": "auto",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz; auto: stsb, else generated
     "best_model_split": "test",  # split whose Spearman chooses the best model: test or validation
@@ -275,6 +277,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{key} is {cfg[key]}: it must be below 1")
     if not 0 < cfg["stream_share"] <= 1:
         raise UserError(f"stream_share is {cfg['stream_share']}: it must be above 0 and at most 1")
+    if cfg["joined_share"] > 1:
+        raise UserError(f"joined_share is {cfg['joined_share']}: it must be at most 1")
     for key in ("fast_decay_init", "slow_decay_init"):
         if not 0 < cfg[key] < 1:
             raise UserError(f"{key} is {cfg[key]}: it must lie between 0 and 1")
@@ -284,8 +288,9 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
         raise UserError("compile is true: with deterministic it must be false or auto, as compiled kernels follow the first shapes seen")
     if cfg["d_model"] % cfg["num_heads"] or (cfg["bidirectional"] and cfg["num_heads"] % 2):
         raise UserError(f"num_heads is {cfg['num_heads']}: it must divide d_model, and be even when bidirectional")
-    if not 4 <= cfg["max_length"] <= 512:
-        raise UserError(f"max_length is {cfg['max_length']}: the teacher reads 4 to 512 tokens")
+    for key in ("max_length", "joined_length"):
+        if not 4 <= cfg[key] <= 512:
+            raise UserError(f"{key} is {cfg[key]}: the teacher reads 4 to 512 tokens")
     if cfg["resume_from_step"] < -1:
         raise UserError(f"resume_from_step is {cfg['resume_from_step']}: it must be a step, 0, or -1 for the newest")
     try:
@@ -297,9 +302,15 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     return cfg
 
 
+def longest_text(cfg: dict[str, Any]) -> int:
+    """Tokens that a training text can have."""
+    return max(cfg["max_length"], cfg["joined_length"] if cfg["joined_share"] else 0)
+
+
 def pad_lengths(cfg: dict[str, Any]) -> list[int]:
-    """The lengths batches are padded to, the last one max_length."""
-    return [x for x in map(int, cfg["pad_lengths"].split(",")) if x < cfg["max_length"]] + [cfg["max_length"]]
+    """The lengths batches are padded to, the last one that of the longest text."""
+    longest = longest_text(cfg)
+    return [x for x in map(int, cfg["pad_lengths"].split(",")) if x < longest] + [longest]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1350,6 +1361,33 @@ def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+def join_pairs(rows: dict[str, np.ndarray], chosen: np.ndarray, longest: int, rng: np.random.Generator) -> None:
+    """Make the pairs `chosen` of a window longer in place: each is joined with those that follow it, the same for both sides.
+
+    The longer side reaches a length drawn log-uniformly from 32 to `longest` tokens, and both are cut there; nothing of a pair
+    itself is cut. Most neighbours are of one source, so a joined pair is a short document and its rewording. It keeps its
+    first pair's keys, and no hard negative.
+    """
+    sides, spans = ("anchor", "positive"), {}
+    own = np.maximum(rows["anchor_length"], rows["positive_length"])[chosen]
+    limit = np.maximum(np.exp(rng.uniform(math.log(32), math.log(max(32, longest)), len(chosen))).astype(np.int64), own) - 2
+    for side in sides:  # within the tokens of all rows without [CLS] and [SEP]
+        ends = np.cumsum(rows[f"{side}_length"] - 2)
+        spans[side] = (ends - rows[f"{side}_length"] + 2)[chosen], ends
+    last = np.minimum.reduce([np.searchsorted(ends, begin + limit) for begin, ends in spans.values()]).clip(max=len(rows["anchor_length"]) - 1)
+    rows["negative_length"][chosen] = 0
+    for side in sides:
+        start, length = rows[f"{side}_start"], rows[f"{side}_length"]
+        inner = np.delete(rows[side], np.concatenate([start, start + length - 1]))
+        begin, ends = spans[side]
+        first, sep = rows[side][start[chosen]], rows[side][start[chosen] + length[chosen] - 1]
+        made = [np.concatenate([first[[i]], inner[b:e], sep[[i]]])
+                for i, (b, e) in enumerate(zip(begin, np.minimum(ends[last], begin + limit)))]
+        length[chosen] = [len(x) for x in made]
+        start[chosen] = len(rows[side]) + np.cumsum(length[chosen]) - length[chosen]
+        rows[side] = np.concatenate([rows[side], *made])
+
+
 class PairStream:
     """A data set read in order with `datasets` streaming, tokenised as it comes; `seek` and `take` in windows of rows.
 
@@ -1480,6 +1518,8 @@ class PairData:
         for side in ("anchor", "positive", "negative"):
             rows[f"{side}_start"] = np.cumsum(rows[f"{side}_length"]) - rows[f"{side}_length"]
         rng = np.random.default_rng(stable_seed(cfg["seed"], "window", number))
+        if cfg["joined_share"]:
+            join_pairs(rows, rng.permutation(count)[:round(cfg["joined_share"] * count)], cfg["joined_length"], rng)
         second = np.maximum(rows["positive_length"], rows["negative_length"])
         noise = rng.random(count)  # rows of equal length keep no trace of their source's order
         order, slices = np.lexsort((noise, rows["anchor_length"])), math.isqrt(self.WINDOW)
@@ -1926,7 +1966,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     for name in ("1_Pooling", "2_Normalize"):
         (folder / name).mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": cfg["max_length"], "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest_text(cfg), "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
                                                               "similarity_fn_name": "cosine"})
     tokenizer = copy.deepcopy(tokenizer)

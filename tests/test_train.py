@@ -383,6 +383,31 @@ def test_every_pair_is_drawn_equally_often_and_padding_is_little(generated):
     assert 1 - real / padded < 0.15
 
 
+def test_joined_texts_are_whole_neighbours_cut_at_a_length(generated):
+    cfg, data = generated
+    plain, joined = data.build_window(3)[0], script.PairData(list(zip(data.names, data.tables)), cfg | {"joined_share": 0.25}).build_window(3)[0]
+    sides = {side: [[rows[side][s:s + n].tolist() for s, n in zip(rows[f"{side}_start"], rows[f"{side}_length"])] for rows in (plain, joined)]
+             for side in ("anchor", "positive")}
+    changed, lengths = 0, []
+    for i in range(len(plain["anchor_length"])):
+        if all(alone[i] == together[i] for alone, together in sides.values()):
+            continue
+        changed, used = changed + 1, []
+        assert joined["negative_length"][i] == 0
+        for alone, together in sides.values():
+            text, whole, j = together[i], [], i
+            while j < len(alone) and len(whole) < len(text) - 2:
+                whole, j = whole + alone[j][1:-1], j + 1
+            assert (text[0], text[-1]) == (alone[i][0], alone[i][-1]) and text[1:-1] == whole[:len(text) - 2]
+            assert len(text) <= 512 and len(text) >= len(alone[i])
+            used.append(j if len(whole) == len(text) - 2 else None)  # None: cut in its last text
+        assert used[0] == used[1] or None in used  # both sides of the same pairs
+        lengths.append(max(len(together[i]) for _, together in sides.values()))
+    share = changed / len(plain["anchor_length"])
+    assert 0.15 < share <= 0.25 and max(lengths) > 300 and np.median(lengths) > 64
+    assert (plain["key_anchor"] == joined["key_anchor"]).all()
+
+
 def test_small_sources_are_drawn_in_every_window_or_refused():
     class Table(list):
         def with_format(self, _):
