@@ -17,16 +17,21 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import numpy as np
+import torch
 from common import configure, find_data, machine, note, parser, run, script
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # Name: what changes. The base is the preset itself; a variant that changes nothing in it is left out. `learned_positions` moves all
-# other random starts too, as it draws more numbers before them. `ema_decay` is this script's own, not a key of the config: what is
-# scored has the exponential moving average of the weights.
+# other random starts too, as it draws more numbers before them. The keys in OWN are this script's, not the config's: `ema_decay` scores
+# the exponential moving average of the weights, `layer_distance` and `unpaired` are explained below, and with `falling_layer_weight` that
+# weight falls linearly to 0 over the run.
+OWN = ("ema_decay", "layer_distance", "falling_layer_weight", "unpaired")
+LAYER_DISTANCE = script.layer_distillation_loss
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {"base": {}},
     "architecture": {
@@ -48,15 +53,26 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "batch 32": {"batch_size": 32},
         "batch 8": {"batch_size": 8},
         "learning rate 1e-4": {"peak_learning_rate": 1e-4},
+        "learning rate 3e-4": {"peak_learning_rate": 3e-4},
         "learning rate 4e-4": {"peak_learning_rate": 4e-4},
         "mixers x 5": {"mixer_lr_multiplier": 5.0},
         "mixers x 20": {"mixer_lr_multiplier": 20.0},
+        "layer weight 1": {"layer_distill_weight": 1.0},
         "layer weight 3": {"layer_distill_weight": 3.0},
         "layer weight 10": {"layer_distill_weight": 10.0},
         "layer weight 30": {"layer_distill_weight": 30.0},
+        "layer weight 100": {"layer_distill_weight": 100.0},
+        "layer weight falling to 0": {"falling_layer_weight": True},
+        "last layer alone": {"layer_distance": "last"},
+        "layers scaled alike": {"layer_distance": "layers"},
+        "channels scaled alike": {"layer_distance": "channels"},
         "embedding weight 20": {"distillation_weight": 20.0},
         "source_alpha 0.5": {"source_alpha": 0.5},
         "source_alpha 1": {"source_alpha": 1.0},
+        "single sentences": {"unpaired": True},
+        "no joined texts": {"joined_share": 0.0},
+        "joined texts 5%": {"joined_share": 0.05},
+        "joined texts 5% to 512": {"joined_share": 0.05, "joined_length": 512},
         "trained embeddings": {"train_embeddings": True},
         "dropout 0.1": {"dropout": 0.1},
         "averaged weights": {"ema_decay": 0.95},
@@ -67,6 +83,31 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 def variants(groups: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> (group, changed keys), the base first."""
     return {name: (group, change) for group in ["base", *groups] for name, change in VARIANTS[group].items()}
+
+
+def other_layer_distance(kind: str) -> Callable:
+    """layer_distillation_loss of the last layer alone, or with each layer's or channel's error over its variance in the batch.
+
+    The variances' mean over all layers is multiplied back, so that one weight suits all forms.
+    """
+    def loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+        if kind == "last":
+            return LAYER_DISTANCE(student[-1:], teacher[-1:], mask)
+        variances = [t[mask.bool()].float().var(0) for t in teacher]
+        mean = torch.stack(variances).mean()
+        scales = [mean / (v if kind == "channels" else v.mean()) for v in variances]
+        per_layer = [((scale * (s.float() - t).square()).mean(-1) * mask).sum() for scale, s, t in zip(scales, student, teacher)]
+        return torch.stack(per_layer).mean() / mask.sum()
+    return loss
+
+
+def without_pairs(build: Callable) -> Callable:
+    """PairData.build_window with the positives of a window moved by half of it, so that most pairs are two single sentences."""
+    def built(number: int) -> Any:
+        rows, batches = build(number)
+        half = len(rows["positive_start"]) // 2
+        return {k: np.roll(v, half) if k in ("positive_start", "positive_length", "key_positive") else v for k, v in rows.items()}, batches
+    return built
 
 
 class Trials:
@@ -85,15 +126,17 @@ class Trials:
 
     def run(self, name: str, change: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train and score one variant; its record, read back if `--output_dir` holds it."""
-        change, decay = {k: v for k, v in change.items() if k != "ema_decay"}, change.get("ema_decay")
+        own, change = ({k: v for k, v in change.items() if (k in OWN) == mine} for mine in (True, False))
         steps = self.args.pairs // {**self.cfg, **change}["batch_size"]
         cfg = script.check_config({**self.cfg, **change, "seed": seed, "total_steps": steps, "warmup_steps": max(1, steps // 10)})
-        order = script.stable_seed(*(cfg[k] for k in ("seed", "batch_size", "source_alpha", "max_length")))
+        order = script.stable_seed(own.get("unpaired"), *(cfg[k] for k in ("seed", "batch_size", "source_alpha", "joined_share", "joined_length")))
         if order not in self.pairs:
             self.pairs = {order: script.load_training_data(cfg, self.tokenizer, note)}
+            if own.get("unpaired"):
+                self.pairs[order].build_window = without_pairs(self.pairs[order].build_window)
         path = self.args.output_dir / f"{name.replace(' ', '_')}-{seed}.json"
         places = ("data_dir", "cache_dir", "teacher_cache", "threads", "output_dir")
-        kept = {k: v for k, v in cfg.items() if k not in places} | ({"ema_decay": decay} if decay else {})
+        kept = {k: v for k, v in cfg.items() if k not in places} | own
         digest = f"{script.stable_seed(kept, self.pairs[order].fingerprints, script.SOURCE):016x}"
         try:
             if (record := json.loads(path.read_text()))["config"] == digest:
@@ -103,8 +146,11 @@ class Trials:
         note(f"{name}, seed {seed}: {steps} steps")
         student = script.build_student(cfg, self.teacher).to(self.device).train()
         trainer, optimizer = script.Trainer(student, self.teacher, cfg), script.build_optimizer(student, cfg)
-        averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(own["ema_decay"])) if "ema_decay" in own else None
+        script.layer_distillation_loss = other_layer_distance(own["layer_distance"]) if "layer_distance" in own else LAYER_DISTANCE
         for step in range(1, steps + 1):
+            if "falling_layer_weight" in own:
+                trainer.cfg = cfg | {"layer_distill_weight": cfg["layer_distill_weight"] * (1 - step / steps)}
             optimizer.zero_grad(set_to_none=True)
             losses = trainer.step_gradients(self.pairs[order].batch(step), step)
             if not math.isfinite(losses["total"]):
