@@ -259,7 +259,8 @@ def page(r: dict[str, Any]) -> str:
         lines += ["", f"Measured here: a step of {m['pairs']} pairs takes {m['seconds']:.2f} s and {m['peak'] / 2**30:.2f} GiB (the "
                   f"formula says {m['estimated'] / 2**30:.2f})",
                   f"  extrapolated to {s['batch_size']} pairs, not measured: {1 / m['step_seconds']:.3g} steps/s, "
-                  f"{m['total_hours']:.3g} hours for {s['total_steps']} steps;", "  a bigger batch uses the device better, and shorter texts take less"]
+                  f"{m['total_hours']:.3g} hours for {s['total_steps']} steps;",
+                  "  a bigger batch uses the device better, and shorter texts take less"]
     if "not_measured" in r:
         lines += ["", f"Not measured: {r['not_measured']}"]
     none = "none: no micro-batch count fits this device; use a smaller --batch_size or --max_length"

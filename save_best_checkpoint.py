@@ -177,7 +177,7 @@ def export_trained(folder: Path, student: DeltaNetStudent, cfg: dict[str, Any], 
     (folder / "metrics.json").unlink(missing_ok=True)
     write_atomic(folder / "student.safetensors", lambda file: file.write(save(state)))
     # Folders of the machine that trained it mean nothing elsewhere.
-    write_json(folder / "config.json", cfg | {key: config[key] for key in ("data_dir", "cache_dir", "output_dir")})
+    write_json(folder / "config.json", cfg | {key: config[key] for key in ("data_dir", "cache_dir", "output_dir", "teacher_cache")})
     write_json(folder / "metrics.json", {**record, "weights": "float16", "sha256": file_sha256(folder / "student.safetensors")})
     return ["student.safetensors", "config.json", "metrics.json"]
 
@@ -280,7 +280,8 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     teacher, tokenizer, _ = load_teacher(cfg | ({"teacher_model": args.teacher_model} if args.teacher_model else {}))
     student = student_from(state, cfg, info["file"], teacher)
     record = {"step": info["step"], "evaluation": info["evaluation"], **info["scores"], "best_model_split": split,
-              "chosen": chosen, "sources": info["sources"], "teacher": info["teacher"], "source": Path(info["file"]).name, "source_sha256": info["sha256"]}
+              "chosen": chosen, "sources": info["sources"], "teacher": info["teacher"],
+              "source": Path(info["file"]).name, "source_sha256": info["sha256"]}
     result = {"folder": str(folder), "step": info["step"], "scores": info["scores"], "source": info["file"]}
     if args.export_trained:
         return result | {"files": export_trained(folder, student, cfg, record)}

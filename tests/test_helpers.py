@@ -83,7 +83,7 @@ from transformers import AutoModel, AutoTokenizer
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 own = model.encode(sentences)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-x = tokenizer(sentences, padding=True, truncation=True, max_length=128, return_tensors="pt")
+x = tokenizer(sentences, padding=True, truncation=True, max_length=256, return_tensors="pt")
 with torch.no_grad():
     hidden = model(input_ids=x["input_ids"], attention_mask=x["attention_mask"]).last_hidden_state
 mask = x["attention_mask"].unsqueeze(-1)
@@ -92,7 +92,7 @@ for name in ("datasets", "scipy", "sentence_transformers", "tqdm.notebook"):
     del sys.modules[name]
 from sentence_transformers import SentenceTransformer
 st = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
-assert st.similarity_fn_name == "cosine" and not any(st.prompts.values()) and st.max_seq_length == 128
+assert st.similarity_fn_name == "cosine" and not any(st.prompts.values()) and st.max_seq_length == 256
 np.savez(out, plain=plain.numpy(), own=own, st=st.encode(sentences))
 """
 
@@ -107,7 +107,7 @@ def test_saved_folder_opens_elsewhere_and_gives_the_same_embeddings(which, tiny_
                           input=json.dumps(SENTENCES), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     student, tokenizer, _ = opened(tiny_run / "checkpoint_2.pt" if which == "saved" else folder)
-    expected = script.encode(student, tokenizer, SENTENCES, max_length=128)
+    expected = script.encode(student, tokenizer, SENTENCES, max_length=256)
     found = np.load(tmp_path / "out.npz")
     assert np.abs(found["plain"] - expected).max() < 1e-5
     assert np.abs(found["st"] - expected).max() < 1e-5 and np.abs(found["own"] - expected).max() < 1e-5
