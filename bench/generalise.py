@@ -3,11 +3,13 @@
     python bench/generalise.py --checkpoint results/best --data_dir DIR --json results/generalise.json
 
 - sources: `--sentences` sentences of every training source that the student's run did not draw: its seed, batch size, steps and
-  sources say which it drew (whole windows of 256 steps are left out). The data must be that of the training: only the sources' names are compared. A source with fewer than 200 left is not measured, one with fewer
-  than asked for on what it has: neighbours are easier among few, and by chance 10 / (texts - 1). Agreement: Spearman correlation of the
-  student's and the teacher's cosines over all pairs of these sentences. Neighbours: share of the teacher's 10 nearest sentences that
-  are among the student's 10 nearest. `--drawn none` is for a student that was trained on other data.
-- lengths: the same on texts of exactly 16 to 512 tokens, cut from held-out sentences that are joined until they are long enough.
+  sources say which it drew (whole windows of 256 steps are left out). The data must be that of the training: only the sources'
+  names are compared. A source with fewer than 200 left is not measured, one with fewer than asked for on what it has: neighbours are
+  easier among few, and by chance 10 / (texts - 1). Agreement: Spearman correlation of the student's and the teacher's cosines over
+  all pairs of these sentences. Neighbours: share of the teacher's 10 nearest sentences that are among the student's 10 nearest.
+  `--drawn none` is for a student that was trained on other data.
+- lengths: the same on texts of exactly 16 to 512 tokens, cut from held-out sentences that are joined until they are long enough (as
+  `joined_share` joins them for training, but from all sources); and on held-out texts that are themselves 96 to 512 tokens long.
 - shape: mean cosine of two sentences; effective rank (exponential of the entropy of the covariance's spectrum, Roy and Vetterli
   2007) of 384; norm of the mean-pooled vector before it is scaled to 1. Collapsed or lopsided embeddings differ from the teacher's.
 - worst: the STS-B dev pairs whose rank among the student's cosines is farthest from their rank among the gold scores, by their line
@@ -141,8 +143,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pool = [text for texts in kept.values() for text in texts]
     random.Random(cfg["seed"]).shuffle(pool)
     lengths_found = []
-    for length in lengths:
-        texts = of_length(pool, tokenizer, length, args.texts)
+    long = [text for text, ids in zip(pool, script.tokenise(tokenizer, pool, None)) if 96 <= len(ids) <= 512]
+    for length in (*lengths, "96+, whole"):
+        texts = of_length(pool, tokenizer, length, args.texts) if isinstance(length, int) else long[:args.texts]
         lengths_found.append({"length": length, **(agreement(*encode(texts, 512)) if len(texts) >= ENOUGH else {"texts": len(texts), **nothing})})
         note(f"{length} tokens: {len(texts)} texts, agreement {shown(lengths_found[-1]['agreement'], '.4f')}")
     shape = {}
