@@ -653,7 +653,6 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=-1)
 
 
-@torch.inference_mode()
 def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], batch_size: int = 64, max_length: int | None = 128,
            convert_to_tensor: bool = False) -> np.ndarray | Tensor:
     """Unit sentence embeddings, (N, D) in the order given, or (D,) for one string; works for the student and for the teacher.
@@ -663,11 +662,17 @@ def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], b
     """
     if isinstance(sentences, str):
         return encode(model, tokenizer, [sentences], batch_size, max_length, convert_to_tensor)[0]
+    out = encode_tokens(model, tokenise(tokenizer, sentences, max_length), batch_size)
+    return out if convert_to_tensor else out.numpy()
+
+
+@torch.inference_mode()
+def encode_tokens(model: PreTrainedModel, tokens: list[list[int]], batch_size: int = 64) -> Tensor:
+    """`encode` of texts given as token ids with [CLS] and [SEP]: (N, D) on the CPU."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    tokens = tokenise(tokenizer, sentences, max_length)
     order = np.argsort([-len(t) for t in tokens], kind="stable")
-    out, done, most = torch.empty(len(sentences), model.config.hidden_size), 0, 16384 if device.type == "cuda" else 2048
+    out, done, most = torch.empty(len(tokens), model.config.hidden_size), 0, 16384 if device.type == "cuda" else 2048
     while done < len(order):
         chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
         ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
@@ -675,7 +680,7 @@ def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], b
         out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
         done += len(chosen)
     model.train(was_training)
-    return out if convert_to_tensor else out.numpy()
+    return out
 
 
 def tokenise(tokenizer: Any, sentences: list[str], max_length: int | None) -> list[list[int]]:
@@ -876,10 +881,46 @@ def load_teacher(cfg: dict[str, Any]) -> tuple[PreTrainedModel, Any, str]:
     return teacher.eval().requires_grad_(False), tokenizer, origin
 
 
+TEACHER_WHOLE, TEACHER_WINDOW = 512, 256  # tokens of the texts that the teacher reads whole, and of its windows on longer ones
+
+
+def window_table(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """How the teacher reads a text of `length` tokens that begins with [CLS] and ends with [SEP]: windows that overlap by half.
+
+    Returns: positions in the text of each window's tokens (windows, width), [CLS] and [SEP] around every window; and for every
+    token of the text the place of its state among those of all windows (length,): that of the window in which it stands most centrally.
+    """
+    if length <= TEACHER_WHOLE:
+        return np.arange(length)[None], np.arange(length)
+    inner = TEACHER_WINDOW - 2
+    starts = np.append(np.arange(0, length - TEACHER_WINDOW, inner // 2), length - TEACHER_WINDOW)  # the last window ends the text
+    positions = np.pad(1 + starts[:, None] + np.arange(inner), ((0, 0), (1, 1)))
+    positions[:, -1] = length - 1
+    token = np.arange(length - 2)
+    window = np.searchsorted((starts[1:] + starts[:-1] + inner - 1) / 2, token)  # halfway between the centres of two windows
+    place = window * TEACHER_WINDOW + 1 + token - starts[window]
+    return positions, np.concatenate([[0], place, [positions.size - 1]])
+
+
 @torch.inference_mode()
 def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
-    """The teacher's hidden state after each layer, a list of (B, T, D)."""
-    return list(teacher(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:])
+    """The teacher's hidden state after each layer, a list of (B, T, D); of texts longer than it reads, window by window (`window_table`)."""
+    read = lambda ids, mask: teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]  # noqa: E731
+    if input_ids.shape[1] <= TEACHER_WHOLE:
+        return list(read(input_ids, mask))
+    windows, places, count, most = [], [], 0, 64 if input_ids.is_cuda else 8
+    for row, length in zip(input_ids.cpu().numpy(), mask.sum(1).tolist()):
+        positions, place = window_table(length)
+        windows += list(row[positions])
+        places.append(place + count)
+        count += positions.size
+    found = []  # the states of all windows' tokens, a list of layers for every few windows
+    for start in range(0, len(windows), most):
+        ids, real = (x.to(mask.device) for x in pad_batch(windows[start:start + most]))
+        found.append([x[real.bool()] for x in read(ids, real)])
+    place, real = torch.from_numpy(np.concatenate(places)).to(mask.device), mask.bool()
+    states = [torch.cat(layer)[place] for layer in zip(*found)]
+    return [x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter_(real.unsqueeze(-1), x) for x in states]
 
 
 @torch.no_grad()
@@ -1114,6 +1155,16 @@ def read_pairs(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: holds no pairs; remove it, or name it in skip_files")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}, after line {number}: cannot be read as gzip ({error})") from None
+
+
+def kept_aside(keys: np.ndarray) -> np.ndarray:
+    """Which documents of a source training leaves for development: those of the smallest keys of their queries. (N,) int64 -> bool.
+
+    Keys are hashes (`text_key`), so this is a random tenth, at least 64 and at most a third, and the same everywhere.
+    """
+    aside = np.zeros(len(keys), bool)
+    aside[np.argsort(keys, kind="stable")[:min(max(64, len(keys) // 10), len(keys) // 3)]] = True
+    return aside
 
 
 SHARD_ROWS = 1 << 16
@@ -1902,7 +1953,7 @@ def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
     nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
     parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, ShortConvolution, l2_normalise,
-             DeltaNetConfig, EnhancedHierarchicalDeltaNet, mean_pool, encode, tokenise, pad_batch, FeedForward, state_overlap,
+             DeltaNetConfig, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise, pad_batch, FeedForward, state_overlap,
              DeltaNetStudent)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]

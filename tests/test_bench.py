@@ -1,7 +1,9 @@
 """The benchmarks' own command lines with --quick: exit status, table, and the JSON's keys with positive finite numbers."""
+import gzip
 import json
 import math
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -128,6 +130,29 @@ def test_generalise(tmp_path, corpus):
         positive(row, "effective_rank", "norm_mean")
     done = bench("generalise", "--data_dir", str(corpus))  # other data than it was trained on
     assert done.returncode == 2 and "other sources" in done.stderr.splitlines()[-1]
+
+
+def test_documents(tmp_path, corpus):
+    (tmp_path / "long").mkdir()
+    texts = [row[1] for file in sorted((corpus / "train").glob("*.gz")) for row in map(json.loads, gzip.open(file, "rt"))]
+    for name, length in (("first", 15), ("second", 50)):  # sentences of a document
+        rows = [random.Random(f"{name} {i}").sample(texts, length) for i in range(75)]  # a third is kept aside
+        with gzip.open(tmp_path / "long" / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps([row[0], " ".join(row)]) + "\n" for row in rows)
+    result = quick("documents", tmp_path, "--data_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"),
+                   "--plot", str(tmp_path / "plot.png"), "--parts", "quality", "passkey", "speed", "target")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    ways = ("bm25", "teacher_256", "teacher_512", "teacher_windows", "target", "student_256", "student_windows", "late", "whole")
+    assert [row["source"] for row in result["sources"]] == ["first", "second", "mean"]
+    for row in result["sources"]:
+        assert all(60 < row[way] <= 100 for way in ways), row  # the query is the document's first sentence; by chance 38
+    assert [row["length"] for row in result["passkey"]] == [256, 512] and result["passkey"][0]["bm25"] == 1
+    for row in result["passkey"]:
+        assert all(0 <= row[way] <= 1 for way in row if way != "length")
+    positive(result["speed"][0], "speed_against_teacher_windows")
+    for way in ("teacher_windows", "target", "student_windows", "whole"):
+        positive(result["speed"][0][way], "tokens_per_s")
+    positive(result["speed"][1]["whole"], "tokens_per_s", "peak_bytes")
 
 
 def test_help_and_bad_input(tmp_path):
