@@ -3,10 +3,11 @@
     python bench/generalise.py --checkpoint results/best --data_dir DIR --json results/generalise.json
     python bench/generalise.py --checkpoint runs/second --model results/best --model runs/soup --data_dir DIR
 
-What is held out from what: a text is measured that was in no batch of the student's run, nor of the run that its `init_student`
-came from, and so on back, nor of any `--model`'s. A run with a `held_out_share` had that share of all texts in no pair at all;
-of a run without one, the seed, batch size, steps and sources say which texts it drew (whole windows of 256 steps are left out).
-The data must be that of the training: only the sources' names are compared. `--drawn none` is for students trained on other data.
+What is held out from what: a text is measured that was in no batch of the student's run, nor of the run that its
+`init_student` came from, and so on back, nor of any `--model`'s. A run's seed, batch size, steps and sources say which
+texts it drew (whole windows of 256 steps are left out); of a run with `source_focus` only its `held_out_share` of all texts,
+which are in none of its pairs, and the texts that stood with nothing else, are sure. The data must be that of the training:
+only the sources' names are compared. `--drawn none` is for students trained on other data.
 
 - sources: `--sentences` such sentences of every training source. A source with fewer than 200 left is not measured, one with fewer than asked for on what it has: neighbours are
   easier among few, and by chance 10 / (texts - 1). Agreement: Spearman correlation of the student's and the teacher's cosines over
@@ -87,13 +88,13 @@ def seen_keys(cfg: dict[str, Any], info: dict[str, Any], tokenizer: Any) -> set[
     data = script.load_training_data(cfg, tokenizer, note)
     if sorted(data.names) != sorted(info.get("sources") or data.names):
         raise script.UserError(f"{cfg['data_dir']}: holds other sources than {info['file']} was trained on; give those, or --drawn none")
-    if cfg["held_out_share"]:
-        keys = {key for table in data.tables for side in ("anchor", "positive", "negative")
-                for batch in table.with_format("arrow").iter(1 << 16) for key in batch[f"key_{side}"].to_pylist()}
-    elif cfg["source_focus"]:
-        raise script.UserError(f"{info['file']}: drew its sources by their distances and held nothing out, so what it saw is not known")
-    else:
+    if not cfg["source_focus"]:
         keys = drawn_keys(data, info["step"] or 0)
+    elif cfg["held_out_share"]:
+        keys = {key for table in data.tables for side in ("anchor", "positive", "negative")
+                for batch in table.iter(1 << 16) for key in batch[f"key_{side}"].to_pylist()}
+    else:
+        raise script.UserError(f"{info['file']}: drew its sources by their distances and held nothing out: what it saw is not known")
     if init := info.get("init"):
         keys |= seen_keys(cfg | script.recorded_config(init.get("config"), Path(init["file"])) | {k: cfg[k] for k in script.FOLDER_KEYS}
                           | {"sts_name": cfg["sts_name"]}, init, tokenizer)

@@ -107,11 +107,11 @@ def plan_only(sizes, **changes):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A tiny teacher and three sources: 300 pairs, 40 pairs, 3 pairs."""
+    """A tiny teacher and three sources: about 170 pairs, 40 pairs, 3 pairs."""
     cfg = kill_soak.make_tiny(tmp_path_factory.mktemp("tiny"))
     rng = random.Random(5)
     for name, count in (("other", 40), ("small", 3)):
-        rows = [json.dumps([kill_soak.sentence(rng, 6), kill_soak.sentence(rng, 9)]) for _ in range(count)]
+        rows = [json.dumps([f"{kill_soak.sentence(rng, 6)} {name} {i}", f"{kill_soak.sentence(rng, 9)} {name} {i}"]) for i in range(count)]
         kill_soak.write_lines(Path(cfg["data_dir"]) / "train" / f"{name}.jsonl.gz", rows)
     return cfg
 
@@ -135,8 +135,8 @@ def test_batches_of_one_source(tiny, monkeypatch):
         name = data.names[sources.pop()]
         seen[name] += 1
         assert len(set(pairs)) == (3 if name == "small" else 4)  # a row is twice only where there are fewer than a batch's
-    shares = np.sqrt([300, 40, 3])
-    expected = dict(zip(("pairs", "other", "small"), shares / shares.sum()))
+    shares = np.sqrt([len(table) for table in data.tables])
+    expected = dict(zip(data.names, shares / shares.sum()))
     assert all(abs(seen[name] / (6 * data.WINDOW) - share) < 0.04 for name, share in expected.items()), seen
     last = data.batch(150)
     assert [m["keys"].tolist() for m in last] == [m["keys"].tolist() for m in again.batch(150)]  # asked for first, in a new object
