@@ -103,6 +103,7 @@ config: dict[str, Any] = {
     "save_interval": 1000,  # steps between checkpoints
     "log_interval": 50,  # steps between lines in metrics.jsonl
     "resume_from_step": 0,  # continue from checkpoint_N.pt of output_dir; 0: from scratch; -1: the newest whole one
+    "init_student": "",  # start from this saved student: checkpoint, folder or compact export; empty: from the teacher
     "keep_checkpoints": 0,  # keep the newest K checkpoints and the best ones; 0: keep all
     "max_bad_steps": 10,  # steps with a non-finite loss or gradient in a row before the run stops
     "seed": 42,  # of initialisation, data order and dropout
@@ -111,6 +112,8 @@ config: dict[str, Any] = {
     "contrastive_weight": 1.0,  # weight of the in-batch contrastive loss
     "contrastive_scale": 20.0,  # factor on the cosine before the softmax
     "label_smoothing": 0.1,  # of the contrastive targets
+    "guided_contrastive": False,  # no negatives that the teacher scores above the positive; more from the query's side
+    "guided_margin": 0.0,  # cosine below the positive's from which on they are left out already
     "distillation_weight": 1.0,  # weight of the squared L2 distance between final embeddings
     "layer_distill_weight": 1.5,  # weight of the mean squared distance between hidden states
     "orthogonal_reg_weight": 0.01,  # weight of ||W^T W - I||^2 over the projections
@@ -127,6 +130,9 @@ config: dict[str, Any] = {
     "data_dir": "",  # folder with train/*.jsonl.gz and sts/stsb-{dev,test}.tsv.gz; empty: the hub
     "sources": "auto",  # names joined by commas: allnli, qqp, msmarco, wikianswers, snli, local; auto: see README; none: streams alone
     "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
+    "source_focus": 0.0,  # draw a source (its distance to the teacher / the mean)**source_focus times as often
+    "one_source_batches": False,  # each batch from one source, so that its negatives are hard
+    "held_out_share": 0.0,  # share of all texts kept out of training with their pairs, for bench/generalise.py
     "streams": "",  # data sets read with streaming beside `sources`: hub ids, or folders of JSON lines, joined by commas
     "stream_share": 0.5,  # share of the pairs that comes from the streams
     "joined_share": 0.0,  # share of the pairs that are joined with those that follow them into longer texts; fewer where these would overlap
@@ -175,9 +181,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
         "ortho_state_reg_weight": 0.0,  # no gain found
         "source_alpha": 0.7,  # many small sources instead of mostly captions; 0.5 and 1: no change
+        "held_out_share": 0.05,  # a tenth of the pairs, so that small sources too have 200 texts to measure on
         "joined_share": 0.02,  # training texts have 23 tokens on average; the student is to follow its teacher on longer ones too
         "joined_length": 256,  # tokens; at 512 a joined text would be 1.6 times as long on average
         "best_model_split": "validation",  # nothing is chosen on test
+    },
+    "past_teacher": {
+        "init_student": "results/best",  # a student that has arrived at its teacher
+        "one_source_batches": True,  # hard negatives: of the same kind as the positive
+        "guided_contrastive": True,  # and the teacher says which of them are none
+        "contrastive_scale": 20.0,
+        "label_smoothing": 0.0,  # the guide has already left out what may be right
+        "batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "total_steps": 300,
+        "warmup_steps": 30,
+        "eval_interval": 100,
+        "save_interval": 100,
+        "log_interval": 25,
+        "peak_learning_rate": 2e-5,
+        "mixer_lr_multiplier": 5.0,
+        "weight_decay": 0.01,
+        "dropout": 0.0,
+        "state_dropout": 0.0,
+        "distillation_weight": 5.0,
+        "layer_distill_weight": 0.0,
+        "spearman_loss_weight": 0.0,
+        "ranking_loss_weight": 0.0,
+        "orthogonal_reg_weight": 0.0,
+        "ortho_state_reg_weight": 0.0,
+        "source_alpha": 0.7,
+        "held_out_share": 0.05,  # as in match_teacher
+        "projection_init": "teacher",
+        "best_model_split": "validation",
     },
     "quickstart": {
         "data_dir": "data/generated", "output_dir": "runs/quickstart",
@@ -195,9 +231,11 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
                      "learned_positions")
 # Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
 # (total_steps, warmup_steps) is said.
-FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
+FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
+             "save_interval",
              "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "compile", "best_model_split",
              "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
+FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing on another machine
 
 
 class UserError(Exception):
@@ -269,7 +307,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
                         (1, ("gradient_accumulation_steps", "total_steps", "eval_interval", "save_interval", "log_interval", "num_heads",
                              "num_layers", "d_model", "max_bad_steps", "peer_timeout", "length_groups")), (-1, ("resume_from_step",))):
         rules += [(key, cfg[key] >= bound, f"at least {bound}") for key in keys]
-    rules += [(key, cfg[key] < 1, "below 1") for key in ("dropout", "state_dropout", "label_smoothing")]
+    rules += [(key, cfg[key] < 1, "below 1")
+              for key in ("dropout", "state_dropout", "label_smoothing", "held_out_share")]
     rules += [(key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")]
     rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
     rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
@@ -961,28 +1000,36 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
 
 
 def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys: Tensor, scale: float = 20.0,
-                     label_smoothing: float = 0.1) -> Tensor:
+                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None,
+                     margin: float = 0.0) -> Tensor:
     """Symmetric in-batch cross-entropy on scaled cosines (MultipleNegativesRanking, InfoNCE; arXiv:1705.00652).
 
     Anchor i's candidates are all positives and all hard negatives; positive j's are all anchors. A candidate with the
     text of the anchor or of its positive is no negative. Smoothing spreads over the remaining candidates.
 
-    Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts.
+    With a guide, an anchor's candidates are all anchors too, a positive's all positives; one whose cosine with the query
+    is, by the guide, above that of the query's own pair less `margin` is left out: it may well be another right answer
+    (GISTEmbed, arXiv:2402.16829, with one softmax over all four kinds where this has one for each side).
+
+    Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts; guide:
+    the teacher's embeddings of the three.
     """
-    n = len(anchors)
-    key_a, key_p, key_n = keys.split([n, n, len(negatives)])
+    n, sides = len(anchors), (anchors, positives, negatives)
+    side_keys = keys.split([n, n, len(negatives)])
     own = torch.eye(n, dtype=torch.bool, device=keys.device)
+    limit = (guide[0] * guide[1]).sum(1, keepdim=True) - margin if guide else None
 
-    def direction(queries: Tensor, candidates: Tensor, candidate_keys: Tensor) -> Tensor:
-        same = (candidate_keys == key_a[:, None]) | (candidate_keys == key_p[:, None])
-        target = F.pad(own, (0, len(candidates) - n))
-        valid = target | ~same
-        log_p = (scale * queries @ candidates.T).masked_fill(~valid, -torch.inf).log_softmax(1)
+    def direction(query: int, *others: int) -> Tensor:
+        candidates, candidate_keys = (torch.cat([x[i] for i in others]) for x in (sides, side_keys))
+        left_out = (candidate_keys == side_keys[0][:, None]) | (candidate_keys == side_keys[1][:, None])
+        if guide:
+            left_out = left_out | (guide[query] @ torch.cat([guide[i] for i in others]).T > limit)
+        valid = F.pad(own, (0, len(candidates) - n)) | ~left_out
+        log_p = (scale * sides[query] @ candidates.T).masked_fill(~valid, -torch.inf).log_softmax(1)
         spread = log_p.masked_fill(~valid, 0).sum(1) / valid.sum(1)
-        return -((1 - label_smoothing) * log_p[target] + label_smoothing * spread).mean()
+        return -((1 - label_smoothing) * log_p.diagonal() + label_smoothing * spread).mean()
 
-    return 0.5 * (direction(anchors, torch.cat([positives, negatives]), torch.cat([key_p, key_n]))
-                  + direction(positives, anchors, key_a))
+    return 0.5 * (direction(0, 1, 2, 0) + direction(1, 0, 1) if guide else direction(0, 1, 2) + direction(1, 0))
 
 
 def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -1052,10 +1099,12 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
     Losses of weight 0 are left out, so that nobody pays for them.
     """
     a, p, n = student.split([pairs, pairs, len(student) - 2 * pairs])
-    ta, tp, _ = teacher.split([pairs, pairs, len(teacher) - 2 * pairs])
+    ta, tp, tn = teacher.split([pairs, pairs, len(teacher) - 2 * pairs])
     losses = {}
     if cfg["contrastive_weight"]:
-        losses["contrastive"] = contrastive_loss(a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"])
+        losses["contrastive"] = contrastive_loss(
+            a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"],
+            (ta, tp, tn) if cfg["guided_contrastive"] else None, cfg["guided_margin"])
     if cfg["distillation_weight"]:
         losses["distillation"] = embedding_distillation_loss(student, teacher)
     if cfg["similarity_distill_weight"]:
@@ -1097,6 +1146,11 @@ def text_key(text: str) -> bytes:
     """Eight bytes that are equal for texts equal but for case, punctuation and spaces."""
     folded = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold()) or text
     return hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def is_held_out(key: bytes, share: float) -> bool:
+    """Whether the text of this key is among the `share` of all texts that no training pair may hold."""
+    return int.from_bytes(key, "little") < share * 2**64
 
 
 def hub_rows(name: str, item: dict[str, Any]) -> Iterator[Row]:
@@ -1170,8 +1224,10 @@ def kept_aside(keys: np.ndarray) -> np.ndarray:
 SHARD_ROWS = 1 << 16
 
 
-def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Token ids and text keys of `rows` as columns, and counts; a row with a text whose key is in `banned` is dropped.
+def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
+                  held_out: float = 0.0) -> tuple[dict[str, Any], dict[str, int]]:
+    """Token ids and text keys of `rows` as columns, and counts; a row is dropped that has a text whose key is in `banned`,
+    or a text of the share `held_out` (see `is_held_out`).
 
     Columns: anchor, positive, negative (lists of ids, negative empty where there is none), key_anchor, key_positive,
     key_negative (int64).
@@ -1180,17 +1236,20 @@ def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[
     backend.enable_truncation(max_length)
     backend.no_padding()
     keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in rows]
-    kept = [i for i, k in enumerate(keys) if not banned.intersection(k)]
+    clean = [i for i, k in enumerate(keys) if not banned.intersection(k)]
+    kept = [i for i in clean if not any(is_held_out(k, held_out) for k, t in zip(keys[i], rows[i]) if t is not None)]
     for side, name in enumerate(sides):
         texts = [rows[i][side] or "" for i in kept]
         ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
         columns[name] = [x if rows[i][side] is not None else [] for i, x in zip(kept, ids)]
         columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
-    return columns, {"pairs": len(kept), "leaks": len(rows) - len(kept), "hard_negatives": sum(rows[i][2] is not None for i in kept),
+    return columns, {"pairs": len(kept), "leaks": len(rows) - len(clean),
+                     "hard_negatives": sum(rows[i][2] is not None for i in kept),
                      "tokens": sum(len(x) for name in sides for x in columns[name])}
 
 
-def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes]) -> None:
+def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
+                   held_out: float = 0.0) -> None:
     """Write `tokenise_rows` of `rows` to `path`, then counts and sha256 to the .json beside it, which commits it."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
@@ -1201,7 +1260,7 @@ def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int,
     def write(file: Any) -> None:
         with ArrowWriter(features=features, stream=file, writer_batch_size=8192) as writer:
             for start in range(0, len(rows), 8192):
-                columns, counts = tokenise_rows(rows[start:start + 8192], tokenizer, max_length, banned)
+                columns, counts = tokenise_rows(rows[start:start + 8192], tokenizer, max_length, banned, held_out)
                 for key, value in counts.items():
                     totals[key] += value
                 if counts["pairs"]:
@@ -1223,7 +1282,8 @@ def shard_record(path: Path, verify: bool = True) -> dict[str, Any] | None:
 
 
 def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes], folder: Path,
-                    pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print) -> tuple[Any, dict[str, Any]]:
+                    pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print,
+                    held_out: float = 0.0) -> tuple[Any, dict[str, Any]]:
     """The rows of a source as a memory-mapped `datasets.Dataset` and their counts; tokenises what `folder` does not hold.
 
     Shards of SHARD_ROWS rows are built one by one, or by the processes of `pool`. Whole ones that an interrupted build left
@@ -1249,7 +1309,7 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
                 count = number + 1
                 if shard_record(shard(number)):
                     continue
-                job = (tokenise_shard, shard(number), block, tokenizer, max_length, banned)
+                job = (tokenise_shard, shard(number), block, tokenizer, max_length, banned, held_out)
                 pending.append(pool.submit(*job) if pool else job[0](*job[1:]))
                 if pool and len(pending) > 4:
                     pending.pop(0).result()  # so that few blocks are in memory
@@ -1305,7 +1365,8 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
     banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
     tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()  # earlier calls leave traces
     recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
-                         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()])
+                         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+                         *filter(None, [cfg["held_out_share"]])])
     names = [*(name for name, _ in found), *filter(None, cfg["streams"].split(","))]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; rename or leave out one")
@@ -1317,7 +1378,8 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
             folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
             try:
                 rows = partial(read_pairs, file) if file else partial(keep_rows, name, read_hub(name), cfg)
-                data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log)
+                data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log,
+                                             cfg["held_out_share"])
             except UserError as error:
                 if not cfg["allow_missing_sources"]:
                     raise
@@ -1328,7 +1390,8 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
             if data is not None:
                 sources.append((name, data))
                 fingerprints[name] = meta["sha256"][:16]
-    streams = [PairStream(name, tokenizer, cfg["max_length"], banned) for name in filter(None, cfg["streams"].split(","))]
+    streams = [PairStream(name, tokenizer, cfg["max_length"], banned, cfg["held_out_share"])
+               for name in filter(None, cfg["streams"].split(","))]
     if not sources and not streams:
         raise UserError("no training pairs: every source is empty or left out")
     data = PairData(sources, cfg, streams)
@@ -1424,8 +1487,9 @@ class PairStream:
     Columns anchor and positive (and negative), else the first two or three columns of text. A read that fails is a UserError.
     """
 
-    def __init__(self, name: str, tokenizer: Any, max_length: int, banned: set[bytes]):
-        self.name, self.recipe = name, (copy.deepcopy(tokenizer), max_length, banned)  # another thread uses the tokenizer
+    def __init__(self, name: str, tokenizer: Any, max_length: int, banned: set[bytes], held_out: float = 0.0):
+        self.name = name
+        self.recipe = (copy.deepcopy(tokenizer), max_length, banned, held_out)  # another thread uses the tokenizer
         self.window, self.passes, self.leaks, self.rows = 0, 0, 0, None
         self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the very start
 
@@ -1482,7 +1546,9 @@ class PairData:
     """Memory-mapped sources, and the batch of step n as a pure function of (seed, n).
 
     Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted by
-    the lengths of both sides and cut into batches of similar lengths, and the order of the batches is shuffled.
+    the lengths of both sides and cut into batches of similar lengths, and the order of the batches is shuffled. With
+    `one_source_batches` each source's pairs are sorted and cut by themselves. With `source_focus` a window's shares
+    depend on the distances to the teacher that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
     """
 
     WINDOW = 256
@@ -1497,12 +1563,46 @@ class PairData:
         streamed = (cfg["stream_share"] if len(rows) else 1.0) if self.streams else 0.0
         self.shares = np.concatenate([shares / shares.sum() * (1 - streamed) if len(rows) else shares,
                                       np.full(len(self.streams), streamed / max(1, len(self.streams)))])
-        if self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
+        self.unit = cfg["batch_size"] if cfg["one_source_batches"] else 1  # rows drawn from one source at a time
+        self.begins = {0: np.zeros(len(self.names), np.int64)}  # by window: how many rows each source gave before it
+        if not self.planned and self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
         self.fingerprints: dict[str, str] = {}  # of every source's token ids
         self.leaks, self.cached = 0, (-1, None, None)
         self.ahead, self.builder = (-1, None), ThreadPoolExecutor(1)  # the next window is built while this one is used
+
+    @property
+    def planned(self) -> bool:
+        """Whether the windows are drawn one after the other, by `split`, instead of each by `drawn`."""
+        return bool(self.cfg["source_focus"] or self.cfg["one_source_batches"])
+
+    def split(self, number: int, weights: np.ndarray | float = 1.0) -> np.ndarray:
+        """How many rows window `number` takes from each source, (S,), in proportion to its share times its weight.
+
+        Systematic sampling with a seeded start: right to one unit in every window and exact in the mean, so that a
+        source whose share is less than a batch has its turn.
+        """
+        ends = np.cumsum(self.shares * weights)
+        ends *= self.WINDOW * self.cfg["batch_size"] // self.unit / ends[-1]
+        start = np.random.default_rng(stable_seed(self.cfg["seed"], "split", number)).random()
+        ends[-1] = round(ends[-1])
+        return self.unit * np.diff(np.floor(ends + start).astype(np.int64), prepend=0)
+
+    def plan(self, number: int, distances: np.ndarray) -> None:
+        """Draw window `number` by the sources' `distances` (2, S): sums over pairs, and the pairs' numbers."""
+        sums, counts = distances
+        mean = sums.sum() / max(counts.sum(), 1)
+        relative = np.divide(sums, counts * mean, out=np.ones_like(sums), where=counts * mean > 0)  # 1: not known
+        self.begins[number + 1] = self.drawn_before(number) + self.split(number, relative ** self.cfg["source_focus"])
+
+    def drawn_before(self, number: int) -> np.ndarray:
+        """How many rows each source gives before window `number`."""
+        if not self.planned:
+            return self.drawn(number * self.WINDOW * self.cfg["batch_size"])
+        for i in range(max(i for i in list(self.begins) if i <= number), number):
+            self.begins[i + 1] = self.begins[i] + self.split(i)
+        return self.begins[number]
 
     def drawn(self, total: int) -> np.ndarray:
         """How many of the first `total` pairs each source gives; never falls as `total` grows by a window."""
@@ -1520,15 +1620,20 @@ class PairData:
         return self.cached[1:]
 
     def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-        cfg, count, tables = self.cfg, self.WINDOW * self.cfg["batch_size"], []
-        first, last = self.drawn(number * count), self.drawn((number + 1) * count)
+        cfg, count, tables, origins = self.cfg, self.WINDOW * self.cfg["batch_size"], [], []
+        first, last = self.drawn_before(number), self.drawn_before(number + 1)
         for i, table in enumerate(self.tables):
-            epochs, where = np.divmod(np.arange(first[i], last[i]), len(table))
+            # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A source
+            # smaller than a batch repeats itself to fill it.
+            epochs, where = np.divmod(np.arange(first[i], last[i]), len(table) // self.unit * self.unit or self.unit)
             for epoch in np.unique(epochs):
-                chosen = permuted(where[epochs == epoch], len(table), stable_seed(cfg["seed"], self.names[i], int(epoch)))
+                chosen = permuted(where[epochs == epoch] % len(table), len(table), stable_seed(cfg["seed"], self.names[i], int(epoch)))
                 tables.append(table[np.sort(chosen)])
+                origins.append((i, epoch))
         tables += [stream.take(number, int(n)) for stream, n in zip(self.streams, (last - first)[len(self.tables):])]
-        rows: dict[str, np.ndarray] = {}
+        origins += [(i, 0) for i in range(len(self.tables), len(self.names))]
+        source, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
+        rows: dict[str, np.ndarray] = {"source": source}
         for side in ("anchor", "positive", "negative"):
             lists = [table[side].combine_chunks() for table in tables]
             length = np.concatenate([x.value_lengths().to_numpy() for x in lists])
@@ -1542,7 +1647,10 @@ class PairData:
         noise = rng.random(count)  # rows of equal length keep no trace of their source's order
         order, slices = np.lexsort((noise, rows["anchor_length"])), math.isqrt(self.WINDOW)
         batches = []
-        for piece in np.array_split(order, slices):
+        if cfg["one_source_batches"]:
+            order = np.lexsort((noise, rows["anchor_length"] + second, epoch, source))
+            batches = [np.sort(b) for b in np.split(order, self.WINDOW)]
+        for piece in np.array_split(order, slices) if not batches else ():
             piece = piece[np.lexsort((noise[piece], second[piece]))]
             batches += [np.sort(b) for b in np.array_split(piece, self.WINDOW // slices)]
         return rows, [batches[i] for i in rng.permutation(self.WINDOW)]
@@ -1551,8 +1659,20 @@ class PairData:
         """Where every stream stands at the start of the window that the step after `step` is in: a checkpoint's part."""
         return {stream.name: [step // self.WINDOW, stream.starts[step // self.WINDOW]] for stream in self.streams}
 
-    def seek(self, positions: dict[str, Any]) -> None:
-        """Continue the streams from a checkpoint's `positions`. Raises UserError if they do not fit."""
+    def plans(self, step: int) -> dict[int, list[int]]:
+        """The rows drawn before this window, the next and the one after it, all planned by then: a checkpoint's part."""
+        first = step // self.WINDOW
+        return {i: self.drawn_before(i).tolist() for i in range(first, first + 3)}
+
+    def seek(self, positions: dict[str, Any], plans: dict[int, list[int]] | None = None) -> None:
+        """Continue from a checkpoint's `positions` of the streams and `plans`. Raises UserError if they do not fit."""
+        if self.cfg["source_focus"]:
+            try:
+                self.begins = {int(i): np.array(counts, np.int64) for i, counts in plans.items()}
+                if any(counts.shape != (len(self.names),) or (counts < 0).any() for counts in self.begins.values()):
+                    raise ValueError
+            except (AttributeError, TypeError, ValueError, OverflowError):
+                raise UserError("source_focus: the checkpoint does not say how much each source gave") from None
         for stream in self.streams:
             try:
                 window, start = positions[stream.name]
@@ -1563,9 +1683,10 @@ class PairData:
     def batch(self, step: int) -> list[dict[str, Any]]:
         """The micro-batches of step `step` (counted from 1).
 
-        Each is a dict: `pairs`, the number n of pairs; `keys` (2 n + m,) text keys of anchors, positives and the m hard
-        negatives, in this order; `groups`, these sentences sorted by length as a few (ids, mask) pairs, each (N, T) with
-        its own padded length; `restore`, the index that puts the sorted sentences back in the order of the keys.
+        Each is a dict: `pairs`, the number n of pairs; `sources` (n,), their sources by number; `keys` (2 n + m,) text
+        keys of anchors, positives and the m hard negatives, in this order; `groups`, these sentences sorted by length
+        as a few (ids, mask) pairs, each (N, T) with its own padded length; `restore`, the index that puts the sorted
+        sentences back in the order of the keys.
         """
         cfg = self.cfg
         rows, batches = self.window((step - 1) // self.WINDOW)
@@ -1588,8 +1709,8 @@ class PairData:
                 table[mask] = np.concatenate([ids[i] for i in members])
                 groups.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
             keys = torch.from_numpy(np.concatenate([rows[f"key_{s}"][r] for s, r in sides]))
-            micro_batches.append({"pairs": len(part), "keys": keys, "groups": groups,
-                                  "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
+            micro_batches.append({"pairs": len(part), "sources": torch.from_numpy(rows["source"][part]), "keys": keys,
+                                  "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
         return micro_batches
 
 
@@ -1845,6 +1966,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def recorded_init(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What `record` says of the student that a run started from (see `init_student`), or None."""
+    return record["init"] if isinstance(record.get("init"), dict) else None
+
+
 def recorded_scores(folder: Path, step: int) -> dict[str, float]:
     """The scores that metrics.jsonl of `folder` holds for `step`: {"validation_spearman": ...}, or {}."""
     scores: dict[str, float] = {}
@@ -1890,7 +2016,9 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         scores = next((b for b in best.values() if isinstance(b, dict) and b.get("step") == step), {})
         info |= {"kind": "checkpoint", "step": step, "evaluation": cfg["sts_name"],
                  "scores": {k: v for k, v in scores.items() if k != "step"} or recorded_scores(folder, step)}
-        return state["student"], cfg, info | {"sources": read_record(folder / "run.json").get("sources"),
+        progress = state.get("progress") if isinstance(state.get("progress"), dict) else {}
+        return state["student"], cfg, info | {"init": recorded_init(progress),
+                                              "sources": read_record(folder / "run.json").get("sources"),
                                               "teacher": read_record(folder / "scores.json").get("teacher")}
     if not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
@@ -1909,6 +2037,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
     return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),
                                "evaluation": record.get("evaluation"), "sources": record.get("sources"), "teacher": record.get("teacher"),
+                               "init": recorded_init(record),
                                "chosen": record.get("chosen", "training kept it" if not export else None),
                                "scores": {k: v for k, v in record.items() if k.endswith(("_spearman", "_pearson"))}}
 
@@ -2007,6 +2136,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   data/padding             share of padding among the tokens of a step
 #   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with the gold scores) or teacher_agreement
 #                            (Spearman with the teacher's cosines); the set's own name instead of sts where it is not STS-B
+#   distance/SOURCE          squared distance of a source's embeddings from the teacher's; each window halves older ones
 #   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss's name, the batch's text keys
 
 
@@ -2112,6 +2242,7 @@ class Trainer:
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
         self.teacher_autocast = (lambda: torch.autocast("cuda", torch.float16)) if self.device.type == "cuda" else self.autocast
+        self.distances: Tensor | None = None  # (2, S): a source's squared distances to the teacher, and pairs
         self.cache, self.full = None, False
         if cfg["teacher_cache"]:
             digest = hashlib.sha256(cfg["precision"].encode())
@@ -2231,8 +2362,14 @@ class Trainer:
             passes = self.exchange(passes, own, batch)
 
         leaves = [vectors.detach().requires_grad_() for vectors, _ in passes]
-        whole = batch_losses(gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch),
-                             sum(m["pairs"] for m in batch), gather_sides([m["keys"].to(self.device) for m in batch], batch), cfg)
+        student, target = gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch)
+        pairs = sum(m["pairs"] for m in batch)
+        keys = gather_sides([m["keys"].to(self.device) for m in batch], batch)
+        whole = batch_losses(student, target, pairs, keys, cfg)
+        if self.distances is not None:
+            apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
+            known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
+            self.distances.index_add_(1, torch.cat([m["sources"] for m in batch]).to(self.device), known)
         if whole:
             sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in whole.items()).backward()
         values = {name: loss.item() for name, loss in whole.items()}
@@ -2427,6 +2564,21 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
     return content
 
 
+def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrainedModel) -> dict[str, Any]:
+    """Give `student` the weights of the saved one that `cfg` names; returns what is recorded of that one.
+
+    UserError if it cannot be read or is of another architecture.
+    """
+    state, theirs, info = read_student(cfg["init_student"])
+    for key in ARCHITECTURE_KEYS:
+        if theirs[key] != cfg[key]:
+            raise UserError(f"init_student {info['file']}: has {key} {theirs[key]!r}, this run has {cfg[key]!r}; "
+                            f"set --{key} {theirs[key]}")
+    student.load_state_dict(student_from(state, theirs, info["file"], teacher).state_dict())
+    return {"file": Path(info["file"]).name, **{key: info[key] for key in ("sha256", "step", "init")},
+            "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
+
+
 class Run:
     """One training run in its output folder: metrics, evaluation, checkpoints."""
 
@@ -2492,7 +2644,15 @@ class Run:
             raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
                             "data, or start again in another output_dir (nothing was changed)")
         if self.step:
-            self.data.seek(self.progress.get("streams"))
+            self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
+        count = len(self.data.names)
+        try:
+            distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
+            if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
+                raise ValueError
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
+        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
         processes.wait()
         found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
         if (found != found[0]).any():
@@ -2506,7 +2666,8 @@ class Run:
         self.supersede()
         if self.lock:
             write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
-                                                  "processes": processes.count, **run_environment(self.device)})
+                                                  "processes": processes.count, "init": self.init,
+                                                  **run_environment(self.device)})
         self.banner()
         processes.wait()  # for process 0's files
 
@@ -2524,6 +2685,10 @@ class Run:
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
             raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
                             "or another output_dir (nothing was changed)")
+        self.init = self.progress.get("init")
+        if not path and cfg["init_student"]:
+            self.init = init_student(self.student, cfg, self.teacher)
+            print(f"student: from {self.init['file']}, step {self.init['step']}")
         lines = self.metrics_path.read_bytes().splitlines(keepends=True) if path and self.metrics_path.exists() else []
         try:
             self.kept_metrics = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
@@ -2598,7 +2763,9 @@ class Run:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
-        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()})
+        distance, count = self.distances.tolist()
+        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()} | {
+            f"distance/{name}": round(d / n, 6) for name, d, n in zip(self.data.names, distance, count) if n})
         self.scores = {"step": self.step, **scores}
         tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
                    f"test {scores['test_spearman']:.4f}")
@@ -2619,7 +2786,7 @@ class Run:
         if self.lock:
             save_model(folder, student or self.student, self.tokenizer, self.cfg, {
                 "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
-                "best_model_split": self.cfg["best_model_split"]})
+                "best_model_split": self.cfg["best_model_split"], **({"init": self.init} if self.init else {})})
 
     def save(self, why: str = "save_interval") -> None:
         """Write a checkpoint, while the other processes wait."""
@@ -2636,7 +2803,9 @@ class Run:
             self.flush_metrics()
             save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best,
                             {"sums": self.sums, "bad_steps": self.bad_steps, "data": self.data.fingerprints,
-                             "streams": self.data.positions(self.step)},
+                             "streams": self.data.positions(self.step), "distances": self.distances.tolist(),
+                             "plans": self.data.plans(self.step) if self.cfg["source_focus"] else None,
+                             "init": self.init},
                             {"why": why, "scores": self.scores, "losses": self.means})
         except OSError as error:
             self.failed_saves += 1
@@ -2666,6 +2835,7 @@ class Run:
     def train(self) -> None:
         """All remaining steps."""
         cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.processes)
+        trainer.distances = self.distances
         if self.step == 0 and not self.kept_metrics:
             self.evaluate()
         self.student.train()
@@ -2682,6 +2852,8 @@ class Run:
                     self.processes.wait()  # building a window may take one process longer than peer_timeout
                 waited += time.perf_counter() - begun
                 self.step += 1
+                if self.step % self.data.WINDOW == 0:
+                    self.next_window()
                 if self.step < cfg["total_steps"]:
                     coming = pool.submit(self.data.batch, self.step + 1)
                 values = self.optimise(trainer, batch)
@@ -2708,6 +2880,17 @@ class Run:
                             "--resume latest")
         if stop:
             raise stop
+
+    def next_window(self) -> None:
+        """Before a window's last step: draw the window after the next by the distances so far, which then count half.
+
+        So early, because the next window is already being built. All processes take process 0's distances, whose sums
+        may be rounded otherwise than their own.
+        """
+        distances = self.processes.table(*self.distances.flatten().tolist())[0].view(2, -1)
+        if self.cfg["source_focus"]:
+            self.data.plan(self.step // self.data.WINDOW + 1, distances.numpy())
+        self.distances.copy_(distances / 2)
 
     def log_line(self, bar: tqdm, done: int, seconds: float, waited: float) -> None:
         """A line in metrics.jsonl; speeds are of the `done` steps that this process has taken in `seconds`."""
