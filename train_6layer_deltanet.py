@@ -137,6 +137,10 @@ config: dict[str, Any] = {
     "stream_share": 0.5,  # share of the pairs that comes from the streams
     "joined_share": 0.0,  # share of the pairs that are joined with those that follow them into longer texts; fewer where these would overlap
     "joined_length": 512,  # tokens that such texts reach at most; their lengths are log-uniform from 32
+    "long_share": 0.0,  # share of the steps that are of long documents, each with a query: data_dir/long/*.jsonl.gz
+    "long_length": 8192,  # tokens a long document is cut at; in half of its batches earlier, at a length drawn log-uniformly from 256
+    "long_tokens": 16384,  # tokens of documents in a step; more give each query more negatives
+    "long_contrastive_weight": 1.0,  # weight of the guided contrastive loss between queries and documents
     "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
@@ -312,6 +316,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     rules += [(key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")]
     rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
     rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
+              ("long_share", cfg["long_share"] <= 1, "at most 1"), ("long_length", cfg["long_length"] >= 4, "at least 4"),
+              ("long_tokens", cfg["long_tokens"] >= 1, "at least 1"),
               ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
                "above 0, or another loss than the two regularisations"),
               ("spearman_temperature", cfg["spearman_temperature"] > 0, "above 0"),
@@ -329,14 +335,15 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     return cfg
 
 
-def longest_text(cfg: dict[str, Any]) -> int:
-    """Tokens that a training text can have."""
-    return max(cfg["max_length"], cfg["joined_length"] if cfg["joined_share"] else 0)
+def longest_text(cfg: dict[str, Any], documents: bool = True) -> int:
+    """Tokens that a training text can have; without `documents`, one of the pairs."""
+    return max(cfg["max_length"], cfg["joined_length"] if cfg["joined_share"] else 0,
+               cfg["long_length"] if cfg["long_share"] and documents else 0)
 
 
 def pad_lengths(cfg: dict[str, Any]) -> list[int]:
     """The lengths batches are padded to, the last one that of the longest text."""
-    longest = longest_text(cfg)
+    longest = longest_text(cfg, documents=False)
     return [x for x in map(int, cfg["pad_lengths"].split(",")) if x < longest] + [longest]
 
 
@@ -1396,6 +1403,9 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
         raise UserError("no training pairs: every source is empty or left out")
     data = PairData(sources, cfg, streams)
     fingerprints |= {stream.name: "streamed" for stream in streams}
+    if cfg["long_share"]:
+        data.documents = LongData(cfg, tokenizer, recipe, banned, log)
+        fingerprints |= data.documents.fingerprints
     data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
     log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS evaluation "
         f"sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
@@ -1568,6 +1578,7 @@ class PairData:
         if not self.planned and self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
+        self.documents: LongData | None = None
         self.fingerprints: dict[str, str] = {}  # of every source's token ids
         self.leaks, self.cached = 0, (-1, None, None)
         self.ahead, self.builder = (-1, None), ThreadPoolExecutor(1)  # the next window is built while this one is used
@@ -1686,9 +1697,12 @@ class PairData:
         Each is a dict: `pairs`, the number n of pairs; `sources` (n,), their sources by number; `keys` (2 n + m,) text
         keys of anchors, positives and the m hard negatives, in this order; `groups`, these sentences sorted by length
         as a few (ids, mask) pairs, each (N, T) with its own padded length; `restore`, the index that puts the sorted
-        sentences back in the order of the keys.
+        sentences back in the order of the keys. With a `long_share`, some steps are of long documents: see `LongData.batch`.
         """
         cfg = self.cfg
+        before, until = (math.floor(number * cfg["long_share"]) for number in (step - 1, step))
+        if until > before:
+            return self.documents.batch(until)
         rows, batches = self.window((step - 1) // self.WINDOW)
         chosen = batches[(step - 1) % self.WINDOW]
         second = np.maximum(rows["positive_length"][chosen], rows["negative_length"][chosen])
@@ -1712,6 +1726,99 @@ class PairData:
             micro_batches.append({"pairs": len(part), "sources": torch.from_numpy(rows["source"][part]), "keys": keys,
                                   "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
         return micro_batches
+
+
+class LongData:
+    """Long documents with a query each, and the batch of the n-th step of such as a pure function of (seed, n).
+
+    An epoch is each source's seeded permutation, cut into batches of `long_tokens` tokens, all in a seeded order. A batch is of
+    one source, whose documents are the hardest negatives of one another. In half of the batches the documents are cut
+    at a length drawn log-uniformly from 256 to `long_length`. The documents that `kept_aside` names are never drawn.
+    """
+
+    def __init__(self, cfg: dict[str, Any], tokenizer: Any, recipe: str, banned: set[bytes], log: Callable[[str], None] = print):
+        import pyarrow.compute as pc
+        self.cfg, self.tables, self.rows, self.lengths, self.fingerprints = cfg, [], [], [], {}
+        self.ends, self.cached = [0], (-1, [])  # batches until the end of each epoch; the newest epoch
+        self.least = max(2, cfg["gradient_accumulation_steps"])  # documents of a batch
+        forbidden = [int.from_bytes(key, "little", signed=True) for key in banned]
+        for file in tqdm(sorted(Path(cfg["data_dir"]).glob("long/*.jsonl.gz")), desc="documents", unit="source", leave=False, disable=None):
+            name = file.name.removesuffix(".jsonl.gz")
+            digest = hashlib.sha256(f"{recipe} {cfg['long_length']} {file_sha256(file)}".encode()).hexdigest()[:16]
+            data, meta = tokenise_source(partial(read_pairs, file), tokenizer, cfg["long_length"], set(),
+                                         Path(cfg["cache_dir"]) / f"long-{name}-{digest}", log=log)
+            keys = data.data["key_anchor"].to_numpy()
+            rows = np.flatnonzero(~kept_aside(keys) & ~np.isin(keys, forbidden))
+            if len(rows) < self.least:
+                raise UserError(f"{file}: has {len(rows)} documents to train on, fewer than the {self.least} of a batch; remove it")
+            self.tables.append(data.with_format("arrow"))
+            self.rows.append(rows)
+            self.lengths.append(pc.list_value_length(data.data["positive"]).to_numpy()[rows])
+            self.fingerprints[f"long/{name}"] = meta["sha256"][:16]
+        if not self.tables:
+            raise UserError(f"long_share is {cfg['long_share']}, but there is no {Path(cfg['data_dir']) / 'long'}/*.jsonl.gz")
+        log(f"long documents: {sum(map(len, self.rows)):,} from {len(self.rows)} sources, {sum(x.sum() for x in self.lengths):,} tokens, "
+            f"{self.epoch_end(0):,} batches; {sum(len(t) - len(r) for t, r in zip(self.tables, self.rows)):,} documents are kept aside")
+
+    def epoch(self, number: int) -> list[tuple[int, np.ndarray, int]]:
+        """The batches of epoch `number`: source, rows, and the length their documents are cut at."""
+        if self.cached[0] != number:
+            cfg, rng, batches = self.cfg, np.random.default_rng(stable_seed(self.cfg["seed"], "long", number)), []
+            shortest = math.log(min(256, cfg["long_length"]))
+            for source, (rows, lengths) in enumerate(zip(self.rows, self.lengths)):
+                order = rng.permutation(len(rows))
+                while len(order) >= self.least:
+                    drawn = math.exp(rng.uniform(shortest, math.log(cfg["long_length"])))
+                    limit = cfg["long_length"] if rng.random() < 0.5 else round(drawn)
+                    ends = np.cumsum(np.minimum(lengths[order], limit))
+                    count = max(self.least, int(np.searchsorted(ends, cfg["long_tokens"], side="right")))
+                    batches.append((source, rows[order[:count]], limit))
+                    order = order[count:]
+            self.cached = (number, [batches[i] for i in rng.permutation(len(batches))])
+        return self.cached[1]
+
+    def epoch_end(self, number: int) -> int:
+        """Batches of all epochs up to and with `number`."""
+        while len(self.ends) < number + 2:
+            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
+        return self.ends[number + 1]
+
+    def batch(self, number: int) -> list[dict[str, Any]]:
+        """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
+
+        Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of one:
+        `long_tokens` over `gradient_accumulation_steps`, or the longest document's. Texts are padded to similar lengths.
+        """
+        epoch = 0
+        while self.epoch_end(epoch) < number:
+            epoch += 1
+        source, rows, limit = self.epoch(epoch)[number - 1 - self.ends[epoch]]
+        table, texts = self.tables[source][np.sort(rows)], {}
+        for side in ("anchor", "positive"):
+            lists = table[side].combine_chunks()
+            ids = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
+            texts[side] = [x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids]
+            texts[f"key_{side}"] = table[f"key_{side}"].to_numpy()
+        lengths = np.array([len(x) for x in texts["positive"]])
+        order, parts = np.argsort(lengths, kind="stable"), self.cfg["gradient_accumulation_steps"]
+        ends = np.searchsorted(np.cumsum(lengths[order]), lengths.sum() * np.arange(1, parts) / parts)
+        ends = np.maximum(ends, np.arange(1, parts))  # none is empty
+        ends = np.minimum(ends, len(order) - parts + np.arange(1, parts))
+        return [self.micro_batch(texts, part) for part in np.split(order, np.maximum.accumulate(ends))]
+
+    @staticmethod
+    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> dict[str, Any]:
+        """The micro-batch of the pairs `part` of a batch's texts."""
+        ids = [texts[side][i] for side in ("anchor", "positive") for i in part]
+        real = np.array([len(x) for x in ids])
+        order, groups, start = np.argsort(real, kind="stable"), [], 0
+        while start < len(order):
+            shortest = real[order[start]]
+            members = order[start:int(np.searchsorted(real[order], shortest + max(16, shortest // 8), side="right"))]
+            groups.append(pad_batch([ids[i] for i in members]))
+            start += len(members)
+        keys = torch.from_numpy(np.concatenate([texts[f"key_{side}"][part] for side in ("anchor", "positive")]))
+        return {"pairs": len(part), "keys": keys, "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable")), "long": True}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2134,6 +2241,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   speed/slowest_rank       process that took the longest for data and forward passes (only where there are several)
 #   speed/slowest_rank_excess   by how much longer than the average of the others, as a share
 #   data/padding             share of padding among the tokens of a step
+#   long/NAME                of the steps of long documents: total and the losses as above, grad_norm, padding
 #   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with the gold scores) or teacher_agreement
 #                            (Spearman with the teacher's cosines); the set's own name instead of sts where it is not STS-B
 #   distance/SOURCE          squared distance of a source's embeddings from the teacher's; each window halves older ones
@@ -2238,6 +2346,7 @@ class Trainer:
     def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any],
                  processes: Processes | None = None):
         self.student, self.teacher, self.cfg, self.processes = student, teacher, cfg, processes or Processes()
+        self.long_cfg = cfg | {"contrastive_weight": cfg["long_contrastive_weight"], "guided_contrastive": True}  # of steps of documents
         self.device = next(student.parameters()).device
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
@@ -2348,7 +2457,7 @@ class Trainer:
         exchanged embeddings, so each has the exact gradients of its own embeddings without differentiating the exchange;
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
-        cfg, processes = self.cfg, self.processes
+        cfg, processes = self.long_cfg if batch[0].get("long") else self.cfg, self.processes
         cached = len(batch) > 1 if cached is None or self.replica else cached
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
         tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
@@ -2366,7 +2475,7 @@ class Trainer:
         pairs = sum(m["pairs"] for m in batch)
         keys = gather_sides([m["keys"].to(self.device) for m in batch], batch)
         whole = batch_losses(student, target, pairs, keys, cfg)
-        if self.distances is not None:
+        if self.distances is not None and "sources" in batch[0]:
             apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
             known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
             self.distances.index_add_(1, torch.cat([m["sources"] for m in batch]).to(self.device), known)
@@ -2840,7 +2949,7 @@ class Run:
             self.evaluate()
         self.student.train()
         begun_at = since = self.step
-        seconds, waited, started = 0.0, 0.0, time.perf_counter()
+        pairs, seconds, waited, started = 0, 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
             coming = pool.submit(self.data.batch, self.step + 1)
@@ -2856,15 +2965,17 @@ class Run:
                     self.next_window()
                 if self.step < cfg["total_steps"]:
                     coming = pool.submit(self.data.batch, self.step + 1)
+                pairs += sum(micro["pairs"] for micro in batch)
                 values = self.optimise(trainer, batch)
                 if values:
                     for key, value in values.items():
                         self.sums[key] = self.sums.get(key, 0.0) + value
-                    self.sums["steps"] = self.sums.get("steps", 0) + 1
+                    steps = "long_steps" if batch[0].get("long") else "steps"
+                    self.sums[steps] = self.sums.get(steps, 0) + 1
                 if self.step % cfg["log_interval"] == 0:
                     seconds = time.perf_counter() - started
-                    self.log_line(bar, self.step - since, seconds, waited)
-                    waited, started, since = 0.0, time.perf_counter(), self.step
+                    self.log_line(bar, self.step - since, pairs, seconds, waited)
+                    pairs, waited, started, since = 0, 0.0, time.perf_counter(), self.step
                 bar.update()
                 if self.step % cfg["eval_interval"] == 0 or self.step == cfg["total_steps"]:
                     paused = time.perf_counter()
@@ -2892,12 +3003,12 @@ class Run:
             self.data.plan(self.step // self.data.WINDOW + 1, distances.numpy())
         self.distances.copy_(distances / 2)
 
-    def log_line(self, bar: tqdm, done: int, seconds: float, waited: float) -> None:
-        """A line in metrics.jsonl; speeds are of the `done` steps that this process has taken in `seconds`."""
-        cfg, steps = self.cfg, self.sums.pop("steps", 1)
-        self.means = means = {key: value / steps for key, value in self.sums.items()}
+    def log_line(self, bar: tqdm, done: int, pairs: int, seconds: float, waited: float) -> None:
+        """A line in metrics.jsonl; speeds are of the `done` steps, of `pairs` pairs, that this process has taken in `seconds`."""
+        cfg, steps, long_steps = self.cfg, self.sums.pop("steps", 1), self.sums.pop("long_steps", 1)
+        self.means = means = {key: value / (long_steps if key.startswith("long/") else steps) for key, value in self.sums.items()}
         self.sums = {}
-        speed = done * cfg["batch_size"] / seconds
+        speed = pairs / seconds
         pace = {"speed/pairs_per_s": round(speed, 2), "speed/data_wait": round(waited / seconds, 4)}
         if self.processes.count > 1:
             busy = self.processes.table(self.processes.busy).flatten()
@@ -2909,7 +3020,7 @@ class Run:
         best = self.best.get("validation", {})
         if bar.disable:
             print(f"step {self.step}/{cfg['total_steps']}: loss {means.get('loss/total', math.nan):.4f}, {speed:.1f} pairs/s, "
-                  f"{(cfg['total_steps'] - self.step) * cfg['batch_size'] / speed / 3600:.2f} h left"
+                  f"{(cfg['total_steps'] - self.step) * seconds / done / 3600:.2f} h left"
                   + (named if self.processes.count > 1 else ""))
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
@@ -2943,6 +3054,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
         self.optimizer.step()
+        if batch[0].get("long"):
+            return {f"long/{name}": value for name, value in {**values, "grad_norm": norm, "padding": padding}.items()}
         return {**{f"loss/{name}": value for name, value in values.items()}, "grad_norm": norm, "data/padding": padding}
 
     def finish(self) -> None:

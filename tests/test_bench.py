@@ -1,9 +1,7 @@
 """The benchmarks' own command lines with --quick: exit status, table, and the JSON's keys with positive finite numbers."""
-import gzip
 import json
 import math
 import os
-import random
 import resource
 import subprocess
 import sys
@@ -132,14 +130,8 @@ def test_generalise(tmp_path, corpus):
     assert done.returncode == 2 and "other sources" in done.stderr.splitlines()[-1]
 
 
-def test_documents(tmp_path, corpus):
-    (tmp_path / "long").mkdir()
-    texts = [row[1] for file in sorted((corpus / "train").glob("*.gz")) for row in map(json.loads, gzip.open(file, "rt"))]
-    for name, length in (("first", 15), ("second", 50)):  # sentences of a document
-        rows = [random.Random(f"{name} {i}").sample(texts, length) for i in range(75)]  # a third is kept aside
-        with gzip.open(tmp_path / "long" / f"{name}.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps([row[0], " ".join(row)]) + "\n" for row in rows)
-    result = quick("documents", tmp_path, "--data_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"),
+def test_documents(tmp_path, documents):
+    result = quick("documents", tmp_path, "--data_dir", str(documents), "--cache_dir", str(tmp_path / "cache"),
                    "--plot", str(tmp_path / "plot.png"), "--parts", "quality", "passkey", "speed", "target")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     ways = ("bm25", "teacher_256", "teacher_512", "teacher_windows", "target", "student_256", "student_windows", "late", "whole")
