@@ -552,6 +552,11 @@ class DeltaNetConfig(PretrainedConfig):
 SEGMENT = 2048  # tokens of a longer text that are in work at a time
 
 
+def frugal(module: nn.Module) -> bool:
+    """Whether long texts may go through `module` piece by piece; not in training, where dropout is to be drawn for the whole."""
+    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
+
+
 class EnhancedHierarchicalDeltaNet(nn.Module):
     """The sequence mixer: two delta-rule memories per head, coupled by a resonance flux. x (B, T, D) -> (B, T, D)."""
 
@@ -645,7 +650,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (H, B, 2, K, V) or None."""
-        if not torch.is_grad_enabled() and not torch.compiler.is_exporting() and x.shape[1] > SEGMENT:
+        if frugal(self) and x.shape[1] > SEGMENT:
             return self.forward_long(x, mask)
         qkv, gates = self.project(x, mask)
         update = mask.bool().expand(self.cfg.num_heads, -1, -1)  # where states are written
@@ -717,14 +722,16 @@ def encode_tokens(model: PreTrainedModel, tokens: list[list[int]], batch_size: i
     """`encode` of texts given as token ids with [CLS] and [SEP]: (N, D) on the CPU."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    order = np.argsort([-len(t) for t in tokens], kind="stable")
-    out, done, most = torch.empty(len(tokens), model.config.hidden_size), 0, 16384 if device.type == "cuda" else 2048
-    while done < len(order):
-        chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
-        ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
-        done += len(chosen)
+    order, done, most = np.argsort([-len(t) for t in tokens], kind="stable"), 0, 16384 if device.type == "cuda" else 2048
+    out = torch.empty(len(tokens), model.config.hidden_size)
+    with tqdm(total=sum(map(len, tokens)), unit="token", unit_scale=True, delay=10, leave=False, disable=None) as bar:  # of long work alone
+        while done < len(order):
+            chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
+            ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
+            done += len(chosen)
+            bar.update(int(mask.sum()))
     model.train(was_training)
     return out
 
@@ -753,8 +760,6 @@ class FeedForward(nn.Module):
         self.up, self.down = nn.Linear(cfg.d_model, cfg.ffn_size), nn.Linear(cfg.ffn_size, cfg.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and not torch.compiler.is_exporting() and x.shape[1] > SEGMENT:
-            return torch.cat([self(piece) for piece in x.split(SEGMENT, 1)], 1)
         return self.down(F.gelu(self.up(x)))
 
 
@@ -792,13 +797,22 @@ class DeltaNetStudent(PreTrainedModel):
                 raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
             positions = positions[:input_ids.shape[1]]
         drop = lambda x: F.dropout(x, self.config.dropout, self.training)  # noqa: E731
-        x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
+        embed = lambda ids: drop(self.embedding_norm(self.word_embeddings(ids) + positions))  # noqa: E731
+        long = frugal(self) and input_ids.shape[1] > SEGMENT
+        x = torch.cat([embed(piece) for piece in input_ids.split(SEGMENT, 1)], 1) if long else embed(input_ids)
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
             mixed, final = mixer(x, mask, output_final_state)
-            x = norm(x + drop(mixed))
-            del mixed  # a long text needs its room
-            x = ffn_norm(x + drop(ffn(x)))
+            if long:  # little memory beside x and the result, which takes mixed's place
+                out = mixed if mixed.dtype == x.dtype else torch.empty_like(x)
+                for residual, piece, result in zip(*(y.split(SEGMENT, 1) for y in (x, mixed, out))):
+                    piece = norm(residual + piece)
+                    result.copy_(ffn_norm(piece + ffn(piece)))
+                x = out
+                del mixed, out
+            else:
+                x = norm(x + drop(mixed))
+                x = ffn_norm(x + drop(ffn(x)))
             yield x, final
 
     def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False,
@@ -810,8 +824,17 @@ class DeltaNetStudent(PreTrainedModel):
         return list(states), overlap if output_state_overlap else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D)."""
+        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D); of a large batch a few texts at a time."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if frugal(self) and len(input_ids) > (rows := max(1, 8 * SEGMENT // input_ids.shape[1])):
+            out = None
+            for start in range(0, len(input_ids), rows):
+                part = mask[start:start + rows]
+                length = max(1, int((part.any(0) * torch.arange(1, part.shape[1] + 1, device=part.device)).max()))  # the rest is padding
+                x = self(input_ids[start:start + rows, :length], part[:, :length]).last_hidden_state
+                out = x.new_zeros(*input_ids.shape, x.shape[-1]) if out is None else out
+                out[start:start + rows, :length] = x
+            return BaseModelOutput(last_hidden_state=out)
         for x, _ in self.blocks(input_ids, mask):
             pass
         return BaseModelOutput(last_hidden_state=x)
@@ -2176,6 +2199,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 '''
@@ -2189,7 +2213,7 @@ def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
     nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
     parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, ShortConvolution, l2_normalise,
-             DeltaNetConfig, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise, pad_batch, FeedForward, state_overlap,
+             DeltaNetConfig, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise, pad_batch, FeedForward, state_overlap,
              DeltaNetStudent)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]

@@ -134,7 +134,9 @@ def test_documents_that_are_missing_or_too_few_are_one_line(cfg, models, corpus,
 # ---- training
 
 
-def test_cached_gradients_of_a_long_batch_equal_one_backward_with_dropout(cfg, models, data):
+@pytest.mark.parametrize("segment", [2048, 64])
+def test_cached_gradients_of_a_long_batch_equal_one_backward_with_dropout(cfg, models, data, segment, monkeypatch):
+    monkeypatch.setattr(script, "SEGMENT", segment)  # the forward pass without gradients must not draw its dropout piece by piece
     student, teacher, _ = models
     student.train()
     batch, found = lambda: data.documents.batch(2), {}
@@ -181,3 +183,40 @@ def test_run_with_documents_and_resumed(cfg, tmp_path):
     logged = [line for line in lines[0] if "lr" in line]
     assert len(logged) == 2 and all({"loss/total", "long/total", "long/contrastive", "long/layer_distill", "long/padding"} <= set(x) for x in logged)
     assert json.loads((whole / "final_model" / "sentence_bert_config.json").read_text())["max_seq_length"] == 700
+
+
+# ---- encoding
+
+
+def test_a_large_batch_is_read_a_few_texts_at_a_time(models, monkeypatch):
+    student = models[0].eval()
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1000, 30000, (n,), generator=generator).tolist() for n in (90, 5, 70, 100, 33)]
+    ids, mask = script.pad_batch([*texts, [0] * 40])
+    mask[5] = 0  # a row of padding alone
+    with torch.inference_mode():
+        expected = student(ids, mask).last_hidden_state
+        monkeypatch.setattr(script, "SEGMENT", 26)  # two texts of 104 tokens, four pieces of each
+        found, seen, embed = student(ids, mask).last_hidden_state, [], student.word_embeddings.forward
+        monkeypatch.setattr(student.word_embeddings, "forward", lambda x: seen.append(x.numel()) or embed(x))
+        student(ids, mask)
+    assert max(seen) <= 2 * 26 and len(seen) > 6
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
+
+
+def test_memory_of_one_long_document():
+    """100,000 words are about 130,000 tokens and are to take less than 1 GB above the model: here 40,000 tokens, one layer of full width."""
+    code = """if True:
+        import torch, train_6layer_deltanet as script
+        from common import growth
+        torch.set_num_threads(1)
+        student = script.DeltaNetStudent(script.DeltaNetConfig(num_layers=1)).eval()
+        read = lambda n: script.encode_tokens(student, [[101, *range(1000, 21000), *range(1000, 21000)][:n]])
+        read(4000)
+        print(growth(lambda: read(40_000), torch.device("cpu")))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ | {
+        "PYTHONPATH": str(ROOT / "bench"), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"})
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() == "None":
+        pytest.skip("this system does not tell a process's peak memory from now on")
+    assert 40_000 * 384 * 4 < int(done.stdout) < 1e9 * 40_000 / 130_000
