@@ -80,12 +80,14 @@ config: dict[str, Any] = {
     "num_layers": 6,  # blocks, one for each of the teacher's
     "fast_decay_init": 0.30,  # retention of the fast state at initialisation, per token
     "slow_decay_init": 0.85,  # retention of the slow state at initialisation, per token
+    "slow_decay_max": 0.0,  # that of a direction's slowest head; the others' memory spans rise to it geometrically; 0: all alike
     "bidirectional": True,  # half of the heads read right to left; False: all read left to right
     "hierarchical_memory": True,  # a slow state beside the fast one
     "cross_timescale_coupling": True,  # the two states exchange through the 2 x 2 transition
     "resonance_flux": True,  # learned psi; False: psi is 0.5 everywhere
     "short_convolution": True,  # depthwise convolution of width 4 before q, k, v
     "read_gates": True,  # learned gates on what is read from each state; False: 1
+    "learned_pooling": False,  # a learned weight for each token in the mean, 1 at initialisation
     "learned_positions": False,  # add the teacher's position embeddings; limits texts to 512 tokens
     "train_embeddings": False,  # train the copied embeddings too; False keeps them the teacher's
     "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention projections)
@@ -232,7 +234,7 @@ CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("t
            "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false")}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
-                     "learned_positions")
+                     "learned_pooling", "learned_positions")
 # Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
 # (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
@@ -314,6 +316,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     rules += [(key, cfg[key] < 1, "below 1")
               for key in ("dropout", "state_dropout", "label_smoothing", "held_out_share")]
     rules += [(key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")]
+    rules += [("slow_decay_max", cfg["slow_decay_max"] == 0 or cfg["slow_decay_init"] <= cfg["slow_decay_max"] < 1,
+               "0, or at least slow_decay_init and below 1")]
     rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
     rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
               ("long_share", cfg["long_share"] <= 1, "at most 1"), ("long_length", cfg["long_length"] >= 4, "at least 4"),
@@ -536,8 +540,8 @@ class DeltaNetConfig(PretrainedConfig):
     def __init__(self, d_model=384, num_heads=12, num_layers=6, ffn_size=1536, vocab_size=30522, max_positions=512,
                  fast_decay_init=0.30, slow_decay_init=0.85, bidirectional=True, hierarchical_memory=True,
                  cross_timescale_coupling=True, resonance_flux=True, short_convolution=True, read_gates=True,
-                 learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12,
-                 **kwargs):
+                 learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12, slow_decay_max=0.0,
+                 learned_pooling=False, **kwargs):
         self.d_model, self.num_heads, self.num_layers, self.ffn_size = d_model, num_heads, num_layers, ffn_size
         self.vocab_size, self.max_positions, self.layer_norm_eps = vocab_size, max_positions, layer_norm_eps
         self.fast_decay_init, self.slow_decay_init = fast_decay_init, slow_decay_init
@@ -545,8 +549,18 @@ class DeltaNetConfig(PretrainedConfig):
         self.cross_timescale_coupling, self.resonance_flux = cross_timescale_coupling, resonance_flux
         self.short_convolution, self.read_gates = short_convolution, read_gates
         self.learned_positions, self.dropout, self.state_dropout = learned_positions, dropout, state_dropout
+        self.slow_decay_max, self.learned_pooling = slow_decay_max, learned_pooling
         self.hidden_size, self.num_hidden_layers = d_model, num_layers
         super().__init__(**kwargs)
+
+
+def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
+    """Retention of each head's slow state at initialisation, (H,): 1 / (1 - retention) rises geometrically within a direction."""
+    if not cfg.slow_decay_max:
+        return torch.full((cfg.num_heads,), cfg.slow_decay_init)
+    directions = 2 if cfg.bidirectional else 1
+    lost = torch.logspace(*(math.log10(1 - x) for x in (cfg.slow_decay_init, cfg.slow_decay_max)), cfg.num_heads // directions)
+    return (1 - lost).repeat(directions)
 
 
 SEGMENT = 2048  # tokens of a longer text that are in work at a time
@@ -589,8 +603,8 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         self.flux_log_temperature.fill_(0.5 * math.log(self.flux_bilinear.shape[-1]))
         for linear in (self.flux_in, self.flux_out, self.gate_proj):
             nn.init.normal_(linear.weight, std=0.02), nn.init.zeros_(linear.bias)
-        for row, start in ((1, cfg.fast_decay_init), (2, cfg.slow_decay_init)):
-            self.gate_proj.bias[row * heads:(row + 1) * heads] = math.log(start / (1 - start))
+        for row, start in ((1, cfg.fast_decay_init), (2, slow_retentions(cfg))):
+            self.gate_proj.bias[row * heads:(row + 1) * heads] = torch.logit(torch.as_tensor(start))
 
     def projections(self) -> list[Tensor]:
         """The D x D weights of q, k, v and o, as views."""
@@ -781,6 +795,9 @@ class DeltaNetStudent(PreTrainedModel):
         self.deltanet_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
         self.deltanet_ffns = nn.ModuleList(FeedForward(config) for _ in range(config.num_layers))
         self.ffn_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
+        if config.learned_pooling:
+            self.pooling = nn.Linear(dim, 1, bias=False)  # the logarithm of a token's weight; a bias would be the same for all
+            nn.init.zeros_(self.pooling.weight)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -823,6 +840,13 @@ class DeltaNetStudent(PreTrainedModel):
         overlap = torch.stack([state_overlap(f) for f in finals]).mean() if wanted else states[-1].new_zeros(())
         return list(states), overlap if output_state_overlap else None
 
+    def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """`hidden` (B, T, D) times each token's weight over the mean weight of its text: anybody's mean pooling is then the weighted mean."""
+        if not self.config.learned_pooling:
+            return hidden
+        weights = self.pooling(hidden).float().masked_fill(mask.unsqueeze(-1) == 0, -1e9).softmax(1)
+        return hidden * (weights * mask.sum(1)[:, None, None]).to(hidden.dtype)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D); of a large batch a few texts at a time."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -837,7 +861,7 @@ class DeltaNetStudent(PreTrainedModel):
             return BaseModelOutput(last_hidden_state=out)
         for x, _ in self.blocks(input_ids, mask):
             pass
-        return BaseModelOutput(last_hidden_state=x)
+        return BaseModelOutput(last_hidden_state=self.weigh(x, mask))
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
         """`encode` with this model; the tokenizer is by default the one saved beside it, the length what it was trained on."""
@@ -1000,7 +1024,7 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
     student = DeltaNetStudent(DeltaNetConfig(
         ffn_size=t.intermediate_size, vocab_size=t.vocab_size, max_positions=t.max_position_embeddings,
         layer_norm_eps=t.layer_norm_eps, dropout=cfg["dropout"], state_dropout=cfg["state_dropout"],
-        fast_decay_init=cfg["fast_decay_init"], slow_decay_init=cfg["slow_decay_init"],
+        **{key: cfg[key] for key in ("fast_decay_init", "slow_decay_init", "slow_decay_max")},
         **{key: cfg[key] for key in ARCHITECTURE_KEYS}))
     emb = teacher.embeddings
     student.word_embeddings.weight.copy_(emb.word_embeddings.weight)
@@ -2213,18 +2237,25 @@ def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
     nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
     parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, ShortConvolution, l2_normalise,
-             DeltaNetConfig, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise, pad_batch, FeedForward, state_overlap,
+             DeltaNetConfig, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise, pad_batch, FeedForward, state_overlap,
              DeltaNetStudent)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
     return MODELLING_HEADER + f"\nSEGMENT = {SEGMENT}\n" + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
 
 
+def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
+    """Tokens of the longest text that a student of this config was trained on, or the one that it started from (see `recorded_init`)."""
+    earlier = longest_read(recorded_config(init.get("config"), Path("init")), recorded_init(init)) if init else 0
+    return max(longest_text(cfg), earlier)
+
+
 def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
     """A folder that sentence-transformers and transformers open: weights, code, configs, tokenizer, scores."""
     folder.mkdir(parents=True, exist_ok=True)
+    longest = longest_read(cfg, recorded_init(scores))
     architecture = student.config.to_dict() | {
-        "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest_text(cfg),
+        "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
         "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
     write_atomic(folder / "modeling_deltanet.py", lambda file: file.write(modelling_source().encode()))
@@ -2236,7 +2267,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     for name in ("1_Pooling", "2_Normalize"):
         (folder / name).mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest_text(cfg), "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
                                                               "similarity_fn_name": "cosine"})
     tokenizer = copy.deepcopy(tokenizer)
@@ -2280,12 +2311,12 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers."""
+    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling, which start untrained."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             decay = parameter.dim() == 2 and not re.search(r"norm|gate_proj|flux", name)
-            groups[name.startswith("deltanet_layers"), decay].append(parameter)
+            groups[name.startswith(("deltanet_layers", "pooling")), decay].append(parameter)
     return torch.optim.AdamW([
         {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
          "lr_multiplier": cfg["mixer_lr_multiplier"] if mixer else 1.0}
@@ -2441,7 +2472,7 @@ class Trainer:
         for (ids, mask), target in zip(micro["groups"], micro["states"]):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
-            vectors.append(mean_pool(states[-1].float(), mask))
+            vectors.append(mean_pool(self.student.weigh(states[-1], mask).float(), mask))
             if cfg["layer_distill_weight"]:
                 local["layer_distill"] = local["layer_distill"] + \
                     layer_distillation_loss(states, target, mask) * (mask.sum() / tokens)
@@ -2700,14 +2731,19 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
 def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrainedModel) -> dict[str, Any]:
     """Give `student` the weights of the saved one that `cfg` names; returns what is recorded of that one.
 
+    A learned pooling that it lacks starts as the plain mean, and its retentions move by what `slow_decay_*` differ.
     UserError if it cannot be read or is of another architecture.
     """
     state, theirs, info = read_student(cfg["init_student"])
     for key in ARCHITECTURE_KEYS:
-        if theirs[key] != cfg[key]:
+        if theirs[key] != cfg[key] and (key != "learned_pooling" or theirs[key]):
             raise UserError(f"init_student {info['file']}: has {key} {theirs[key]!r}, this run has {cfg[key]!r}; "
                             f"set --{key} {theirs[key]}")
-    student.load_state_dict(student_from(state, theirs, info["file"], teacher).state_dict())
+    found, heads = student_from(state, theirs, info["file"], teacher), cfg["num_heads"]
+    with torch.no_grad():
+        for mixer in found.deltanet_layers:
+            mixer.gate_proj.bias[2 * heads:3 * heads] += torch.logit(slow_retentions(student.config)) - torch.logit(slow_retentions(found.config))
+    student.load_state_dict(found.state_dict(), strict=False)
     return {"file": Path(info["file"]).name, **{key: info[key] for key in ("sha256", "step", "init")},
             "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
 

@@ -185,6 +185,69 @@ def test_run_with_documents_and_resumed(cfg, tmp_path):
     assert json.loads((whole / "final_model" / "sentence_bert_config.json").read_text())["max_seq_length"] == 700
 
 
+# ---- options of the model
+
+
+def test_slow_retentions_spread_over_the_heads_of_each_direction(cfg):
+    config = script.DeltaNetConfig(slow_decay_max=0.999)
+    found = script.slow_retentions(config)
+    assert found.shape == (12,) and torch.equal(found[:6], found[6:])
+    span = 1 / (1 - found[:6].double())
+    torch.testing.assert_close(span[[0, -1]], torch.tensor([1 / 0.15, 1000.0]).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(span[1:] / span[:-1], (span[-1] / span[0] ** 1.0).pow(1 / 5).expand(5), rtol=1e-3, atol=0)
+    bias = script.EnhancedHierarchicalDeltaNet(config).gate_proj.bias
+    torch.testing.assert_close(torch.sigmoid(bias[24:36]), found)
+    assert (script.slow_retentions(script.DeltaNetConfig()) == 0.85).all()
+    with pytest.raises(script.UserError, match="slow_decay_max"):
+        script.check_config(cfg | {"slow_decay_max": 0.5})
+
+
+def test_learned_pooling_is_whose_mean_is_taken(cfg, models, tmp_path):
+    """Untrained it changes nothing; trained, the mean of what the saved folder gives is the weighted mean, for every library."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+    _, teacher, tokenizer = models
+    cfg = cfg | {"learned_pooling": True}
+    plain, student = (script.build_student(cfg | {"learned_pooling": x}, teacher).eval() for x in (False, True))
+    texts = ["a dog", "many more words than the other text has, of which some weigh more", "cats"]
+    ids, mask = script.pad_batch(script.tokenise(tokenizer, texts, None))
+    ids, mask = torch.cat([ids, ids[:1]]), torch.cat([mask, 0 * mask[:1]])
+    hidden = plain(ids, mask).last_hidden_state
+    torch.testing.assert_close(student(ids, mask).last_hidden_state[:3], hidden[:3] * mask[:3, :, None])
+    assert student(ids, mask).last_hidden_state.isfinite().all()
+    torch.nn.init.normal_(student.pooling.weight)
+    expected = []
+    for states, real in zip(hidden[:3], mask[:3].bool()):
+        weights = torch.exp(states[real] @ student.pooling.weight[0])
+        expected.append(torch.nn.functional.normalize((weights[:, None] * states[real]).sum(0), dim=0))
+    expected = torch.stack(expected)
+    assert (expected - script.mean_pool(hidden, mask)[:3]).norm(dim=1).min() > 0.05
+    torch.testing.assert_close(script.encode(student, tokenizer, texts, convert_to_tensor=True), expected.detach(), atol=1e-5, rtol=1e-4)
+    script.save_model(tmp_path, student, tokenizer, cfg, {})
+    for vectors in (script.encode(AutoModel.from_pretrained(tmp_path, trust_remote_code=True), tokenizer, texts),
+                    SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu").encode(texts)):
+        np.testing.assert_allclose(vectors, expected.detach().numpy(), atol=1e-5)
+
+    batch = {"groups": [(ids[:3], mask[:3])], "states": [script.teacher_states(teacher, ids[:3], mask[:3])], "restore": torch.arange(3)}
+    vectors, _ = script.Trainer(student, teacher, cfg).forward(batch, 0, int(mask.sum()), 3)
+    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-4)  # training sees the same
+
+
+def test_a_plain_student_starts_one_with_the_options_and_its_length_is_kept(cfg, models, tmp_path):
+    plain, teacher, tokenizer = models
+    script.save_model(tmp_path / "plain", plain, tokenizer, cfg, {})
+    options = cfg | {"learned_pooling": True, "slow_decay_max": 0.99, "init_student": str(tmp_path / "plain"), "long_share": 0.0}
+    student = script.build_student(options, teacher)
+    init = script.init_student(student, options, teacher)
+    before, after = plain.deltanet_layers[1].gate_proj.bias.detach(), student.deltanet_layers[1].gate_proj.bias.detach()
+    torch.testing.assert_close(torch.sigmoid(after[4:6]), torch.full((2,), 0.85))  # one head a direction: the fastest is the slowest
+    assert torch.equal(before[:4], after[:4]) and not student.pooling.weight.any()
+    script.save_model(tmp_path / "later", student, tokenizer, options, {"init": init})
+    assert json.loads((tmp_path / "later" / "config.json").read_text())["max_seq_length"] == 700
+    with pytest.raises(script.UserError, match="learned_pooling"):
+        script.init_student(plain, cfg | {"init_student": str(tmp_path / "later")}, teacher)
+
+
 # ---- encoding
 
 
