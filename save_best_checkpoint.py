@@ -4,6 +4,7 @@
     python save_best_checkpoint.py best --run_dir runs/first --output_dir out  by name: best, last, 25000, checkpoint_25000.pt
     python save_best_checkpoint.py results/best --output_dir out              the full folder of a compact export
     python save_best_checkpoint.py best --export_trained results/best         the compact form: trained tensors in float16
+    python save_best_checkpoint.py A --average B C --output_dir soup          the mean of several students' weights
     python save_best_checkpoint.py best --onnx                                also model.onnx (needs requirements-eval.txt)
 """
 from __future__ import annotations
@@ -105,13 +106,18 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
     rows = "".join(f"| {name} {key.replace('_', ', ', 1).replace('_', ' ')} | {value:.4f} | "
                    + (f"{teacher[key]:.4f} |\n" if key in teacher else "not recorded |\n") for key, value in info["scores"].items())
     scores = f"| evaluation | this model | teacher |\n|---|---:|---:|\n{rows}" if rows else "No score was recorded.\n"
-    split = cfg["best_model_split"]
+    split, first = cfg["best_model_split"], info["init"] or {}
+    start = f"Started as {first.get('file')}, step {first.get('step')} of an earlier run" if first else \
+        f"Embeddings, norms and FFNs started as the teacher's; projections started {cfg['projection_init']}"
     choice = (f"Checkpoint of step {info['step']}; {chosen}. The run kept its best model by the {split} split"
               + (", so its own test score chose it and is slightly optimistic." if split == "test" else "."))
     if info["kind"] == "export":
         choice += " The weights were stored in float16; the scores are of the float32 weights they were rounded from."
     names = [f"{n} ({HUB_SOURCES[n][0]})" if n in HUB_SOURCES else n for n in info["sources"] or ()]
     data = f"Sentence pairs of {len(names)} sources: {', '.join(names)}" if names else "The training sources were not recorded"
+    if cfg["long_share"]:
+        data += f". {cfg['long_share']:.0%} of the steps were of documents of up to {cfg['long_length']:,} tokens, each with a query"
+    unmeasured = "other languages were" if cfg["long_share"] else "retrieval, long documents and other languages were"
     parts = [f"{key.replace('_', ' ')}: {'yes' if getattr(c, key) else 'no'}" for key in ARCHITECTURE_KEYS[3:]]
     return f"""---
 language: en
@@ -147,7 +153,7 @@ the real tokens, scaled to unit length. Needs PyTorch 2.6 or newer; the code tha
 
 {total:,} parameters, {trained:,} of them trained ({'the embeddings too' if cfg['train_embeddings'] else 'the embeddings are the teacher’s'}).
 Width {c.d_model}, {c.num_heads} heads, FFN {c.ffn_size}; {', '.join(parts)}.
-Embeddings, norms and FFNs started as the teacher's; projections started {cfg['projection_init']}. Trained to {info['step']} of
+{start}. Trained to {info['step']} of
 {cfg['total_steps']} steps of {cfg['batch_size']} pairs, seed {cfg['seed']}; every setting is in `training_config.json`.
 
 ## Data
@@ -156,8 +162,8 @@ Embeddings, norms and FFNs started as the teacher's; projections started {cfg['p
 
 ## Limits
 
-English only. Trained on texts of at most {script.longest_text(cfg)} tokens, and `SentenceTransformer` cuts texts there. Similarities are
-those of general sentences; retrieval, long documents and other languages were not measured. What is unfair in the
+English only. Trained on texts of at most {script.longest_read(cfg, info['init'])} tokens, and `SentenceTransformer` cuts texts there. Similarities are
+those of general sentences; {unmeasured} not measured. What is unfair in the
 teacher's and the data's view of people is copied too.
 
 ## Licence
@@ -165,6 +171,35 @@ teacher's and the data's view of people is copied too.
 Apache-2.0, as the teacher, whose weights it contains. The training data have licences of their own, and
 some of the sources named above are for non-commercial or research use only: look there before a use that is not research.
 """
+
+
+def average_students(states: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
+    """The weighted mean of students of one architecture, tensor by tensor; the weights are scaled to a sum of 1.
+
+    Model soups (arXiv:2203.05482); of a student and the one it was trained from, WiSE-FT (arXiv:2109.01903).
+    """
+    total = sum(weights)
+    if len(weights) != len(states) or not math.isfinite(total) or total <= 0:
+        raise UserError(f"average: {len(states)} students, weights {weights}: one for each is needed, of a sum above 0")
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if any(other != shapes[0] for other in shapes):
+        raise UserError("average: the students are not of one architecture")
+    return {name: sum(state[name] * (w / total) for state, w in zip(states, weights)) for name in states[0]}
+
+
+def average(args: argparse.Namespace, student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, Any],
+            teacher: Any) -> str:
+    """Give `student` the mean of its weights and of those of `--average`; returns what was averaged."""
+    states, names = [student.state_dict()], [f"step {info['step']}"]
+    weights = args.weights or [1.0] * (1 + len(args.average))
+    for name in args.average:
+        state, theirs, other = read_student(find_source(name, Path(args.run_dir))[0])
+        if any(theirs[key] != cfg[key] for key in ARCHITECTURE_KEYS):
+            raise UserError(f"average: {other['file']} is of another architecture than {info['file']}")
+        states.append(student_from(state, theirs, other["file"], teacher).state_dict())
+        names.append(f"{Path(other['file']).name} of sha256 {other['sha256'][:12]}, step {other['step']}")
+    student.load_state_dict(average_students(states, weights))
+    return f"it is the average of {'; '.join(f'{n} (weight {w:g})' for n, w in zip(names, weights))}"
 
 
 def export_trained(folder: Path, student: DeltaNetStudent, cfg: dict[str, Any], record: dict[str, Any]) -> list[str]:
@@ -176,8 +211,7 @@ def export_trained(folder: Path, student: DeltaNetStudent, cfg: dict[str, Any], 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
     write_atomic(folder / "student.safetensors", lambda file: file.write(save(state)))
-    # Folders of the machine that trained it mean nothing elsewhere.
-    write_json(folder / "config.json", cfg | {key: config[key] for key in ("data_dir", "cache_dir", "output_dir", "teacher_cache")})
+    write_json(folder / "config.json", cfg | {key: config[key] for key in script.FOLDER_KEYS})
     write_json(folder / "metrics.json", {**record, "weights": "float16", "sha256": file_sha256(folder / "student.safetensors")})
     return ["student.safetensors", "config.json", "metrics.json"]
 
@@ -266,7 +300,7 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     source, chosen = find_source(args.checkpoint, Path(args.run_dir))
     state, cfg, info = read_student(source)
     chosen = info.get("chosen") or chosen
-    info["scores"] = measured_scores(info)
+    info["scores"] = {} if args.average else measured_scores(info)  # an average's are not known yet
     home, split = Path(info["file"]).parent, cfg["best_model_split"]
     folder = Path(args.export_trained or args.output_dir or (args.run_dir if info["kind"] == "export" else home))
     if info["kind"] == "export" and folder.resolve() == home.resolve():
@@ -279,9 +313,12 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{card}: is not a model card; choose another --output_dir, or --force")
     teacher, tokenizer, _ = load_teacher(cfg | ({"teacher_model": args.teacher_model} if args.teacher_model else {}))
     student = student_from(state, cfg, info["file"], teacher)
+    if args.average:
+        chosen = average(args, student, cfg, info, teacher)
     record = {"step": info["step"], "evaluation": info["evaluation"], **info["scores"], "best_model_split": split,
               "chosen": chosen, "sources": info["sources"], "teacher": info["teacher"],
-              "source": Path(info["file"]).name, "source_sha256": info["sha256"]}
+              "source": Path(info["file"]).name, "source_sha256": info["sha256"],
+              **({"init": info["init"]} if info["init"] else {})}
     result = {"folder": str(folder), "step": info["step"], "scores": info["scores"], "source": info["file"]}
     if args.export_trained:
         return result | {"files": export_trained(folder, student, cfg, record)}
@@ -310,6 +347,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run_dir", default=config["output_dir"], help="where bare names are looked up (default: %(default)s)")
     parser.add_argument("--teacher_model", help="teacher's folder or id (default: the one it was trained with)")
     parser.add_argument("--export_trained", metavar="DIR", help="write only the compact form, into DIR")
+    parser.add_argument("--average", nargs="+", default=[], metavar="STUDENT", help="average its weights with these students'")
+    parser.add_argument("--weights", nargs="+", type=float, help="of CHECKPOINT and of each of --average (default: equal)")
     parser.add_argument("--onnx", action="store_true", help="also write model.onnx, checked with onnxruntime")
     parser.add_argument("--force", action="store_true", help="overwrite a better model")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")

@@ -80,12 +80,14 @@ config: dict[str, Any] = {
     "num_layers": 6,  # blocks, one for each of the teacher's
     "fast_decay_init": 0.30,  # retention of the fast state at initialisation, per token
     "slow_decay_init": 0.85,  # retention of the slow state at initialisation, per token
+    "slow_decay_max": 0.0,  # that of a direction's slowest head; the others' memory spans rise to it geometrically; 0: all alike
     "bidirectional": True,  # half of the heads read right to left; False: all read left to right
     "hierarchical_memory": True,  # a slow state beside the fast one
     "cross_timescale_coupling": True,  # the two states exchange through the 2 x 2 transition
     "resonance_flux": True,  # learned psi; False: psi is 0.5 everywhere
     "short_convolution": True,  # depthwise convolution of width 4 before q, k, v
     "read_gates": True,  # learned gates on what is read from each state; False: 1
+    "learned_pooling": False,  # a learned weight for each token in the mean, 1 at initialisation
     "learned_positions": False,  # add the teacher's position embeddings; limits texts to 512 tokens
     "train_embeddings": False,  # train the copied embeddings too; False keeps them the teacher's
     "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention projections)
@@ -103,6 +105,7 @@ config: dict[str, Any] = {
     "save_interval": 1000,  # steps between checkpoints
     "log_interval": 50,  # steps between lines in metrics.jsonl
     "resume_from_step": 0,  # continue from checkpoint_N.pt of output_dir; 0: from scratch; -1: the newest whole one
+    "init_student": "",  # start from this saved student: checkpoint, folder or compact export; empty: from the teacher
     "keep_checkpoints": 0,  # keep the newest K checkpoints and the best ones; 0: keep all
     "max_bad_steps": 10,  # steps with a non-finite loss or gradient in a row before the run stops
     "seed": 42,  # of initialisation, data order and dropout
@@ -111,6 +114,8 @@ config: dict[str, Any] = {
     "contrastive_weight": 1.0,  # weight of the in-batch contrastive loss
     "contrastive_scale": 20.0,  # factor on the cosine before the softmax
     "label_smoothing": 0.1,  # of the contrastive targets
+    "guided_contrastive": False,  # no negatives that the teacher scores above the positive; more from the query's side
+    "guided_margin": 0.0,  # cosine below the positive's from which on they are left out already
     "distillation_weight": 1.0,  # weight of the squared L2 distance between final embeddings
     "layer_distill_weight": 1.5,  # weight of the mean squared distance between hidden states
     "orthogonal_reg_weight": 0.01,  # weight of ||W^T W - I||^2 over the projections
@@ -127,10 +132,17 @@ config: dict[str, Any] = {
     "data_dir": "",  # folder with train/*.jsonl.gz and sts/stsb-{dev,test}.tsv.gz; empty: the hub
     "sources": "auto",  # names joined by commas: allnli, qqp, msmarco, wikianswers, snli, local; auto: see README; none: streams alone
     "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
+    "source_focus": 0.0,  # draw a source (its distance to the teacher / the mean)**source_focus times as often
+    "one_source_batches": False,  # each batch from one source, so that its negatives are hard
+    "held_out_share": 0.0,  # share of all texts kept out of training with their pairs, for bench/generalise.py
     "streams": "",  # data sets read with streaming beside `sources`: hub ids, or folders of JSON lines, joined by commas
     "stream_share": 0.5,  # share of the pairs that comes from the streams
     "joined_share": 0.0,  # share of the pairs that are joined with those that follow them into longer texts; fewer where these would overlap
     "joined_length": 512,  # tokens that such texts reach at most; their lengths are log-uniform from 32
+    "long_share": 0.0,  # share of the steps that are of long documents, each with a query: data_dir/long/*.jsonl.gz
+    "long_length": 8192,  # tokens a long document is cut at; in half of its batches earlier, at a length drawn log-uniformly from 256
+    "long_tokens": 16384,  # tokens of documents in a step; more give each query more negatives
+    "long_contrastive_weight": 1.0,  # weight of the guided contrastive loss between queries and documents
     "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
@@ -174,9 +186,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
         "ortho_state_reg_weight": 0.0,  # no gain found
         "source_alpha": 0.7,  # many small sources instead of mostly captions; 0.5 and 1: no change
+        "held_out_share": 0.05,  # a tenth of the pairs, so that small sources too have 200 texts to measure on
         "joined_share": 0.02,  # training texts have 23 tokens on average; the student is to follow its teacher on longer ones too
         "joined_length": 256,  # tokens; at 512 a joined text would be 1.6 times as long on average
         "best_model_split": "validation",  # nothing is chosen on test
+    },
+    "past_teacher": {
+        "init_student": "results/best",  # a student that has arrived at its teacher
+        "one_source_batches": True,  # hard negatives: of the same kind as the positive
+        "guided_contrastive": True,  # and the teacher says which of them are none
+        "contrastive_scale": 20.0,
+        "label_smoothing": 0.0,  # the guide has already left out what may be right
+        "batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "total_steps": 300,
+        "warmup_steps": 30,
+        "eval_interval": 100,
+        "save_interval": 100,
+        "log_interval": 25,
+        "peak_learning_rate": 2e-5,
+        "mixer_lr_multiplier": 5.0,
+        "weight_decay": 0.01,
+        "dropout": 0.0,
+        "state_dropout": 0.0,
+        "distillation_weight": 5.0,
+        "layer_distill_weight": 0.0,
+        "spearman_loss_weight": 0.0,
+        "ranking_loss_weight": 0.0,
+        "orthogonal_reg_weight": 0.0,
+        "ortho_state_reg_weight": 0.0,
+        "source_alpha": 0.7,
+        "held_out_share": 0.05,  # as in match_teacher
+        "projection_init": "teacher",
+        "best_model_split": "validation",
     },
     "quickstart": {
         "data_dir": "data/generated", "output_dir": "runs/quickstart",
@@ -191,12 +233,13 @@ CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("t
            "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false")}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
-                     "learned_positions")
+                     "learned_pooling", "learned_positions")
 # Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
 # (total_steps, warmup_steps) is said.
-FREE_KEYS = ("resume_from_step", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval", "save_interval",
-             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
+FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
+             "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
              "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
+FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing on another machine
 
 
 class UserError(Exception):
@@ -268,10 +311,15 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
                         (1, ("gradient_accumulation_steps", "total_steps", "eval_interval", "save_interval", "log_interval", "num_heads",
                              "num_layers", "d_model", "max_bad_steps", "peer_timeout", "length_groups")), (-1, ("resume_from_step",))):
         rules += [(key, cfg[key] >= bound, f"at least {bound}") for key in keys]
-    rules += [(key, cfg[key] < 1, "below 1") for key in ("dropout", "state_dropout", "label_smoothing")]
+    rules += [(key, cfg[key] < 1, "below 1")
+              for key in ("dropout", "state_dropout", "label_smoothing", "held_out_share")]
     rules += [(key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")]
+    rules += [("slow_decay_max", cfg["slow_decay_max"] == 0 or cfg["slow_decay_init"] <= cfg["slow_decay_max"] < 1,
+               "0, or at least slow_decay_init and below 1")]
     rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
     rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
+              ("long_share", cfg["long_share"] <= 1, "at most 1"), ("long_length", cfg["long_length"] >= 4, "at least 4"),
+              ("long_tokens", cfg["long_tokens"] >= 1, "at least 1"),
               ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
                "above 0, or another loss than the two regularisations"),
               ("spearman_temperature", cfg["spearman_temperature"] > 0, "above 0"),
@@ -289,14 +337,15 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     return cfg
 
 
-def longest_text(cfg: dict[str, Any]) -> int:
-    """Tokens that a training text can have."""
-    return max(cfg["max_length"], cfg["joined_length"] if cfg["joined_share"] else 0)
+def longest_text(cfg: dict[str, Any], documents: bool = True) -> int:
+    """Tokens that a training text can have; without `documents`, one of the pairs."""
+    return max(cfg["max_length"], cfg["joined_length"] if cfg["joined_share"] else 0,
+               cfg["long_length"] if cfg["long_share"] and documents else 0)
 
 
 def pad_lengths(cfg: dict[str, Any]) -> list[int]:
     """The lengths batches are padded to, the last one that of the longest text."""
-    longest = longest_text(cfg)
+    longest = longest_text(cfg, documents=False)
     return [x for x in map(int, cfg["pad_lengths"].split(",")) if x < longest] + [longest]
 
 
@@ -463,8 +512,8 @@ class DeltaNetConfig(PretrainedConfig):
     def __init__(self, d_model=384, num_heads=12, num_layers=6, ffn_size=1536, vocab_size=30522, max_positions=512,
                  fast_decay_init=0.30, slow_decay_init=0.85, bidirectional=True, hierarchical_memory=True,
                  cross_timescale_coupling=True, resonance_flux=True, short_convolution=True, read_gates=True,
-                 learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12,
-                 **kwargs):
+                 learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12, slow_decay_max=0.0,
+                 learned_pooling=False, **kwargs):
         self.d_model, self.num_heads, self.num_layers, self.ffn_size = d_model, num_heads, num_layers, ffn_size
         self.vocab_size, self.max_positions, self.layer_norm_eps = vocab_size, max_positions, layer_norm_eps
         self.fast_decay_init, self.slow_decay_init = fast_decay_init, slow_decay_init
@@ -472,6 +521,7 @@ class DeltaNetConfig(PretrainedConfig):
         self.cross_timescale_coupling, self.resonance_flux = cross_timescale_coupling, resonance_flux
         self.short_convolution, self.read_gates = short_convolution, read_gates
         self.learned_positions, self.dropout, self.state_dropout = learned_positions, dropout, state_dropout
+        self.slow_decay_max, self.learned_pooling = slow_decay_max, learned_pooling
         self.hidden_size, self.num_hidden_layers = d_model, num_layers
         super().__init__(**kwargs)
 
@@ -574,6 +624,23 @@ def has_kernel(x: Tensor) -> bool:
 has_kernel.told = False
 
 
+def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
+    """Retention of each head's slow state at initialisation, (H,): 1 / (1 - retention) rises geometrically within a direction."""
+    if not cfg.slow_decay_max:
+        return torch.full((cfg.num_heads,), cfg.slow_decay_init)
+    directions = 2 if cfg.bidirectional else 1
+    lost = torch.logspace(*(math.log10(1 - x) for x in (cfg.slow_decay_init, cfg.slow_decay_max)), cfg.num_heads // directions)
+    return (1 - lost).repeat(directions)
+
+
+PIECE = 16384  # tokens that are in work at once where memory is to be spared
+
+
+def frugal(module: nn.Module) -> bool:
+    """Whether long texts may go through `module` piece by piece; not in training, where dropout is to be drawn for the whole."""
+    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
+
+
 class EnhancedHierarchicalDeltaNet(nn.Module):
     """The sequence mixer: two delta-rule memories per head, coupled by a resonance flux. x (B, T, D) -> (B, T, D)."""
 
@@ -606,38 +673,51 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         self.flux_log_temperature.fill_(0.5 * math.log(self.flux_bilinear.shape[-1]))
         for linear in (self.flux_in, self.flux_out, self.gate_proj):
             nn.init.normal_(linear.weight, std=0.02), nn.init.zeros_(linear.bias)
-        for row, start in ((1, cfg.fast_decay_init), (2, cfg.slow_decay_init)):
-            self.gate_proj.bias[row * heads:(row + 1) * heads] = math.log(start / (1 - start))
+        for row, start in ((1, cfg.fast_decay_init), (2, slow_retentions(cfg))):
+            self.gate_proj.bias[row * heads:(row + 1) * heads] = torch.logit(torch.as_tensor(start))
 
     def projections(self) -> list[Tensor]:
         """The D x D weights of q, k, v and o, as views."""
         return [*self.qkv_proj.weight.chunk(3), self.o_proj.weight]
 
-    def project(self, x: Tensor) -> Tensor:
-        """q, k, v and the logits of the gates by one matrix product: x (B, T, D) -> (B, T, R), R a multiple of 16.
+    def project(self, x: Tensor, part: slice) -> Tensor:
+        """q, k, v and the logits of the gates of the heads `part` by one matrix product: x (B, T, D) -> (B, T, R).
 
-        Rows that are not a multiple of 16 numbers cost a third more on a CPU.
+        R is a multiple of 16: other rows cost a third more on a CPU.
         """
-        parts, fill = (self.qkv_proj, self.gate_proj), -(3 * self.cfg.d_model + 5 * self.cfg.num_heads) % 16
-        weight, bias = (torch.cat([*(getattr(part, name) for part in parts), getattr(parts[0], name).new_zeros(fill, *size)])
+        sizes, fill = ((self.qkv_proj, 3), (self.gate_proj, 5)), -(part.stop - part.start) * (3 * self.o_norm.shape[-1] + 5) % 16
+        weight, bias = (torch.cat([*(getattr(linear, name).unflatten(0, (rows, self.cfg.num_heads, -1))[:, part].flatten(0, 2)
+                                     for linear, rows in sizes), x.new_zeros(fill, *size, dtype=self.o_norm.dtype)])
                         for name, size in (("weight", (x.shape[-1],)), ("bias", ())))
         return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
+        heads, channels = self.cfg.num_heads, self.o_norm.shape[-1]
+        if frugal(self) and x[..., 0].numel() > PIECE and not output_final_state:  # some heads at a time: their projections take the most room
+            out, some = torch.empty_like(x), max(1, heads * PIECE // x[..., 0].numel())
+            for first in range(0, heads, some):
+                part = slice(first, min(first + some, heads))
+                out[..., first * channels:part.stop * channels] = self.mix(x, mask, part)[0]
+            return self.o_proj(out), None
+        o, state = self.mix(x, mask, slice(0, heads), output_final_state)
+        return self.o_proj(o.to(x.dtype)), state
+
+    def mix(self, x: Tensor, mask: Tensor, part: slice, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What the heads `part` read, before the output projection (B, T, heads K), and their final states or None."""
         cfg, heads, channels, keep = self.cfg, self.cfg.num_heads, self.o_norm.shape[-1], None
         if self.training and cfg.state_dropout > 0:
             keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
-        proj = self.project(x)
+        reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
+        proj = self.project(x, part)
         with torch.autocast(x.device.type, enabled=False):
-            o, state = (self.mixer or (kernel.hierarchical_mixer if has_kernel(x) else parallel_mixer))(
-                proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels), self.flux_bilinear,
-                torch.exp(-self.flux_log_temperature.view(heads)), self.flux_in.weight, self.flux_in.bias,
-                self.flux_out.weight.view(-1), self.flux_out.bias, self.o_norm.view(heads, channels),
-                reverse_heads=heads // 2 if cfg.bidirectional else 0, convolution=cfg.short_convolution, flux=cfg.resonance_flux,
+            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x) else parallel_mixer))(
+                proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part], self.flux_bilinear[part],
+                torch.exp(-self.flux_log_temperature.view(heads)[part]), self.flux_in.weight, self.flux_in.bias,
+                self.flux_out.weight.view(-1), self.flux_out.bias, self.o_norm.view(heads, channels)[part],
+                reverse_heads=reverse, convolution=cfg.short_convolution, flux=cfg.resonance_flux,
                 coupling=cfg.cross_timescale_coupling, hierarchical=cfg.hierarchical_memory, read_gates=cfg.read_gates,
                 output_final_state=output_final_state)
-        return self.o_proj(o.to(x.dtype)), state
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -650,7 +730,6 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=-1)
 
 
-@torch.inference_mode()
 def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], batch_size: int = 64, max_length: int | None = 128,
            convert_to_tensor: bool = False) -> np.ndarray | Tensor:
     """Unit sentence embeddings, (N, D) in the order given, or (D,) for one string; works for the student and for the teacher.
@@ -660,19 +739,27 @@ def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], b
     """
     if isinstance(sentences, str):
         return encode(model, tokenizer, [sentences], batch_size, max_length, convert_to_tensor)[0]
+    out = encode_tokens(model, tokenise(tokenizer, sentences, max_length), batch_size)
+    return out if convert_to_tensor else out.numpy()
+
+
+@torch.inference_mode()
+def encode_tokens(model: PreTrainedModel, tokens: list[list[int]], batch_size: int = 64) -> Tensor:
+    """`encode` of texts given as token ids with [CLS] and [SEP]: (N, D) on the CPU."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    tokens = tokenise(tokenizer, sentences, max_length)
-    order = np.argsort([-len(t) for t in tokens], kind="stable")
-    out, done, most = torch.empty(len(sentences), model.config.hidden_size), 0, 16384 if device.type == "cuda" else 2048
-    while done < len(order):
-        chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
-        ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
-        done += len(chosen)
+    order, done, most = np.argsort([-len(t) for t in tokens], kind="stable"), 0, 16384 if device.type == "cuda" else 2048
+    out = torch.empty(len(tokens), model.config.hidden_size)
+    with tqdm(total=sum(map(len, tokens)), unit="token", unit_scale=True, delay=10, leave=False, disable=None) as bar:  # of long work alone
+        while done < len(order):
+            chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
+            ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
+            done += len(chosen)
+            bar.update(int(mask.sum()))
     model.train(was_training)
-    return out if convert_to_tensor else out.numpy()
+    return out
 
 
 def tokenise(tokenizer: Any, sentences: list[str], max_length: int | None) -> list[list[int]]:
@@ -750,6 +837,9 @@ class DeltaNetStudent(PreTrainedModel):
         self.deltanet_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
         self.deltanet_ffns = nn.ModuleList(FeedForward(config) for _ in range(config.num_layers))
         self.ffn_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
+        if config.learned_pooling:
+            self.pooling = nn.Linear(dim, 1, bias=False)  # the logarithm of a token's weight; a bias would be the same for all
+            nn.init.zeros_(self.pooling.weight)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -783,10 +873,26 @@ class DeltaNetStudent(PreTrainedModel):
         overlap = torch.stack(overlaps).mean() if wanted else x.new_zeros(())
         return states, overlap if output_state_overlap else None
 
+    def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """`hidden` (B, T, D) times each token's weight over the mean weight of its text: anybody's mean pooling is then the weighted mean."""
+        if not self.config.learned_pooling:
+            return hidden
+        weights = self.pooling(hidden).float().masked_fill(mask.unsqueeze(-1) == 0, -1e9).softmax(1)
+        return hidden * (weights * mask.sum(1)[:, None, None]).to(hidden.dtype)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D)."""
+        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D); of a large batch a few texts at a time."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return BaseModelOutput(last_hidden_state=self.hidden_states(input_ids, mask, last_alone=True)[0][0])
+        if frugal(self) and len(input_ids) > (rows := max(1, PIECE // input_ids.shape[1])):
+            out = None
+            for start in range(0, len(input_ids), rows):
+                part = mask[start:start + rows]
+                length = max(1, int((part.any(0) * torch.arange(1, part.shape[1] + 1, device=part.device)).max()))  # the rest is padding
+                x = self(input_ids[start:start + rows, :length], part[:, :length]).last_hidden_state
+                out = x.new_zeros(*input_ids.shape, x.shape[-1]) if out is None else out
+                out[start:start + rows, :length] = x
+            return BaseModelOutput(last_hidden_state=out)
+        return BaseModelOutput(last_hidden_state=self.weigh(self.hidden_states(input_ids, mask, last_alone=True)[0][0], mask))
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
         """`encode` with this model; the tokenizer is by default the one saved beside it, the length what it was trained on."""
@@ -897,10 +1003,46 @@ def load_teacher(cfg: dict[str, Any]) -> tuple[PreTrainedModel, Any, str]:
     return teacher.eval().requires_grad_(False), tokenizer, origin
 
 
+TEACHER_WHOLE, TEACHER_WINDOW = 512, 256  # tokens of the texts that the teacher reads whole, and of its windows on longer ones
+
+
+def window_table(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """How the teacher reads a text of `length` tokens that begins with [CLS] and ends with [SEP]: windows that overlap by half.
+
+    Returns: positions in the text of each window's tokens (windows, width), [CLS] and [SEP] around every window; and for every
+    token of the text the place of its state among those of all windows (length,): that of the window in which it stands most centrally.
+    """
+    if length <= TEACHER_WHOLE:
+        return np.arange(length)[None], np.arange(length)
+    inner = TEACHER_WINDOW - 2
+    starts = np.append(np.arange(0, length - TEACHER_WINDOW, inner // 2), length - TEACHER_WINDOW)  # the last window ends the text
+    positions = np.pad(1 + starts[:, None] + np.arange(inner), ((0, 0), (1, 1)))
+    positions[:, -1] = length - 1
+    token = np.arange(length - 2)
+    window = np.searchsorted((starts[1:] + starts[:-1] + inner - 1) / 2, token)  # halfway between the centres of two windows
+    place = window * TEACHER_WINDOW + 1 + token - starts[window]
+    return positions, np.concatenate([[0], place, [positions.size - 1]])
+
+
 @torch.inference_mode()
 def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
-    """The teacher's hidden state after each layer, a list of (B, T, D)."""
-    return list(teacher(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:])
+    """The teacher's hidden state after each layer, a list of (B, T, D); of texts longer than it reads, window by window (`window_table`)."""
+    read = lambda ids, mask: teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]  # noqa: E731
+    if input_ids.shape[1] <= TEACHER_WHOLE:
+        return list(read(input_ids, mask))
+    windows, places, count, most = [], [], 0, 64 if input_ids.is_cuda else 8
+    for row, length in zip(input_ids.cpu().numpy(), mask.sum(1).tolist()):
+        positions, place = window_table(length)
+        windows += list(row[positions])
+        places.append(place + count)
+        count += positions.size
+    found = []  # the states of all windows' tokens, a list of layers for every few windows
+    for start in range(0, len(windows), most):
+        ids, real = (x.to(mask.device) for x in pad_batch(windows[start:start + most]))
+        found.append([x[real.bool()] for x in read(ids, real)])
+    place, real = torch.from_numpy(np.concatenate(places)).to(mask.device), mask.bool()
+    states = [torch.cat(layer)[place] for layer in zip(*found)]
+    return [x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter_(real.unsqueeze(-1), x) for x in states]
 
 
 @torch.no_grad()
@@ -911,7 +1053,7 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
     student = DeltaNetStudent(DeltaNetConfig(
         ffn_size=t.intermediate_size, vocab_size=t.vocab_size, max_positions=t.max_position_embeddings,
         layer_norm_eps=t.layer_norm_eps, dropout=cfg["dropout"], state_dropout=cfg["state_dropout"],
-        fast_decay_init=cfg["fast_decay_init"], slow_decay_init=cfg["slow_decay_init"],
+        **{key: cfg[key] for key in ("fast_decay_init", "slow_decay_init", "slow_decay_max")},
         **{key: cfg[key] for key in ARCHITECTURE_KEYS}))
     emb = teacher.embeddings
     student.word_embeddings.weight.copy_(emb.word_embeddings.weight)
@@ -941,28 +1083,36 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
 
 
 def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys: Tensor, scale: float = 20.0,
-                     label_smoothing: float = 0.1) -> Tensor:
+                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None,
+                     margin: float = 0.0) -> Tensor:
     """Symmetric in-batch cross-entropy on scaled cosines (MultipleNegativesRanking, InfoNCE; arXiv:1705.00652).
 
     Anchor i's candidates are all positives and all hard negatives; positive j's are all anchors. A candidate with the
     text of the anchor or of its positive is no negative. Smoothing spreads over the remaining candidates.
 
-    Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts.
+    With a guide, an anchor's candidates are all anchors too, a positive's all positives; one whose cosine with the query
+    is, by the guide, above that of the query's own pair less `margin` is left out: it may well be another right answer
+    (GISTEmbed, arXiv:2402.16829, with one softmax over all four kinds where this has one for each side).
+
+    Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts; guide:
+    the teacher's embeddings of the three.
     """
-    n = len(anchors)
-    key_a, key_p, key_n = keys.split([n, n, len(negatives)])
+    n, sides = len(anchors), (anchors, positives, negatives)
+    side_keys = keys.split([n, n, len(negatives)])
     own = torch.eye(n, dtype=torch.bool, device=keys.device)
+    limit = (guide[0] * guide[1]).sum(1, keepdim=True) - margin if guide else None
 
-    def direction(queries: Tensor, candidates: Tensor, candidate_keys: Tensor) -> Tensor:
-        same = (candidate_keys == key_a[:, None]) | (candidate_keys == key_p[:, None])
-        target = F.pad(own, (0, len(candidates) - n))
-        valid = target | ~same
-        log_p = (scale * queries @ candidates.T).masked_fill(~valid, -torch.inf).log_softmax(1)
+    def direction(query: int, *others: int) -> Tensor:
+        candidates, candidate_keys = (torch.cat([x[i] for i in others]) for x in (sides, side_keys))
+        left_out = (candidate_keys == side_keys[0][:, None]) | (candidate_keys == side_keys[1][:, None])
+        if guide:
+            left_out = left_out | (guide[query] @ torch.cat([guide[i] for i in others]).T > limit)
+        valid = F.pad(own, (0, len(candidates) - n)) | ~left_out
+        log_p = (scale * sides[query] @ candidates.T).masked_fill(~valid, -torch.inf).log_softmax(1)
         spread = log_p.masked_fill(~valid, 0).sum(1) / valid.sum(1)
-        return -((1 - label_smoothing) * log_p[target] + label_smoothing * spread).mean()
+        return -((1 - label_smoothing) * log_p.diagonal() + label_smoothing * spread).mean()
 
-    return 0.5 * (direction(anchors, torch.cat([positives, negatives]), torch.cat([key_p, key_n]))
-                  + direction(positives, anchors, key_a))
+    return 0.5 * (direction(0, 1, 2, 0) + direction(1, 0, 1) if guide else direction(0, 1, 2) + direction(1, 0))
 
 
 def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -1032,10 +1182,12 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
     Losses of weight 0 are left out, so that nobody pays for them.
     """
     a, p, n = student.split([pairs, pairs, len(student) - 2 * pairs])
-    ta, tp, _ = teacher.split([pairs, pairs, len(teacher) - 2 * pairs])
+    ta, tp, tn = teacher.split([pairs, pairs, len(teacher) - 2 * pairs])
     losses = {}
     if cfg["contrastive_weight"]:
-        losses["contrastive"] = contrastive_loss(a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"])
+        losses["contrastive"] = contrastive_loss(
+            a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"],
+            (ta, tp, tn) if cfg["guided_contrastive"] else None, cfg["guided_margin"])
     if cfg["distillation_weight"]:
         losses["distillation"] = embedding_distillation_loss(student, teacher)
     if cfg["similarity_distill_weight"]:
@@ -1077,6 +1229,11 @@ def text_key(text: str) -> bytes:
     """Eight bytes that are equal for texts equal but for case, punctuation and spaces."""
     folded = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold()) or text
     return hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def is_held_out(key: bytes, share: float) -> bool:
+    """Whether the text of this key is among the `share` of all texts that no training pair may hold."""
+    return int.from_bytes(key, "little") < share * 2**64
 
 
 def hub_rows(name: str, item: dict[str, Any]) -> Iterator[Row]:
@@ -1137,11 +1294,23 @@ def read_pairs(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}, after line {number}: cannot be read as gzip ({error})") from None
 
 
+def kept_aside(keys: np.ndarray) -> np.ndarray:
+    """Which documents of a source training leaves for development: those of the smallest keys of their queries. (N,) int64 -> bool.
+
+    Keys are hashes (`text_key`), so this is a random tenth, at least 64 and at most a third, and the same everywhere.
+    """
+    aside = np.zeros(len(keys), bool)
+    aside[np.argsort(keys, kind="stable")[:min(max(64, len(keys) // 10), len(keys) // 3)]] = True
+    return aside
+
+
 SHARD_ROWS = 1 << 16
 
 
-def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Token ids and text keys of `rows` as columns, and counts; a row with a text whose key is in `banned` is dropped.
+def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
+                  held_out: float = 0.0) -> tuple[dict[str, Any], dict[str, int]]:
+    """Token ids and text keys of `rows` as columns, and counts; a row is dropped that has a text whose key is in `banned`,
+    or a text of the share `held_out` (see `is_held_out`).
 
     Columns: anchor, positive, negative (lists of ids, negative empty where there is none), key_anchor, key_positive,
     key_negative (int64).
@@ -1150,17 +1319,20 @@ def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[
     backend.enable_truncation(max_length)
     backend.no_padding()
     keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in rows]
-    kept = [i for i, k in enumerate(keys) if not banned.intersection(k)]
+    clean = [i for i, k in enumerate(keys) if not banned.intersection(k)]
+    kept = [i for i in clean if not any(is_held_out(k, held_out) for k, t in zip(keys[i], rows[i]) if t is not None)]
     for side, name in enumerate(sides):
         texts = [rows[i][side] or "" for i in kept]
         ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
         columns[name] = [x if rows[i][side] is not None else [] for i, x in zip(kept, ids)]
         columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
-    return columns, {"pairs": len(kept), "leaks": len(rows) - len(kept), "hard_negatives": sum(rows[i][2] is not None for i in kept),
+    return columns, {"pairs": len(kept), "leaks": len(rows) - len(clean),
+                     "hard_negatives": sum(rows[i][2] is not None for i in kept),
                      "tokens": sum(len(x) for name in sides for x in columns[name])}
 
 
-def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes]) -> None:
+def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
+                   held_out: float = 0.0) -> None:
     """Write `tokenise_rows` of `rows` to `path`, then counts and sha256 to the .json beside it, which commits it."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
@@ -1171,7 +1343,7 @@ def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int,
     def write(file: Any) -> None:
         with ArrowWriter(features=features, stream=file, writer_batch_size=8192) as writer:
             for start in range(0, len(rows), 8192):
-                columns, counts = tokenise_rows(rows[start:start + 8192], tokenizer, max_length, banned)
+                columns, counts = tokenise_rows(rows[start:start + 8192], tokenizer, max_length, banned, held_out)
                 for key, value in counts.items():
                     totals[key] += value
                 if counts["pairs"]:
@@ -1193,7 +1365,8 @@ def shard_record(path: Path, verify: bool = True) -> dict[str, Any] | None:
 
 
 def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes], folder: Path,
-                    pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print) -> tuple[Any, dict[str, Any]]:
+                    pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print,
+                    held_out: float = 0.0) -> tuple[Any, dict[str, Any]]:
     """The rows of a source as a memory-mapped `datasets.Dataset` and their counts; tokenises what `folder` does not hold.
 
     Shards of SHARD_ROWS rows are built one by one, or by the processes of `pool`. Whole ones that an interrupted build left
@@ -1219,7 +1392,7 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
                 count = number + 1
                 if shard_record(shard(number)):
                     continue
-                job = (tokenise_shard, shard(number), block, tokenizer, max_length, banned)
+                job = (tokenise_shard, shard(number), block, tokenizer, max_length, banned, held_out)
                 pending.append(pool.submit(*job) if pool else job[0](*job[1:]))
                 if pool and len(pending) > 4:
                     pending.pop(0).result()  # so that few blocks are in memory
@@ -1275,7 +1448,8 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
     banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
     tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()  # earlier calls leave traces
     recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
-                         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()])
+                         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+                         *filter(None, [cfg["held_out_share"]])])
     names = [*(name for name, _ in found), *filter(None, cfg["streams"].split(","))]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; rename or leave out one")
@@ -1287,7 +1461,8 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
             folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
             try:
                 rows = partial(read_pairs, file) if file else partial(keep_rows, name, read_hub(name), cfg)
-                data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log)
+                data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log,
+                                             cfg["held_out_share"])
             except UserError as error:
                 if not cfg["allow_missing_sources"]:
                     raise
@@ -1298,11 +1473,15 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
             if data is not None:
                 sources.append((name, data))
                 fingerprints[name] = meta["sha256"][:16]
-    streams = [PairStream(name, tokenizer, cfg["max_length"], banned) for name in filter(None, cfg["streams"].split(","))]
+    streams = [PairStream(name, tokenizer, cfg["max_length"], banned, cfg["held_out_share"])
+               for name in filter(None, cfg["streams"].split(","))]
     if not sources and not streams:
         raise UserError("no training pairs: every source is empty or left out")
     data = PairData(sources, cfg, streams)
     fingerprints |= {stream.name: "streamed" for stream in streams}
+    if cfg["long_share"]:
+        data.documents = LongData(cfg, tokenizer, recipe, banned, log)
+        fingerprints |= data.documents.fingerprints
     data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
     log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS evaluation "
         f"sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
@@ -1394,8 +1573,9 @@ class PairStream:
     Columns anchor and positive (and negative), else the first two or three columns of text. A read that fails is a UserError.
     """
 
-    def __init__(self, name: str, tokenizer: Any, max_length: int, banned: set[bytes]):
-        self.name, self.recipe = name, (copy.deepcopy(tokenizer), max_length, banned)  # another thread uses the tokenizer
+    def __init__(self, name: str, tokenizer: Any, max_length: int, banned: set[bytes], held_out: float = 0.0):
+        self.name = name
+        self.recipe = (copy.deepcopy(tokenizer), max_length, banned, held_out)  # another thread uses the tokenizer
         self.window, self.passes, self.leaks, self.rows = 0, 0, 0, None
         self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the very start
 
@@ -1452,7 +1632,9 @@ class PairData:
     """Memory-mapped sources, and the batch of step n as a pure function of (seed, n).
 
     Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted by
-    the lengths of both sides and cut into batches of similar lengths, and the order of the batches is shuffled.
+    the lengths of both sides and cut into batches of similar lengths, and the order of the batches is shuffled. With
+    `one_source_batches` each source's pairs are sorted and cut by themselves. With `source_focus` a window's shares
+    depend on the distances to the teacher that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
     """
 
     WINDOW = 256
@@ -1467,12 +1649,47 @@ class PairData:
         streamed = (cfg["stream_share"] if len(rows) else 1.0) if self.streams else 0.0
         self.shares = np.concatenate([shares / shares.sum() * (1 - streamed) if len(rows) else shares,
                                       np.full(len(self.streams), streamed / max(1, len(self.streams)))])
-        if self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
+        self.unit = cfg["batch_size"] if cfg["one_source_batches"] else 1  # rows drawn from one source at a time
+        self.begins = {0: np.zeros(len(self.names), np.int64)}  # by window: how many rows each source gave before it
+        if not self.planned and self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
+        self.documents: LongData | None = None
         self.fingerprints: dict[str, str] = {}  # of every source's token ids
         self.leaks, self.cached = 0, (-1, None, None)
         self.ahead, self.builder = (-1, None), ThreadPoolExecutor(1)  # the next window is built while this one is used
+
+    @property
+    def planned(self) -> bool:
+        """Whether the windows are drawn one after the other, by `split`, instead of each by `drawn`."""
+        return bool(self.cfg["source_focus"] or self.cfg["one_source_batches"])
+
+    def split(self, number: int, weights: np.ndarray | float = 1.0) -> np.ndarray:
+        """How many rows window `number` takes from each source, (S,), in proportion to its share times its weight.
+
+        Systematic sampling with a seeded start: right to one unit in every window and exact in the mean, so that a
+        source whose share is less than a batch has its turn.
+        """
+        ends = np.cumsum(self.shares * weights)
+        ends *= self.WINDOW * self.cfg["batch_size"] // self.unit / ends[-1]
+        start = np.random.default_rng(stable_seed(self.cfg["seed"], "split", number)).random()
+        ends[-1] = round(ends[-1])
+        return self.unit * np.diff(np.floor(ends + start).astype(np.int64), prepend=0)
+
+    def plan(self, number: int, distances: np.ndarray) -> None:
+        """Draw window `number` by the sources' `distances` (2, S): sums over pairs, and the pairs' numbers."""
+        sums, counts = distances
+        mean = sums.sum() / max(counts.sum(), 1)
+        relative = np.divide(sums, counts * mean, out=np.ones_like(sums), where=counts * mean > 0)  # 1: not known
+        self.begins[number + 1] = self.drawn_before(number) + self.split(number, relative ** self.cfg["source_focus"])
+
+    def drawn_before(self, number: int) -> np.ndarray:
+        """How many rows each source gives before window `number`."""
+        if not self.planned:
+            return self.drawn(number * self.WINDOW * self.cfg["batch_size"])
+        for i in range(max(i for i in list(self.begins) if i <= number), number):
+            self.begins[i + 1] = self.begins[i] + self.split(i)
+        return self.begins[number]
 
     def drawn(self, total: int) -> np.ndarray:
         """How many of the first `total` pairs each source gives; never falls as `total` grows by a window."""
@@ -1490,15 +1707,20 @@ class PairData:
         return self.cached[1:]
 
     def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-        cfg, count, tables = self.cfg, self.WINDOW * self.cfg["batch_size"], []
-        first, last = self.drawn(number * count), self.drawn((number + 1) * count)
+        cfg, count, tables, origins = self.cfg, self.WINDOW * self.cfg["batch_size"], [], []
+        first, last = self.drawn_before(number), self.drawn_before(number + 1)
         for i, table in enumerate(self.tables):
-            epochs, where = np.divmod(np.arange(first[i], last[i]), len(table))
+            # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A source
+            # smaller than a batch repeats itself to fill it.
+            epochs, where = np.divmod(np.arange(first[i], last[i]), len(table) // self.unit * self.unit or self.unit)
             for epoch in np.unique(epochs):
-                chosen = permuted(where[epochs == epoch], len(table), stable_seed(cfg["seed"], self.names[i], int(epoch)))
+                chosen = permuted(where[epochs == epoch] % len(table), len(table), stable_seed(cfg["seed"], self.names[i], int(epoch)))
                 tables.append(table[np.sort(chosen)])
+                origins.append((i, epoch))
         tables += [stream.take(number, int(n)) for stream, n in zip(self.streams, (last - first)[len(self.tables):])]
-        rows: dict[str, np.ndarray] = {}
+        origins += [(i, 0) for i in range(len(self.tables), len(self.names))]
+        source, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
+        rows: dict[str, np.ndarray] = {"source": source}
         for side in ("anchor", "positive", "negative"):
             lists = [table[side].combine_chunks() for table in tables]
             length = np.concatenate([x.value_lengths().to_numpy() for x in lists])
@@ -1512,7 +1734,10 @@ class PairData:
         noise = rng.random(count)  # rows of equal length keep no trace of their source's order
         order, slices = np.lexsort((noise, rows["anchor_length"])), math.isqrt(self.WINDOW)
         batches = []
-        for piece in np.array_split(order, slices):
+        if cfg["one_source_batches"]:
+            order = np.lexsort((noise, rows["anchor_length"] + second, epoch, source))
+            batches = [np.sort(b) for b in np.split(order, self.WINDOW)]
+        for piece in np.array_split(order, slices) if not batches else ():
             piece = piece[np.lexsort((noise[piece], second[piece]))]
             batches += [np.sort(b) for b in np.array_split(piece, self.WINDOW // slices)]
         return rows, [batches[i] for i in rng.permutation(self.WINDOW)]
@@ -1521,8 +1746,20 @@ class PairData:
         """Where every stream stands at the start of the window that the step after `step` is in: a checkpoint's part."""
         return {stream.name: [step // self.WINDOW, stream.starts[step // self.WINDOW]] for stream in self.streams}
 
-    def seek(self, positions: dict[str, Any]) -> None:
-        """Continue the streams from a checkpoint's `positions`. Raises UserError if they do not fit."""
+    def plans(self, step: int) -> dict[int, list[int]]:
+        """The rows drawn before this window, the next and the one after it, all planned by then: a checkpoint's part."""
+        first = step // self.WINDOW
+        return {i: self.drawn_before(i).tolist() for i in range(first, first + 3)}
+
+    def seek(self, positions: dict[str, Any], plans: dict[int, list[int]] | None = None) -> None:
+        """Continue from a checkpoint's `positions` of the streams and `plans`. Raises UserError if they do not fit."""
+        if self.cfg["source_focus"]:
+            try:
+                self.begins = {int(i): np.array(counts, np.int64) for i, counts in plans.items()}
+                if any(counts.shape != (len(self.names),) or (counts < 0).any() for counts in self.begins.values()):
+                    raise ValueError
+            except (AttributeError, TypeError, ValueError, OverflowError):
+                raise UserError("source_focus: the checkpoint does not say how much each source gave") from None
         for stream in self.streams:
             try:
                 window, start = positions[stream.name]
@@ -1533,11 +1770,15 @@ class PairData:
     def batch(self, step: int) -> list[dict[str, Any]]:
         """The micro-batches of step `step` (counted from 1).
 
-        Each is a dict: `pairs`, the number n of pairs; `keys` (2 n + m,) text keys of anchors, positives and the m hard
-        negatives, in this order; `groups`, these sentences sorted by length as a few (ids, mask) pairs, each (N, T) with
-        its own padded length; `restore`, the index that puts the sorted sentences back in the order of the keys.
+        Each is a dict: `pairs`, the number n of pairs; `sources` (n,), their sources by number; `keys` (2 n + m,) text
+        keys of anchors, positives and the m hard negatives, in this order; `groups`, these sentences sorted by length
+        as a few (ids, mask) pairs, each (N, T) with its own padded length; `restore`, the index that puts the sorted
+        sentences back in the order of the keys. With a `long_share`, some steps are of long documents: see `LongData.batch`.
         """
         cfg = self.cfg
+        before, until = (math.floor(number * cfg["long_share"]) for number in (step - 1, step))
+        if until > before:
+            return self.documents.batch(until)
         rows, batches = self.window((step - 1) // self.WINDOW)
         chosen = batches[(step - 1) % self.WINDOW]
         second = np.maximum(rows["positive_length"][chosen], rows["negative_length"][chosen])
@@ -1558,9 +1799,102 @@ class PairData:
                 table[mask] = np.concatenate([ids[i] for i in members])
                 groups.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
             keys = torch.from_numpy(np.concatenate([rows[f"key_{s}"][r] for s, r in sides]))
-            micro_batches.append({"pairs": len(part), "keys": keys, "groups": groups,
-                                  "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
+            micro_batches.append({"pairs": len(part), "sources": torch.from_numpy(rows["source"][part]), "keys": keys,
+                                  "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
         return micro_batches
+
+
+class LongData:
+    """Long documents with a query each, and the batch of the n-th step of such as a pure function of (seed, n).
+
+    An epoch is each source's seeded permutation, cut into batches of `long_tokens` tokens, all in a seeded order. A batch is of
+    one source, whose documents are the hardest negatives of one another. In half of the batches the documents are cut
+    at a length drawn log-uniformly from 256 to `long_length`. The documents that `kept_aside` names are never drawn.
+    """
+
+    def __init__(self, cfg: dict[str, Any], tokenizer: Any, recipe: str, banned: set[bytes], log: Callable[[str], None] = print):
+        import pyarrow.compute as pc
+        self.cfg, self.tables, self.rows, self.lengths, self.fingerprints = cfg, [], [], [], {}
+        self.ends, self.cached = [0], (-1, [])  # batches until the end of each epoch; the newest epoch
+        self.least = max(2, cfg["gradient_accumulation_steps"])  # documents of a batch
+        forbidden = [int.from_bytes(key, "little", signed=True) for key in banned]
+        for file in tqdm(sorted(Path(cfg["data_dir"]).glob("long/*.jsonl.gz")), desc="documents", unit="source", leave=False, disable=None):
+            name = file.name.removesuffix(".jsonl.gz")
+            digest = hashlib.sha256(f"{recipe} {cfg['long_length']} {file_sha256(file)}".encode()).hexdigest()[:16]
+            data, meta = tokenise_source(partial(read_pairs, file), tokenizer, cfg["long_length"], set(),
+                                         Path(cfg["cache_dir"]) / f"long-{name}-{digest}", log=log)
+            keys = data.data["key_anchor"].to_numpy()
+            rows = np.flatnonzero(~kept_aside(keys) & ~np.isin(keys, forbidden))
+            if len(rows) < self.least:
+                raise UserError(f"{file}: has {len(rows)} documents to train on, fewer than the {self.least} of a batch; remove it")
+            self.tables.append(data.with_format("arrow"))
+            self.rows.append(rows)
+            self.lengths.append(pc.list_value_length(data.data["positive"]).to_numpy()[rows])
+            self.fingerprints[f"long/{name}"] = meta["sha256"][:16]
+        if not self.tables:
+            raise UserError(f"long_share is {cfg['long_share']}, but there is no {Path(cfg['data_dir']) / 'long'}/*.jsonl.gz")
+        log(f"long documents: {sum(map(len, self.rows)):,} from {len(self.rows)} sources, {sum(x.sum() for x in self.lengths):,} tokens, "
+            f"{self.epoch_end(0):,} batches; {sum(len(t) - len(r) for t, r in zip(self.tables, self.rows)):,} documents are kept aside")
+
+    def epoch(self, number: int) -> list[tuple[int, np.ndarray, int]]:
+        """The batches of epoch `number`: source, rows, and the length their documents are cut at."""
+        if self.cached[0] != number:
+            cfg, rng, batches = self.cfg, np.random.default_rng(stable_seed(self.cfg["seed"], "long", number)), []
+            shortest = math.log(min(256, cfg["long_length"]))
+            for source, (rows, lengths) in enumerate(zip(self.rows, self.lengths)):
+                order = rng.permutation(len(rows))
+                while len(order) >= self.least:
+                    drawn = math.exp(rng.uniform(shortest, math.log(cfg["long_length"])))
+                    limit = cfg["long_length"] if rng.random() < 0.5 else round(drawn)
+                    ends = np.cumsum(np.minimum(lengths[order], limit))
+                    count = max(self.least, int(np.searchsorted(ends, cfg["long_tokens"], side="right")))
+                    batches.append((source, rows[order[:count]], limit))
+                    order = order[count:]
+            self.cached = (number, [batches[i] for i in rng.permutation(len(batches))])
+        return self.cached[1]
+
+    def epoch_end(self, number: int) -> int:
+        """Batches of all epochs up to and with `number`."""
+        while len(self.ends) < number + 2:
+            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
+        return self.ends[number + 1]
+
+    def batch(self, number: int) -> list[dict[str, Any]]:
+        """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
+
+        Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of one:
+        `long_tokens` over `gradient_accumulation_steps`, or the longest document's. Texts are padded to similar lengths.
+        """
+        epoch = 0
+        while self.epoch_end(epoch) < number:
+            epoch += 1
+        source, rows, limit = self.epoch(epoch)[number - 1 - self.ends[epoch]]
+        table, texts = self.tables[source][np.sort(rows)], {}
+        for side in ("anchor", "positive"):
+            lists = table[side].combine_chunks()
+            ids = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
+            texts[side] = [x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids]
+            texts[f"key_{side}"] = table[f"key_{side}"].to_numpy()
+        lengths = np.array([len(x) for x in texts["positive"]])
+        order, parts = np.argsort(lengths, kind="stable"), self.cfg["gradient_accumulation_steps"]
+        ends = np.searchsorted(np.cumsum(lengths[order]), lengths.sum() * np.arange(1, parts) / parts)
+        ends = np.maximum(ends, np.arange(1, parts))  # none is empty
+        ends = np.minimum(ends, len(order) - parts + np.arange(1, parts))
+        return [self.micro_batch(texts, part) for part in np.split(order, np.maximum.accumulate(ends))]
+
+    @staticmethod
+    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> dict[str, Any]:
+        """The micro-batch of the pairs `part` of a batch's texts."""
+        ids = [texts[side][i] for side in ("anchor", "positive") for i in part]
+        real = np.array([len(x) for x in ids])
+        order, groups, start = np.argsort(real, kind="stable"), [], 0
+        while start < len(order):
+            shortest = real[order[start]]
+            members = order[start:int(np.searchsorted(real[order], shortest + max(16, shortest // 8), side="right"))]
+            groups.append(pad_batch([ids[i] for i in members]))
+            start += len(members)
+        keys = torch.from_numpy(np.concatenate([texts[f"key_{side}"][part] for side in ("anchor", "positive")]))
+        return {"pairs": len(part), "keys": keys, "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable")), "long": True}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1815,6 +2149,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def recorded_init(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What `record` says of the student that a run started from (see `init_student`), or None."""
+    return record["init"] if isinstance(record.get("init"), dict) else None
+
+
 def recorded_scores(folder: Path, step: int) -> dict[str, float]:
     """The scores that metrics.jsonl of `folder` holds for `step`: {"validation_spearman": ...}, or {}."""
     scores: dict[str, float] = {}
@@ -1860,7 +2199,9 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         scores = next((b for b in best.values() if isinstance(b, dict) and b.get("step") == step), {})
         info |= {"kind": "checkpoint", "step": step, "evaluation": cfg["sts_name"],
                  "scores": {k: v for k, v in scores.items() if k != "step"} or recorded_scores(folder, step)}
-        return state["student"], cfg, info | {"sources": read_record(folder / "run.json").get("sources"),
+        progress = state.get("progress") if isinstance(state.get("progress"), dict) else {}
+        return state["student"], cfg, info | {"init": recorded_init(progress),
+                                              "sources": read_record(folder / "run.json").get("sources"),
                                               "teacher": read_record(folder / "scores.json").get("teacher")}
     if not state or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
@@ -1879,6 +2220,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
     return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),
                                "evaluation": record.get("evaluation"), "sources": record.get("sources"), "teacher": record.get("teacher"),
+                               "init": recorded_init(record),
                                "chosen": record.get("chosen", "training kept it" if not export else None),
                                "scores": {k: v for k, v in record.items() if k.endswith(("_spearman", "_pearson"))}}
 
@@ -1916,6 +2258,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -1932,19 +2275,26 @@ def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
     nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
     parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig, parallel_mixer,
-             load_kernel, has_kernel, EnhancedHierarchicalDeltaNet, mean_pool, encode, tokenise, pad_batch, RecomputedFeedForward, FeedForward,
-             DeltaNetStudent, state_overlap)
+             load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise,
+             pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    code = MODELLING_HEADER + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    code = MODELLING_HEADER + f"\nPIECE = {PIECE}\n" + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
     return code.replace("class EnhancedH", "kernel, has_kernel.told = load_kernel(), False\n\n\nclass EnhancedH", 1)
+
+
+def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
+    """Tokens of the longest text that a student of this config was trained on, or the one that it started from (see `recorded_init`)."""
+    earlier = longest_read(recorded_config(init.get("config"), Path("init")), recorded_init(init)) if init else 0
+    return max(longest_text(cfg), earlier)
 
 
 def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
     """A folder that sentence-transformers and transformers open: weights, code, configs, tokenizer, scores."""
     folder.mkdir(parents=True, exist_ok=True)
+    longest = longest_read(cfg, recorded_init(scores))
     architecture = student.config.to_dict() | {
-        "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest_text(cfg),
+        "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
         "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
     for name, code in (("modeling_deltanet.py", modelling_source()), ("delta_kernel.py", KERNEL_SOURCE)):
@@ -1957,7 +2307,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     for name in ("1_Pooling", "2_Normalize"):
         (folder / name).mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest_text(cfg), "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
                                                               "similarity_fn_name": "cosine"})
     tokenizer = copy.deepcopy(tokenizer)
@@ -1986,8 +2336,10 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   speed/slowest_rank       process that took the longest for data and forward passes (only where there are several)
 #   speed/slowest_rank_excess   by how much longer than the average of the others, as a share
 #   data/padding             share of padding among the tokens of a step
+#   long/NAME                of the steps of long documents: total and the losses as above, grad_norm, padding
 #   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with the gold scores) or teacher_agreement
 #                            (Spearman with the teacher's cosines); the set's own name instead of sts where it is not STS-B
+#   distance/SOURCE          squared distance of a source's embeddings from the teacher's; each window halves older ones
 #   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss's name, the batch's text keys
 
 
@@ -1999,12 +2351,12 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers."""
+    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling, which start untrained."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             decay = parameter.dim() == 2 and not re.search(r"norm|gate_proj|flux", name)
-            groups[name.startswith("deltanet_layers"), decay].append(parameter)
+            groups[name.startswith(("deltanet_layers", "pooling")), decay].append(parameter)
     return torch.optim.AdamW([
         {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
          "lr_multiplier": cfg["mixer_lr_multiplier"] if mixer else 1.0}
@@ -2089,10 +2441,12 @@ class Trainer:
     def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any],
                  processes: Processes | None = None):
         self.student, self.teacher, self.cfg, self.processes = student, teacher, cfg, processes or Processes()
+        self.long_cfg = cfg | {"contrastive_weight": cfg["long_contrastive_weight"], "guided_contrastive": True}  # of steps of documents
         self.device = next(student.parameters()).device
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
         self.teacher_autocast = (lambda: torch.autocast("cuda", torch.float16)) if self.device.type == "cuda" else self.autocast
+        self.distances: Tensor | None = None  # (2, S): a source's squared distances to the teacher, and pairs
         self.cache, self.full = None, False
         if cfg["teacher_cache"]:
             digest = hashlib.sha256(cfg["precision"].encode())
@@ -2158,7 +2512,7 @@ class Trainer:
         for (ids, mask), target in zip(micro["groups"], micro["states"]):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
-            vectors.append(mean_pool(states[-1].float(), mask))
+            vectors.append(mean_pool(self.student.weigh(states[-1], mask).float(), mask))
             if cfg["layer_distill_weight"]:
                 local["layer_distill"] = local["layer_distill"] + \
                     layer_distillation_loss(states, target, mask) * (mask.sum() / tokens)
@@ -2198,7 +2552,7 @@ class Trainer:
         exchanged embeddings, so each has the exact gradients of its own embeddings without differentiating the exchange;
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
-        cfg, processes = self.cfg, self.processes
+        cfg, processes = self.long_cfg if batch[0].get("long") else self.cfg, self.processes
         cached = len(batch) > 1 if cached is None or self.replica else cached
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
         tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
@@ -2212,8 +2566,14 @@ class Trainer:
             passes = self.exchange(passes, own, batch)
 
         leaves = [vectors.detach().requires_grad_() for vectors, _ in passes]
-        whole = batch_losses(gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch),
-                             sum(m["pairs"] for m in batch), gather_sides([m["keys"].to(self.device) for m in batch], batch), cfg)
+        student, target = gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch)
+        pairs = sum(m["pairs"] for m in batch)
+        keys = gather_sides([m["keys"].to(self.device) for m in batch], batch)
+        whole = batch_losses(student, target, pairs, keys, cfg)
+        if self.distances is not None and "sources" in batch[0]:
+            apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
+            known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
+            self.distances.index_add_(1, torch.cat([m["sources"] for m in batch]).to(self.device), known)
         if whole:
             sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in whole.items()).backward()
         values = {name: loss.item() for name, loss in whole.items()}
@@ -2419,6 +2779,26 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
     return content
 
 
+def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrainedModel) -> dict[str, Any]:
+    """Give `student` the weights of the saved one that `cfg` names; returns what is recorded of that one.
+
+    A learned pooling that it lacks starts as the plain mean, and its retentions move by what `slow_decay_*` differ.
+    UserError if it cannot be read or is of another architecture.
+    """
+    state, theirs, info = read_student(cfg["init_student"])
+    for key in ARCHITECTURE_KEYS:
+        if theirs[key] != cfg[key] and (key != "learned_pooling" or theirs[key]):
+            raise UserError(f"init_student {info['file']}: has {key} {theirs[key]!r}, this run has {cfg[key]!r}; "
+                            f"set --{key} {theirs[key]}")
+    found, heads = student_from(state, theirs, info["file"], teacher), cfg["num_heads"]
+    with torch.no_grad():
+        for mixer in found.deltanet_layers:
+            mixer.gate_proj.bias[2 * heads:3 * heads] += torch.logit(slow_retentions(student.config)) - torch.logit(slow_retentions(found.config))
+    student.load_state_dict(found.state_dict(), strict=False)
+    return {"file": Path(info["file"]).name, **{key: info[key] for key in ("sha256", "step", "init")},
+            "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
+
+
 class Run:
     """One training run in its output folder: metrics, evaluation, checkpoints."""
 
@@ -2477,7 +2857,15 @@ class Run:
             raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
                             "data, or start again in another output_dir (nothing was changed)")
         if self.step:
-            self.data.seek(self.progress.get("streams"))
+            self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
+        count = len(self.data.names)
+        try:
+            distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
+            if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
+                raise ValueError
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
+        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
         processes.wait()
         found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
         if (found != found[0]).any():
@@ -2491,7 +2879,8 @@ class Run:
         self.supersede()
         if self.lock:
             write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
-                                                  "processes": processes.count, **run_environment(self.device)})
+                                                  "processes": processes.count, "init": self.init,
+                                                  **run_environment(self.device)})
         self.banner()
         processes.wait()  # for process 0's files
 
@@ -2509,6 +2898,10 @@ class Run:
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
             raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
                             "or another output_dir (nothing was changed)")
+        self.init = self.progress.get("init")
+        if not path and cfg["init_student"]:
+            self.init = init_student(self.student, cfg, self.teacher)
+            print(f"student: from {self.init['file']}, step {self.init['step']}")
         lines = self.metrics_path.read_bytes().splitlines(keepends=True) if path and self.metrics_path.exists() else []
         try:
             self.kept_metrics = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
@@ -2583,7 +2976,9 @@ class Run:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
-        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()})
+        distance, count = self.distances.tolist()
+        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()} | {
+            f"distance/{name}": round(d / n, 6) for name, d, n in zip(self.data.names, distance, count) if n})
         self.scores = {"step": self.step, **scores}
         tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
                    f"test {scores['test_spearman']:.4f}")
@@ -2604,7 +2999,7 @@ class Run:
         if self.lock:
             save_model(folder, student or self.student, self.tokenizer, self.cfg, {
                 "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
-                "best_model_split": self.cfg["best_model_split"]})
+                "best_model_split": self.cfg["best_model_split"], **({"init": self.init} if self.init else {})})
 
     def save(self, why: str = "save_interval") -> None:
         """Write a checkpoint, while the other processes wait."""
@@ -2621,7 +3016,9 @@ class Run:
             self.flush_metrics()
             save_checkpoint(self.folder, self.step, self.student, self.optimizer, self.cfg, self.best,
                             {"sums": self.sums, "bad_steps": self.bad_steps, "data": self.data.fingerprints,
-                             "streams": self.data.positions(self.step)},
+                             "streams": self.data.positions(self.step), "distances": self.distances.tolist(),
+                             "plans": self.data.plans(self.step) if self.cfg["source_focus"] else None,
+                             "init": self.init},
                             {"why": why, "scores": self.scores, "losses": self.means})
         except OSError as error:
             self.failed_saves += 1
@@ -2651,11 +3048,12 @@ class Run:
     def train(self) -> None:
         """All remaining steps."""
         cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.processes)
+        trainer.distances = self.distances
         if self.step == 0 and not self.kept_metrics:
             self.evaluate()
         self.student.train()
         begun_at = since = self.step
-        seconds, waited, started = 0.0, 0.0, time.perf_counter()
+        pairs, seconds, waited, started = 0, 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
             coming = pool.submit(self.data.batch, self.step + 1)
@@ -2667,17 +3065,21 @@ class Run:
                     self.processes.wait()  # building a window may take one process longer than peer_timeout
                 waited += time.perf_counter() - begun
                 self.step += 1
+                if self.step % self.data.WINDOW == 0:
+                    self.next_window()
                 if self.step < cfg["total_steps"]:
                     coming = pool.submit(self.data.batch, self.step + 1)
+                pairs += sum(micro["pairs"] for micro in batch)
                 values = self.optimise(trainer, batch)
                 if values:
                     for key, value in values.items():
                         self.sums[key] = self.sums.get(key, 0.0) + value
-                    self.sums["steps"] = self.sums.get("steps", 0) + 1
+                    steps = "long_steps" if batch[0].get("long") else "steps"
+                    self.sums[steps] = self.sums.get(steps, 0) + 1
                 if self.step % cfg["log_interval"] == 0:
                     seconds = time.perf_counter() - started
-                    self.log_line(bar, self.step - since, seconds, waited)
-                    waited, started, since = 0.0, time.perf_counter(), self.step
+                    self.log_line(bar, self.step - since, pairs, seconds, waited)
+                    pairs, waited, started, since = 0, 0.0, time.perf_counter(), self.step
                 bar.update()
                 if self.step % cfg["eval_interval"] == 0 or self.step == cfg["total_steps"]:
                     paused = time.perf_counter()
@@ -2694,12 +3096,23 @@ class Run:
         if stop:
             raise stop
 
-    def log_line(self, bar: tqdm, done: int, seconds: float, waited: float) -> None:
-        """A line in metrics.jsonl; speeds are of the `done` steps that this process has taken in `seconds`."""
-        cfg, steps = self.cfg, self.sums.pop("steps", 1)
-        self.means = means = {key: value / steps for key, value in self.sums.items()}
+    def next_window(self) -> None:
+        """Before a window's last step: draw the window after the next by the distances so far, which then count half.
+
+        So early, because the next window is already being built. All processes take process 0's distances, whose sums
+        may be rounded otherwise than their own.
+        """
+        distances = self.processes.table(*self.distances.flatten().tolist())[0].view(2, -1)
+        if self.cfg["source_focus"]:
+            self.data.plan(self.step // self.data.WINDOW + 1, distances.numpy())
+        self.distances.copy_(distances / 2)
+
+    def log_line(self, bar: tqdm, done: int, pairs: int, seconds: float, waited: float) -> None:
+        """A line in metrics.jsonl; speeds are of the `done` steps, of `pairs` pairs, that this process has taken in `seconds`."""
+        cfg, steps, long_steps = self.cfg, self.sums.pop("steps", 1), self.sums.pop("long_steps", 1)
+        self.means = means = {key: value / (long_steps if key.startswith("long/") else steps) for key, value in self.sums.items()}
         self.sums = {}
-        speed = done * cfg["batch_size"] / seconds
+        speed = pairs / seconds
         pace = {"speed/pairs_per_s": round(speed, 2), "speed/data_wait": round(waited / seconds, 4)}
         if self.processes.count > 1:
             busy = self.processes.table(self.processes.busy).flatten()
@@ -2711,7 +3124,7 @@ class Run:
         best = self.best.get("validation", {})
         if bar.disable:
             print(f"step {self.step}/{cfg['total_steps']}: loss {means.get('loss/total', math.nan):.4f}, {speed:.1f} pairs/s, "
-                  f"{(cfg['total_steps'] - self.step) * cfg['batch_size'] / speed / 3600:.2f} h left"
+                  f"{(cfg['total_steps'] - self.step) * seconds / done / 3600:.2f} h left"
                   + (named if self.processes.count > 1 else ""))
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
@@ -2745,6 +3158,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
         self.optimizer.step()
+        if batch[0].get("long"):
+            return {f"long/{name}": value for name, value in {**values, "grad_norm": norm, "padding": padding}.items()}
         return {**{f"loss/{name}": value for name, value in values.items()}, "grad_norm": norm, "data/padding": padding}
 
     def finish(self) -> None:
