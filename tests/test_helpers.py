@@ -117,8 +117,24 @@ def test_modelling_file_needs_only_torch_and_transformers(tiny_run):
     tree = ast.parse((tiny_run / "modeling_deltanet.py").read_text())
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {n.split(".")[0] for n in names} <= {"__future__", "functools", "math", "typing", "numpy", "torch", "tqdm",
-                                                  "transformers"}  # what transformers itself needs
+    others = {n.split(".")[0] for n in names} - sys.stdlib_module_names
+    assert others <= {"numpy", "torch", "tqdm", "transformers", "delta_kernel"}  # what transformers needs, and the file beside it
+
+
+def test_saved_folder_without_numba_says_once_that_it_is_slower(tiny_run, tmp_path):
+    code = """if True:
+        import sys
+        sys.modules["numba"] = None  # as if it were not installed
+        import numpy as np
+        from transformers import AutoModel
+        folder, out = sys.argv[1:]
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        found = model.encode(["A man eats.", "It rains."])
+        np.save(out, model.encode(["A man eats.", "It rains."]))"""
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_run), str(tmp_path / "out.npy")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("several times slower") == 1, done.stderr
+    student, tokenizer, _ = opened(tiny_run)
+    assert np.abs(np.load(tmp_path / "out.npy") - script.encode(student, tokenizer, ["A man eats.", "It rains."])).max() < 1e-5
 
 
 def test_weights_stand_once_and_scores_belong_to_them(tiny_run):
