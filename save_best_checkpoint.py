@@ -5,23 +5,31 @@
     python save_best_checkpoint.py results/best --output_dir out              the full folder of a compact export
     python save_best_checkpoint.py best --export_trained results/best         the compact form: trained tensors in float16
     python save_best_checkpoint.py A --average B C --output_dir soup          the mean of several students' weights
-    python save_best_checkpoint.py best --onnx                                also model.onnx (needs requirements-eval.txt)
+    python save_best_checkpoint.py best --onnx                                also onnx/model.onnx (needs requirements-eval.txt)
+    python save_best_checkpoint.py best --int8 --data_dir DIR                 also onnx/model_qint8.onnx, checked on STS-B dev
 """
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
+import importlib.util
+import itertools
 import json
+import logging
 import math
 import sys
 import tempfile
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
+import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 import train_6layer_deltanet as script
 from train_6layer_deltanet import (ARCHITECTURE_KEYS, HUB_SOURCES, DeltaNetStudent, RunLock, UserError, checkpoint_steps, config,
@@ -216,81 +224,428 @@ def export_trained(folder: Path, student: DeltaNetStudent, cfg: dict[str, Any], 
     return ["student.safetensors", "config.json", "metrics.json"]
 
 
-class ScanRecurrence:
-    """Stands in for the parts that ONNX cannot express, with the same results: the parallel form needs a triangular solve,
-    which ONNX has not, and its doubling depends on the length. So the recurrence itself is exported, as one ONNX Scan."""
-
-    @staticmethod
-    def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, transition: Tensor, read: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """`recurrent_hierarchical_delta_rule` for (H, B, T, ...) without an initial state."""
-        from torch._higher_order_ops.scan import scan
-
-        def step(state: Tensor, at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-            q, k, v, beta, m, r = at
-            state = (m[..., None, None] * state.unsqueeze(-4)).sum(-3)
-            error = v.unsqueeze(-2) - (state * k[..., None, :, None]).sum(-2)
-            state = state + (beta.unsqueeze(-1) * k)[..., None, :, None] * error.unsqueeze(-2)
-            return state, ((r[..., None, None] * state).sum(-3) * q.unsqueeze(-1)).sum(-2)
-
-        start = q.new_zeros(*q.shape[:2], 2, q.shape[-1], v.shape[-1])
-        return scan(step, start, tuple(x.movedim(2, 0).contiguous() for x in (q, k, v, beta, transition, read)))[1].movedim(0, 2), None
-
-    @staticmethod
-    def apply(x: Tensor, w: Tensor) -> Tensor:
-        """`ShortConvolution.apply` without writing in place."""
-        padded = F.pad(x, (0, 0, len(w) - 1, 0))
-        return sum(padded[..., len(w) - 1 - i:padded.shape[-2] - i, :] * w[i] for i in range(len(w)))
+ONNX_LENGTHS = (1, 5, 37, 128, 512, 2048)  # at which an export is compared with its student
+EXAMPLES = ["A man is eating food.", "Someone is eating a meal.", "The cat sleeps on a red sofa.", "Stocks fell sharply on Monday.",
+            "How do I learn to play the guitar?", "The committee will publish its report on water quality next week."]
 
 
-class OnnxModel(nn.Module):
-    """(input_ids, attention_mask) -> last_hidden_state and the unit sentence_embedding."""
+class OnnxGraph:
+    """Nodes of an ONNX graph in the making: `graph.MatMul(a, b)` adds a node and returns the name of its output.
+
+    Arrays and numbers among the inputs become constants, each stored once. Bodies of If and Scan read what stands outside them.
+    """
+
+    def __init__(self) -> None:
+        self.nodes, self.constants, self.names = [], {}, itertools.count()
+
+    def inside(self) -> Any:
+        """An empty graph for a body, which shares constants, names and everything known so far."""
+        body = copy.copy(self)
+        body.nodes = []
+        return body
+
+    def body(self, inputs: list[str], outputs: list[str]) -> Any:
+        """The nodes as a body whose inputs and outputs are float tensors."""
+        from onnx import TensorProto, helper
+        infos = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names] for names in (inputs, outputs)]
+        return helper.make_graph(self.nodes, f"body{next(self.names)}", *infos)
+
+    def choose(self, condition: str, then: Callable[[Any], str], otherwise: Callable[[Any], str]) -> str:
+        """If: each branch is a function from its graph to its result."""
+        branches = []
+        for branch in (then, otherwise):
+            graph = self.inside()
+            branches.append(graph.body([], [branch(graph)]))
+        return self.If(condition, then_branch=branches[0], else_branch=branches[1])
+
+    def constant(self, value: Any) -> str:
+        """The name of an array: float32, or int64 of whole numbers."""
+        from onnx import numpy_helper
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = np.array(array, np.float32 if array.dtype.kind == "f" else np.int64, order="C")
+        key = array.dtype.char, array.shape, array.tobytes()
+        if key not in self.constants:
+            self.constants[key] = numpy_helper.from_array(array, f"constant{len(self.constants)}")
+        return self.constants[key].name
+
+    def add(self, kind: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+        """A node; returns its output's name, or a list of `outputs` names."""
+        from onnx import helper
+        found = [f"{kind}{next(self.names)}" for _ in range(outputs)]
+        names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
+        self.nodes.append(helper.make_node(kind, names, found, **attributes))
+        return found if outputs > 1 else found[0]
+
+    def __getattr__(self, kind: str) -> Callable[..., Any]:
+        if not kind[0].isupper():
+            raise AttributeError(kind)
+        return functools.partial(self.add, kind)
+
+    def view(self, x: str, *dims: int | str) -> str:
+        """x in another shape, of numbers (0 keeps, -1 is what is left) and names of tensors of one whole number."""
+        if all(isinstance(d, int) for d in dims):
+            return self.Reshape(x, list(dims))
+        return self.Reshape(x, self.Concat(*([d] if isinstance(d, int) else d for d in dims), axis=0))
+
+    def halves(self, x: str, axis: int) -> list[str]:
+        return self.Split(x, axis=axis, num_outputs=2, outputs=2)
+
+
+BLOCK, MERGES = 16, 2  # tokens of a block at most; a chunk of a longer text is up to 2**MERGES blocks
+
+
+class StudentGraph(OnnxGraph):
+    """The student's ONNX graph: the parallel form of `chunk_hierarchical_delta_rule`, of standard operators (opset 23).
+
+    A text is cut into equal blocks of at most BLOCK tokens: one, or chunks of 2 or 4. Attention inside a block comes from block
+    substitution, neighbouring blocks are merged to a chunk, and only the states of chunks go through a Scan. Every head reads its
+    tokens left to right: a Gather turns time around where it has to. Sequences lie as (chunks, B, H, blocks, C, K), C tokens
+    of a block; a scalar of each token as (BLOCK, N), N = chunks * B * H * blocks.
+    """
 
     def __init__(self, student: DeltaNetStudent):
         super().__init__()
-        self.student = student
+        self.student, self.cfg, self.heads = student, student.config, student.config.num_heads
+        self.width, self.ways = self.cfg.d_model // self.heads, 2 if self.cfg.bidirectional else 1
+        self.side = self.heads // self.ways  # heads of a direction
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.student(input_ids, attention_mask).last_hidden_state
-        return hidden, script.mean_pool(hidden, attention_mask)
+    def model(self) -> Any:
+        """The onnx.ModelProto: (input_ids, attention_mask) -> last_hidden_state and the unit sentence_embedding."""
+        from onnx import TensorProto, helper
+        s, mask = self.student, self.prepare("attention_mask")
+        table, positions = s.word_embeddings.weight, s.position_embeddings.weight
+        x = self.Gather(table if self.cfg.learned_positions else table + positions, "input_ids")
+        if self.cfg.learned_positions:
+            x = self.Add(x, self.Slice(positions, [0], self.length, [0]))
+
+        def norm(x: str, layer: nn.LayerNorm, shift: Tensor) -> str:
+            return self.LayerNormalization(x, layer.weight, layer.bias + shift, axis=-1, epsilon=layer.eps)
+
+        # Each norm also adds the bias of the residual branch that follows it; the branch's first layer takes it off again.
+        mixers = [mixer.o_proj.bias for mixer in s.deltanet_layers] + [torch.zeros(self.cfg.d_model)]
+        x = norm(x, s.embedding_norm, mixers[0])
+        for i, (mixer, ffn) in enumerate(zip(s.deltanet_layers, s.deltanet_ffns)):
+            x = norm(self.Add(x, self.mixer(x, mixer, i, mixers[i])), s.deltanet_norms[i], ffn.down.bias)
+            up = self.Add(self.MatMul(x, ffn.up.weight.T, name=f"linear/{i}/up"), ffn.up.bias - ffn.up.weight @ ffn.down.bias)
+            down = self.MatMul(self.Gelu(up), ffn.down.weight.T, name=f"linear/{i}/down")
+            x = norm(self.Add(x, down), s.ffn_norms[i], mixers[i + 1])
+        mean = self.Squeeze(self.MatMul(self.Unsqueeze(mask, [1]), x), [1])
+        mean = self.Div(mean, self.Max(self.ReduceSum(mask, [1]), 1e-9))
+        unit = self.Div(mean, self.Max(self.ReduceL2(mean, [1]), 1e-12))
+        outputs = {"last_hidden_state": (x, ["batch", "length", self.cfg.d_model]), "sentence_embedding": (unit, ["batch", self.cfg.d_model])}
+        self.nodes += [helper.make_node("Identity", [value], [name]) for name, (value, _) in outputs.items()]
+        graph = helper.make_graph(
+            self.nodes, "student",
+            [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask")],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, (_, shape) in outputs.items()],
+            list(self.constants.values()))
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11, producer_name="save_best_checkpoint.py")
+
+    def prepare(self, mask: str) -> str:
+        """What all layers share: sizes as tensors of one number, indices, constants of a block; returns the mask as numbers."""
+        size, number = self.Shape(mask), lambda x: self.Squeeze(x, [0])
+        up = lambda a, b: self.Div(self.Sub(self.Add(a, b), [1]), b)  # noqa: E731  a / b rounded up
+        self.batch, self.length = self.Slice(size, [0], [1]), self.Slice(size, [1], [2])
+        self.blocks = self.constant([1])
+        for merge in range(MERGES):
+            self.blocks = self.Where(self.Greater(self.length, [BLOCK << merge]), [2 << merge], self.blocks)
+        self.chunks = up(self.length, self.Mul(self.blocks, [BLOCK]))
+        self.tokens = up(self.length, self.Mul(self.chunks, self.blocks))  # C
+        self.one_block, self.one_chunk = (number(self.Equal(x, [1])) for x in (self.blocks, self.chunks))
+
+        # Rows of (B, tokens * ways, ...): own direction, then whatever fills the last block; and back.
+        time, last = self.Range(0, number(self.Mul(self.Mul(self.chunks, self.blocks), self.tokens)), 1), self.Sub(self.length, [1])
+        rows = lambda *ways: self.view(self.Concat(*(self.Unsqueeze(self.Add(self.Mul(t, [self.ways]), [i]), [1])  # noqa: E731
+                                                     for i, t in enumerate(ways[:self.ways])), axis=1), -1)
+        self.turn = rows(self.Min(time, last), self.Max(self.Sub(last, time), [0]))
+        place = self.Range(0, number(self.length), 1)
+        self.turn_back = rows(place, self.Sub(last, place))
+
+        mask = self.Cast(mask, to=1)
+        self.mask = self.Unsqueeze(mask, [2])
+        real = self.view(self.turned(self.Tile(self.mask, [1, 1, self.ways]), 1), self.batch, -1, self.ways)
+        real = self.Mul(real, self.Cast(self.Unsqueeze(self.Less(time, self.length), [1]), to=1))
+        real = self.Tile(self.view(real, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 1), [1, 1, 1, 1, 1, self.side])
+        self.real = self.fill(self.view(self.Transpose(real, perm=[3, 1, 0, 4, 5, 2]), self.tokens, -1), 0)  # (BLOCK, N)
+        self.is_real = self.Cast(self.real, to=9)
+
+        i, j = np.indices((BLOCK, BLOCK))
+        cut = lambda x: self.Slice(x.astype(np.float32), [0, 0], self.Concat(self.tokens, self.tokens, axis=0), [0, 1])  # noqa: E731
+        self.eye, self.lower = cut(i == j), cut(j <= i)
+        # Where the right half of a pair of sizes 1, 2, 4, ... meets the left one, with the minus of the substitution.
+        self.levels = [cut(-1.0 * ((i // n % 2 == 1) & (i // n - 1 == j // n))) for n in (1 << b for b in range(BLOCK.bit_length() - 1))]
+        return mask
+
+    def turned(self, x: str, width: int) -> str:
+        """x (B, T, ways * width) -> (B, tokens * ways, width), every direction in its own order."""
+        return self.Gather(self.view(x, self.batch, -1, width), self.turn, axis=1)
+
+    def fill(self, x: str, axis: int) -> str:
+        """Zeros behind the C tokens of a block, up to BLOCK."""
+        return self.Pad(x, self.Concat([0], self.Sub([BLOCK], self.tokens), axis=0), "", [axis])
+
+    def cut(self, x: str, *axes: int) -> str:
+        """The first C of BLOCK tokens."""
+        return self.Slice(x, [0] * len(axes), self.Concat(*[self.tokens] * len(axes), axis=0), list(axes))
+
+    def sequences(self, x: str, *last: int | str) -> str:
+        return self.view(x, self.chunks, self.batch, self.heads, self.blocks, *last)
+
+    def mixer(self, x: str, layer: nn.Module, index: int, shift: Tensor) -> str:
+        """One layer's mixing of x (B, T, D), which is `shift` above the layer's input; the bias of o_proj is left out."""
+        # A column of ones carries the biases, so that the mask zeroes all that the convolution reads at padding.
+        x = self.Concat(self.Mul(x, self.mask), self.mask, axis=2)
+        q, k, v = self.project(x, layer, index, shift)
+        psi = self.flux(k, v, layer) if self.cfg.resonance_flux else self.constant(np.full((1, 1), 0.5))
+        beta, transition, read = self.coefficients(self.gates(x, layer, shift), psi)
+        c, left, right, whole = self.decay_products(transition, read)
+        c = self.sequences(self.Transpose(c, perm=[2, 0, 1]), self.tokens, self.tokens)
+
+        # A = tril(Q K^T D) (I + tril(K K^T D, -1))^-1, D = diag(beta): X is exact on diagonal blocks of size 1, 2, 4, ... in turn.
+        weighted = self.Mul(k, self.sequences(self.Transpose(self.cut(beta, 0), perm=[1, 0]), self.tokens, 1))
+        keys = self.Transpose(weighted, perm=[0, 1, 2, 3, 5, 4])
+        n, inverse = self.MatMul(k, keys), None
+        for level in self.levels:
+            step = self.Add(self.Mul(n, level), self.eye)
+            inverse = step if inverse is None else self.MatMul(inverse, step)
+            if level != self.levels[-1]:
+                n = self.MatMul(n, step)
+        a = self.MatMul(self.Mul(self.MatMul(q, keys), self.lower), inverse)
+        inner = self.Mul(a, c)
+
+        def merged(g: Any) -> str:
+            parts = {"o": g.MatMul(inner, v), "q": g.Sub(q, g.MatMul(a, k)), "k": k, "end": g.MatMul(keys, inverse), "v": v,
+                     "left": g.sequences(g.Transpose(left, perm=[2, 1, 0]), g.tokens, 2),
+                     "right": g.sequences(g.Transpose(right, perm=[2, 0, 1]), 2, g.tokens),
+                     "whole": g.sequences(g.Transpose(whole, perm=[2, 0, 1]), 2, 2)}
+            return g.merge(parts, 1)
+
+        o = self.choose(self.one_block, lambda g: g.MatMul(inner, v), merged)
+        o = self.RMSNormalization(o, np.ones(self.width), axis=-1, epsilon=1e-6)
+        o = self.view(o, self.chunks, self.batch, self.ways, self.side, self.Mul(self.tokens, self.blocks), self.width)
+        o = self.view(self.Transpose(o, perm=[1, 0, 4, 2, 3, 5]), self.batch, -1, self.side * self.width)
+        o = self.view(self.Gather(o, self.turn_back, axis=1), self.batch, -1, self.cfg.d_model)
+        return self.MatMul(o, (layer.o_proj.weight * layer.o_norm.flatten()).T, name=f"linear/{index}/o")
+
+    def columns(self, linear: nn.Linear, parts: int, shift: Tensor) -> Tensor:
+        """The weight with its bias as the last row, (D + 1, out): columns ordered by direction, part, head, channel."""
+        weight = torch.cat([linear.weight, (linear.bias - linear.weight @ shift).unsqueeze(1)], 1)
+        return weight.unflatten(0, (parts, self.ways, -1)).transpose(0, 1).flatten(0, 2).T
+
+    def project(self, x: str, layer: nn.Module, index: int, shift: Tensor) -> list[str]:
+        """q, k (normalised) and v."""
+        qkv = self.MatMul(x, self.columns(layer.qkv_proj, 3, shift), name=f"linear/{index}/qkv")
+        qkv = self.turned(qkv, 3 * self.side * self.width)
+        if self.cfg.short_convolution:  # as an image of height 1 with the channels last, whose transpositions onnxruntime fuses
+            taps = layer.conv_weight.flip(0)[:, :, :, 0, 0].unflatten(2, (self.ways, self.side)).permute(2, 1, 3, 4, 0)
+            qkv = self.Transpose(self.view(qkv, self.batch, 1, -1, 3 * self.cfg.d_model), perm=[0, 3, 1, 2])
+            qkv = self.Conv(qkv, taps.reshape(-1, 1, 1, len(layer.conv_weight)), group=3 * self.cfg.d_model,
+                            pads=[0, len(layer.conv_weight) - 1, 0, 0])
+            qkv = self.Transpose(qkv, perm=[0, 2, 3, 1])
+        qkv = self.Mul(qkv, self.Sigmoid(qkv))
+        qkv = self.view(qkv, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 3, self.side, self.width)
+        qkv = self.Split(self.Transpose(qkv, perm=[5, 1, 0, 4, 6, 2, 3, 7]), axis=0, num_outputs=3, outputs=3)
+        q, k, v = (self.sequences(y, self.tokens, self.width) for y in qkv)
+        # x * rsqrt(sum(x^2) + 1e-6) as a norm by the mean
+        q, k = (self.RMSNormalization(y, np.full(self.width, self.width ** -0.5), axis=-1, epsilon=1e-6 / self.width) for y in (q, k))
+        return [q, k, v]
+
+    def flux(self, k: str, v: str, layer: nn.Module) -> str:
+        """Resonance flux psi (BLOCK, N)."""
+        wk, wv, wu = layer.flux_in.weight.split([self.width, self.width, 1], 1)
+        pair = self.Mul(self.MatMul(k, (layer.flux_bilinear * torch.exp(-layer.flux_log_temperature)).unsqueeze(1)), v)
+        hidden = self.Add(self.MatMul(k, wk.T), self.MatMul(v, wv.T))
+        hidden = self.Add(hidden, self.MatMul(pair, wu.expand(-1, self.width).T))
+        hidden = self.Add(hidden, self.cut(self.constant(layer.flux_in.bias.expand(BLOCK, -1)), 0))  # long rows are fast
+        hidden = self.Mul(hidden, self.Sigmoid(hidden))
+        psi = self.Sigmoid(self.Add(self.MatMul(hidden, layer.flux_out.weight.T), layer.flux_out.bias))
+        return self.fill(self.Transpose(self.view(self.Clip(psi, np.float32(0.01), np.float32(0.99)), -1, self.tokens), perm=[1, 0]), 0)
+
+    def gates(self, x: str, layer: nn.Module, shift: Tensor) -> list[str]:
+        """beta, a_fast, a_slow, g_fast, g_slow, each (BLOCK, N)."""
+        gates = self.turned(self.MatMul(x, self.columns(layer.gate_proj, 5, shift)), 5 * self.side)
+        gates = self.view(gates, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 5, self.side)
+        gates = self.view(self.Transpose(gates, perm=[5, 3, 1, 0, 4, 6, 2]), 5, self.tokens, -1)
+        return [self.view(y, BLOCK, -1) for y in self.Split(self.fill(self.Sigmoid(gates), 1), axis=0, num_outputs=5, outputs=5)]
+
+    def coefficients(self, gates: list[str], psi: str) -> tuple[str, str, str]:
+        """beta (BLOCK, N), transition (2, 2, BLOCK, N), read (2, BLOCK, N), as `EnhancedHierarchicalDeltaNet` has them."""
+        beta, a_fast, a_slow, g_fast, g_slow = gates
+        line = lambda slope, start: self.Add(self.Mul(psi, slope), start)  # noqa: E731
+        f = self.Where(self.is_real, self.Mul(a_fast, line(-0.10, 1.0)), 1.0)
+        s = self.Where(self.is_real, self.Mul(a_slow, line(-0.05, 1.0)), 1.0)
+        coupled = self.cfg.cross_timescale_coupling and self.cfg.hierarchical_memory
+        kappa = self.Mul(self.real, line(0.10, 0.05) if coupled else 0.0)
+        out_fast = self.Mul(kappa, psi)
+        out_fast, out_slow = self.Mul(f, out_fast), self.Mul(s, self.Sub(kappa, out_fast))
+        transition = self.Concat(self.Sub(f, out_fast), out_fast, out_slow, self.Sub(s, out_slow), axis=0)
+        read = [line(0.3, 0.5), line(-0.3, 0.5) if self.cfg.hierarchical_memory else self.constant(np.zeros((1, 1)))]
+        read = [self.Mul(r, g if self.cfg.read_gates else self.Expand(1.0, self.Shape(g))) for r, g in zip(read, (g_fast, g_slow))]
+        return self.Mul(beta, self.real), self.view(transition, 2, 2, BLOCK, -1), self.view(self.Concat(*read, axis=0), 2, BLOCK, -1)
+
+    def decay_products(self, m: str, r: str) -> tuple[str, str, str, str]:
+        """`decay_products` of a block: m (2, 2, BLOCK, N), r (2, BLOCK, N) -> c (C, C, N), left, right (2, C, N), whole (2, 2, N)."""
+        total = lambda x, axis: self.ReduceSum(x, [axis], keepdims=0)  # noqa: E731
+        left, c = total(self.Mul(self.Unsqueeze(r, [1]), m), 0), total(r, 0)
+        right = self.Expand(1.0, self.Shape(r))
+        for size in (1 << b for b in range(BLOCK.bit_length() - 1)):
+            pairs = BLOCK // (2 * size)
+            left1, left2 = self.halves(self.view(left, 2, pairs, 2, size, -1), 2)  # (2, pairs, 1, size, N)
+            right1, right2 = self.halves(self.view(right, 2, pairs, 2, size, -1), 2)
+            m1, m2 = self.halves(self.view(m, 2, 2, pairs, 2, -1), 3)  # (2, 2, pairs, 1, N)
+            c1, c2 = self.halves(self.view(c, pairs, 2 * size, size, -1), 1)
+            across = total(self.Mul(self.view(left2, 2, pairs, size, 1, -1), right1), 0)
+            c = self.Concat(self.Concat(c1, self.Mul(c1, 0.0), axis=2), self.Concat(across, c2, axis=2), axis=1)
+            left2 = total(self.Mul(self.view(left2, 2, 1, pairs, size, -1), m1), 0)
+            right1 = total(self.Mul(self.view(right1, 1, 2, pairs, size, -1), m2), 1)
+            m = total(self.Mul(self.view(m2, 2, 2, 1, pairs, -1), self.view(m1, 1, 2, 2, pairs, -1)), 1)
+            left = self.Concat(self.view(left1, 2, pairs, size, -1), left2, axis=2)
+            right = self.Concat(right1, self.view(right2, 2, pairs, size, -1), axis=2)
+        left, right = (self.cut(self.view(x, 2, BLOCK, -1), 1) for x in (left, right))
+        return self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), left, right, self.view(m, 2, 2, -1)
+
+    def merge(self, parts: dict[str, str], count: int) -> str:
+        """o (chunks, B, H, tokens, V) of chunks whose blocks, `count` of the first ones each, become twice as large until they are one.
+
+        parts: o, what a block says of itself; q, its queries as they reach what was before it (rows H_1 ... H_t q_t); k; end, its
+        writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; and its decays left, right and whole.
+        """
+        size = self.Mul(self.tokens, [count])
+        rows = {"end": self.width, "right": 2, "whole": 2}
+        pair = {name: self.view(x, self.chunks, self.batch, self.heads, -1, 2, rows.get(name, size),
+                                size if name in ("end", "right") else 2 if name in ("left", "whole") else self.width)
+                for name, x in parts.items()}  # (chunks, B, H, pairs, 2, ., .)
+        first = lambda name, g=self: g.Gather(pair[name], [0], axis=4)  # noqa: E731
+        second = lambda name, g=self: g.Gather(pair[name], [1], axis=4)  # noqa: E731
+        q2, end1, left2, right1 = second("q"), first("end"), second("left"), first("right")
+        across = self.MatMul(q2, end1)
+        o2 = self.Add(second("o"), self.MatMul(self.Mul(across, self.MatMul(left2, right1)), first("v")))
+        own = lambda g: g.Concat(first("o", g), o2, axis=5)  # noqa: E731
+        last = 2 * count == 2 ** MERGES
+        shape = (self.chunks, self.batch, self.heads, self.Mul(size, [2]), self.width)
+
+        def further(g: Any) -> str:
+            k1, k2, end2, m1, m2 = first("k", g), second("k", g), second("end", g), first("whole", g), second("whole", g)
+            new = {"o": own(g), "q": g.Concat(first("q", g), g.Sub(q2, g.MatMul(across, k1)), axis=5), "k": pair["k"], "v": pair["v"],
+                   "end": g.Concat(g.Sub(end1, g.MatMul(end2, g.MatMul(k2, end1))), end2, axis=6),
+                   "left": g.Concat(first("left", g), g.MatMul(left2, m1), axis=5),
+                   "right": g.Concat(g.MatMul(m2, right1), second("right", g), axis=6), "whole": g.MatMul(m2, m1)}
+            return g.scan(new, shape[3]) if last else g.merge(new, 2 * count)
+
+        done = self.one_chunk if last else self.Squeeze(self.Equal(self.blocks, [2 * count]), [0])
+        return self.choose(done, lambda g: g.view(own(g), *shape), further)
+
+    def scan(self, parts: dict[str, str], size: str) -> str:
+        """o of the chunks, one block each now (as in `merge`), with what they read of the chunks before them."""
+        view = lambda name, *last: self.view(parts[name], self.chunks, self.batch, self.heads, *last)  # noqa: E731
+        width, both = self.width, 2 * self.width
+        q = self.view(self.Mul(view("q", size, 1, width), view("left", size, 2, 1)), self.chunks, self.batch, self.heads, size, both)
+        written = self.Mul(view("right", 2, size, 1), view("v", 1, size, width))
+        start = self.Expand(0.0, self.Concat(self.batch, [self.heads], [2], [width], [width], axis=0))
+        step = self.inside()
+        state, *at = names = [f"step{next(self.names)}" for _ in range(6)]
+        read = step.MatMul(at[0], step.view(state, 0, 0, both, width))
+        mixed = step.view(step.MatMul(at[4], step.view(state, 0, 0, 2, width * width)), 0, 0, 2, width, width)
+        new = step.Add(mixed, step.MatMul(at[2], step.Sub(at[3], step.MatMul(at[1], mixed))))
+        _, carried = self.Scan(start, q, view("k", 1, size, width), view("end", 1, width, size), written, view("whole", 2, 2),
+                               body=step.body(names, [new, read]), num_scan_inputs=5, outputs=2)
+        return self.Add(view("o", size, width), carried)
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a model that `encode` takes: (input_ids, attention_mask) -> last_hidden_state. `threads` 0: all cores."""
+
+    def __init__(self, path: Path, threads: int = 0):
+        import onnxruntime
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # `encode` asks a parameter for the device
+        self.config = types.SimpleNamespace(hidden_size=self.session.get_outputs()[0].shape[-1])
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        """last_hidden_state (B, T, D) and sentence_embedding (B, D)."""
+        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        return [torch.from_numpy(x) for x in self.session.run(["last_hidden_state", "sentence_embedding"], inputs)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.run(input_ids, attention_mask)[0])
+
+
+def need(*packages: str) -> None:
+    """UserError naming the first package that is not installed."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed; pip install -r requirements-eval.txt")
 
 
 @torch.no_grad()
-def export_onnx(student: DeltaNetStudent, path: Path, temporary: Path) -> dict[str, Any]:
-    """Write model.onnx with dynamic batch and length; returns its largest difference from the student at each length."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter needs it
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install -r requirements-eval.txt") from None
-    generator = torch.Generator().manual_seed(0)
+def write_onnx(student: DeltaNetStudent, path: Path) -> None:
+    """The student as an ONNX file of dynamic batch and length, unchecked."""
+    import onnx
+    onnx.save(StudentGraph(student.eval()).model(), path)
 
-    def example(batch: int, length: int) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(1000, student.config.vocab_size, (batch, length), generator=generator)
-        return ids, (torch.arange(length) < torch.linspace(length, max(1, length // 2), batch).long()[:, None]).long()
 
-    names, dims = ("input_ids", "attention_mask"), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    kept = script.ShortConvolution, [mixer.delta_rule for mixer in student.deltanet_layers]
-    script.ShortConvolution = ScanRecurrence
-    for mixer in student.deltanet_layers:
-        mixer.delta_rule = ScanRecurrence.delta_rule
-    try:
-        torch.onnx.export(OnnxModel(student).eval(), example(3, 21), dynamo=True, verbose=False, input_names=names,
-                          output_names=("last_hidden_state", "sentence_embedding"),
-                          dynamic_shapes={name: dims for name in names}).save(temporary, external_data=False)
-    finally:
-        script.ShortConvolution = kept[0]
-        for mixer, delta_rule in zip(student.deltanet_layers, kept[1]):
-            mixer.delta_rule = delta_rule
-    session, result = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"]), {}
-    for length in (5, 37, 128, 512):
-        inputs = example(2, length)
-        found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})
-        expected = OnnxModel(student).eval()(*inputs)
-        real = inputs[1].bool()  # what stands at padding is nobody's
-        result[f"onnx_error_{length}"] = max((torch.from_numpy(found[0]) - expected[0])[real].abs().max().item(),
-                                             (torch.from_numpy(found[1]) - expected[1]).abs().max().item())
+@torch.no_grad()
+def export_onnx(student: DeltaNetStudent, path: Path, scratch: Path) -> dict[str, float]:
+    """Write `path`; returns by how much onnxruntime differs from the student at each length, at most 1e-4, else UserError."""
+    need("onnx", "onnxruntime")
+    temporary = scratch / path.name
+    write_onnx(student, temporary)
+    model, result, generator = OnnxModel(temporary), {}, torch.Generator().manual_seed(0)
+    limit = student.config.max_positions if student.config.learned_positions else math.inf
+    for length in (n for n in ONNX_LENGTHS if n <= limit):
+        ids = torch.randint(student.config.vocab_size, (3, length), generator=generator)
+        ids[2] = ids[2, 0]  # one token, again and again
+        mask = (torch.arange(length) < torch.tensor([[length], [max(1, length // 2)], [length]])).long()
+        hidden = student(ids, mask).last_hidden_state
+        found, embedding = model.run(ids, mask)
+        result[f"onnx_error_{length}"] = max((found - hidden)[mask.bool()].abs().max().item(),  # what stands at padding is nobody's
+                                             (embedding - script.mean_pool(hidden, mask)).abs().max().item())
     if not max(result.values()) < 1e-4:
         raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; nothing was written")
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, lambda file: file.write(temporary.read_bytes()))
+    return result
+
+
+def quantise_onnx(source: Path, path: Path, layers: Callable[[str], bool] = lambda name: name.startswith("linear/")) -> None:
+    """The weights of the products whose node names `layers` accepts as int8, a scale a column; activations when it runs.
+
+    One bit less than int8 has: processors without VNNI add two products in 16 bits, which 8-bit weights overflow.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    model, level = onnx.load(source), logging.getLogger().level
+    names = [node.name for node in model.graph.node if node.op_type == "MatMul" and layers(node.name)]
+    logging.getLogger().setLevel(logging.ERROR)  # of a pre-processing that changes nothing here
+    try:
+        quantize_dynamic(model, path, nodes_to_quantize=names, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8,
+                         per_channel=True, reduce_range=True)
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+def export_int8(tokenizer: Any, source: Path, path: Path, scratch: Path, cfg: dict[str, Any], given: bool) -> dict[str, float]:
+    """Write `path`, the file `source` in int8; returns the lowest cosine to float32 over a few sentences, and both dev Spearmans.
+
+    Dev is what `cfg` names, with a data_dir that was `given` or is at hand. UserError if STS-B dev loses more than 0.004.
+    """
+    temporary = scratch / path.name
+    quantise_onnx(source, temporary)
+    models = {"onnx": OnnxModel(source), "int8": OnnxModel(temporary)}
+    vectors = [script.encode(model, tokenizer, EXAMPLES) for model in models.values()]
+    result = {"int8_cosine": float((vectors[0] * vectors[1]).sum(1).min())}
+    name = script.evaluation_name(cfg)
+    if given or (Path(cfg["data_dir"]) / "sts" / f"{name}-dev.tsv.gz").is_file():
+        rows = script.load_sts(cfg, "dev")
+        result |= {f"{kind}_dev_spearman": script.evaluate_sts(model, tokenizer, rows)["spearman"] for kind, model in models.items()}
+        lost = result["onnx_dev_spearman"] - result["int8_dev_spearman"]
+        if name == "stsb" and not lost <= 0.004:
+            raise UserError(f"{path}: int8 loses {lost:.4f} of Spearman on STS-B dev, more than 0.004; it was not written")
+    else:
+        print(f"note: no {name} dev set at hand (set --data_dir): int8 was compared with float32 on a few sentences alone", file=sys.stderr)
     write_atomic(path, lambda file: file.write(temporary.read_bytes()))
     return result
 
@@ -322,18 +677,26 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     result = {"folder": str(folder), "step": info["step"], "scores": info["scores"], "source": info["file"]}
     if args.export_trained:
         return result | {"files": export_trained(folder, student, cfg, record)}
+    if args.onnx or args.int8:
+        need("onnx", "onnxruntime")
     lock = RunLock(folder, lambda line: None) if (folder / ".lock").exists() else None  # a training writes its best model here
+    onnx, int8 = (folder / "onnx" / name for name in ("model.onnx", "model_qint8.onnx"))  # where sentence-transformers looks
     try:
+        for file in (onnx, int8):
+            file.unlink(missing_ok=True)  # of other weights
         save_model(folder, student, tokenizer, cfg, record)
         write_atomic(card, lambda file: file.write(model_card(student, cfg, info, chosen).encode()))
     finally:
         if lock:
             lock.release()
-    if args.onnx:
+    if args.onnx or args.int8:
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                result["onnx"] = export_onnx(student, folder / "model.onnx", Path(scratch) / "model.onnx")
-            except (RuntimeError, ValueError, TypeError) as error:  # of torch's exporter or onnxruntime
+                result["onnx"] = export_onnx(student, onnx, Path(scratch))
+                if args.int8:
+                    data = {"data_dir": args.data_dir, "sts_name": "auto"} if args.data_dir else {}
+                    result["onnx"] |= export_int8(tokenizer, onnx, int8, Path(scratch), cfg | data, bool(args.data_dir))
+            except (RuntimeError, ValueError, TypeError) as error:  # of onnxruntime
                 raise UserError(f"{folder}: the ONNX export failed ({(str(error).splitlines() or [''])[0][:160]})") from None
     return result | {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()
                                      and not p.name.startswith((".", "checkpoint_")))}
@@ -349,7 +712,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--export_trained", metavar="DIR", help="write only the compact form, into DIR")
     parser.add_argument("--average", nargs="+", default=[], metavar="STUDENT", help="average its weights with these students'")
     parser.add_argument("--weights", nargs="+", type=float, help="of CHECKPOINT and of each of --average (default: equal)")
-    parser.add_argument("--onnx", action="store_true", help="also write model.onnx, checked with onnxruntime")
+    parser.add_argument("--onnx", action="store_true", help="also write onnx/model.onnx, checked with onnxruntime")
+    parser.add_argument("--int8", action="store_true", help="also write onnx/model_qint8.onnx, and onnx/model.onnx")
+    parser.add_argument("--data_dir", help="folder with sts/stsb-dev.tsv.gz, for --int8's check (default: the training's)")
     parser.add_argument("--force", action="store_true", help="overwrite a better model")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     args = parser.parse_args(argv)
