@@ -14,6 +14,7 @@ import train_6layer_deltanet as script
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import generalise  # noqa: E402
 import kill_soak  # noqa: E402
 import save_best_checkpoint  # noqa: E402
 
@@ -236,3 +237,30 @@ def test_average_by_hand():
     for bad, weights in (([states[0], {"v": torch.ones(2)}], [1, 1]), (states, [1.0]), (states, [0.0, 0.0]), (states, [1, float("nan")])):
         with pytest.raises(script.UserError, match="average"):
             save_best_checkpoint.average_students(bad, weights)
+
+
+# ---- retrieval
+
+
+def test_ndcg_by_hand():
+    candidates = np.eye(12)
+    queries = np.stack([candidates[3], 0.9 * candidates[5] + 0.4 * candidates[3], candidates[:11].T @ np.arange(11, 0, -1)])
+    found = generalise.ndcg(queries, candidates, [{3}, {3}, {1, 2, 10}])
+    ideal = 1 + 1 / np.log2(3) + 1 / np.log2(4)
+    assert found == pytest.approx([1.0, 1 / np.log2(3), (1 / np.log2(3) + 1 / np.log2(4)) / ideal])  # place 11 is beyond 10
+
+
+def test_queries_and_their_answers_were_not_seen(tmp_path):
+    passage = lambda i: f"passage {i} of many words that say what the answer to its question is"  # noqa: E731
+    rows = [[f"what is question {i}", passage(i)] for i in range(90)] + [["what is question 0", passage(90)]]
+    kill_soak.write_lines(tmp_path / "train" / "answers.jsonl.gz", list(map(json.dumps, rows)))
+    kill_soak.write_lines(tmp_path / "train" / "pairs.jsonl.gz", [json.dumps([f"this is sentence {i}", f"that is it {i}"]) for i in range(90)])
+    key = lambda text: int.from_bytes(script.text_key(text), "little", signed=True)  # noqa: E731
+    seen = {key(rows[i][1]) for i in range(10, 30)} | {key(rows[i][0]) for i in range(30, 40)}
+    sets = generalise.retrieval_sets(script.config | {"data_dir": str(tmp_path)}, seen, 50, 60)
+    queries, candidates, right = sets.pop("answers")
+    assert not sets and len(queries) == len(set(queries)) == 50 and len(candidates) == len(set(candidates)) == 60
+    assert not {*queries} & {rows[i][0] for i in range(10, 40)}
+    for query, answers in zip(queries, right):
+        assert {candidates[i] for i in answers} == {answer for other, answer in rows if other == query}
+    assert not generalise.retrieval_sets(script.config | {"data_dir": str(tmp_path)}, {key(row[1]) for row in rows[:70]}, 50, 60)
