@@ -80,12 +80,14 @@ config: dict[str, Any] = {
     "num_layers": 6,  # blocks, one for each of the teacher's
     "fast_decay_init": 0.30,  # retention of the fast state at initialisation, per token
     "slow_decay_init": 0.85,  # retention of the slow state at initialisation, per token
+    "slow_decay_max": 0.0,  # that of a direction's slowest head; the others' memory spans rise to it geometrically; 0: all alike
     "bidirectional": True,  # half of the heads read right to left; False: all read left to right
     "hierarchical_memory": True,  # a slow state beside the fast one
     "cross_timescale_coupling": True,  # the two states exchange through the 2 x 2 transition
     "resonance_flux": True,  # learned psi; False: psi is 0.5 everywhere
     "short_convolution": True,  # depthwise convolution of width 4 before q, k, v
     "read_gates": True,  # learned gates on what is read from each state; False: 1
+    "learned_pooling": False,  # a learned weight for each token in the mean, 1 at initialisation
     "learned_positions": False,  # add the teacher's position embeddings; limits texts to 512 tokens
     "train_embeddings": False,  # train the copied embeddings too; False keeps them the teacher's
     "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention projections)
@@ -137,6 +139,10 @@ config: dict[str, Any] = {
     "stream_share": 0.5,  # share of the pairs that comes from the streams
     "joined_share": 0.0,  # share of the pairs that are joined with those that follow them into longer texts; fewer where these would overlap
     "joined_length": 512,  # tokens that such texts reach at most; their lengths are log-uniform from 32
+    "long_share": 0.0,  # share of the steps that are of long documents, each with a query: data_dir/long/*.jsonl.gz
+    "long_length": 8192,  # tokens a long document is cut at; in half of its batches earlier, at a length drawn log-uniformly from 256
+    "long_tokens": 16384,  # tokens of documents in a step; more give each query more negatives
+    "long_contrastive_weight": 1.0,  # weight of the guided contrastive loss between queries and documents
     "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
@@ -151,8 +157,7 @@ config: dict[str, Any] = {
     # device
     "device": "auto",  # cuda if there is one, else cpu
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
-    "triton_kernel": False,  # run the delta rule in delta_kernel.py on CUDA; checked at start, its speed is unmeasured
-    "compile": "auto",  # torch.compile of what is elementwise, and of the teacher: true, false, or auto: on CUDA alone
+    "compile": "auto",  # torch.compile of student and teacher: true, false, or auto: on CUDA alone
     "threads": 0,  # CPU threads; 0: PyTorch's choice
     "peer_timeout": 25,  # seconds that a process waits for another one in a step, under torchrun; more than its longest micro-batch takes
 }
@@ -228,12 +233,11 @@ CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("t
            "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false")}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
-                     "learned_positions")
+                     "learned_pooling", "learned_positions")
 # Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
 # (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
-             "save_interval",
-             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "compile", "best_model_split",
+             "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
              "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
 FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing on another machine
 
@@ -310,8 +314,12 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     rules += [(key, cfg[key] < 1, "below 1")
               for key in ("dropout", "state_dropout", "label_smoothing", "held_out_share")]
     rules += [(key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")]
+    rules += [("slow_decay_max", cfg["slow_decay_max"] == 0 or cfg["slow_decay_init"] <= cfg["slow_decay_max"] < 1,
+               "0, or at least slow_decay_init and below 1")]
     rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
     rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
+              ("long_share", cfg["long_share"] <= 1, "at most 1"), ("long_length", cfg["long_length"] >= 4, "at least 4"),
+              ("long_tokens", cfg["long_tokens"] >= 1, "at least 1"),
               ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
                "above 0, or another loss than the two regularisations"),
               ("spearman_temperature", cfg["spearman_temperature"] > 0, "above 0"),
@@ -329,14 +337,15 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     return cfg
 
 
-def longest_text(cfg: dict[str, Any]) -> int:
-    """Tokens that a training text can have."""
-    return max(cfg["max_length"], cfg["joined_length"] if cfg["joined_share"] else 0)
+def longest_text(cfg: dict[str, Any], documents: bool = True) -> int:
+    """Tokens that a training text can have; without `documents`, one of the pairs."""
+    return max(cfg["max_length"], cfg["joined_length"] if cfg["joined_share"] else 0,
+               cfg["long_length"] if cfg["long_share"] and documents else 0)
 
 
 def pad_lengths(cfg: dict[str, Any]) -> list[int]:
     """The lengths batches are padded to, the last one that of the longest text."""
-    longest = longest_text(cfg)
+    longest = longest_text(cfg, documents=False)
     return [x for x in map(int, cfg["pad_lengths"].split(",")) if x < longest] + [longest]
 
 
@@ -490,32 +499,6 @@ def chunk_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
 # Layer
 
 
-class ShortConvolution(torch.autograd.Function):
-    """Causal depthwise convolution along time: y_t = sum_i w_i x_{t-i}. x (..., T, K), w (taps, ..., 1, K) -> like x.
-
-    As shifted products: a grouped conv1d would need the channels first and costs several times as much on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        y = x * w[0]
-        for i in range(1, min(len(w), x.shape[-2])):
-            y[..., i:, :].addcmul_(x[..., :-i, :], w[i])
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        grad_x, grad_w = grad * w[0], torch.zeros_like(w)
-        dims = [d for d in range(x.dim()) if w.shape[d + 1] == 1]
-        grad_w[0] = (grad * x).sum(dims, keepdim=True)
-        for i in range(1, min(len(w), x.shape[-2])):
-            grad_x[..., :-i, :].addcmul_(grad[..., i:, :], w[i])
-            grad_w[i] = (grad[..., i:, :] * x[..., :-i, :]).sum(dims, keepdim=True)
-        return grad_x, grad_w
-
-
 def l2_normalise(x: Tensor) -> Tensor:
     """x * rsqrt(sum(x^2) + 1e-6) over the last axis."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
@@ -529,8 +512,8 @@ class DeltaNetConfig(PretrainedConfig):
     def __init__(self, d_model=384, num_heads=12, num_layers=6, ffn_size=1536, vocab_size=30522, max_positions=512,
                  fast_decay_init=0.30, slow_decay_init=0.85, bidirectional=True, hierarchical_memory=True,
                  cross_timescale_coupling=True, resonance_flux=True, short_convolution=True, read_gates=True,
-                 learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12,
-                 **kwargs):
+                 learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12, slow_decay_max=0.0,
+                 learned_pooling=False, **kwargs):
         self.d_model, self.num_heads, self.num_layers, self.ffn_size = d_model, num_heads, num_layers, ffn_size
         self.vocab_size, self.max_positions, self.layer_norm_eps = vocab_size, max_positions, layer_norm_eps
         self.fast_decay_init, self.slow_decay_init = fast_decay_init, slow_decay_init
@@ -538,11 +521,124 @@ class DeltaNetConfig(PretrainedConfig):
         self.cross_timescale_coupling, self.resonance_flux = cross_timescale_coupling, resonance_flux
         self.short_convolution, self.read_gates = short_convolution, read_gates
         self.learned_positions, self.dropout, self.state_dropout = learned_positions, dropout, state_dropout
+        self.slow_decay_max, self.learned_pooling = slow_decay_max, learned_pooling
         self.hidden_size, self.num_hidden_layers = d_model, num_layers
         super().__init__(**kwargs)
 
 
-SEGMENT = 2048  # tokens of a longer text that are in work at a time
+def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
+                   flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
+                   initial_state: Tensor | None = None, reverse_heads: int = 0, convolution: bool = True, flux: bool = True,
+                   coupling: bool = True, hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
+                   delta_rule: Callable = chunk_hierarchical_delta_rule) -> tuple[Tensor, Tensor | None]:
+    """All between a layer's input and output projections, in PyTorch: the twin of the kernels' `hierarchical_mixer`.
+
+    Args:
+        proj: (B, T, R), for each token q (H, K), k (H, K), v (H, K), the logits of beta, a_fast, a_slow, g_fast, g_slow (H each),
+            and what fills the row.
+        mask: (B, T) bool, False at padding: the convolution reads zeros there, nothing is written, and o is 0.
+        keep: (B, T, H) bool or None, False where state dropout drops the write: the states pass, and are read.
+        conv_weight: (4, 3, H, K), tap i looks i tokens back. o_norm: (H, K).
+        flux_bilinear: (H, K, K), flux_scale: (H); flux_in_weight (16, 2 K + 1) and the others: the MLP of psi.
+        initial_state: (B, H, 2, K, K) or None for zeros. reverse_heads: the last heads, which read right to left.
+    Returns: o (B, T, H K), and the final states (B, H, 2, K, K), of each head in its own direction, or None.
+    """
+    (batch, length, _), (_, _, heads, channels) = proj.shape, conv_weight.shape
+
+    def orient(x: Tensor, turned: int = reverse_heads) -> Tensor:
+        """Turn time around for the last heads, x (H, B, T, ...) or (..., H, B, T, K); its own inverse."""
+        at = x.dim() - 4 if x.dim() > 4 else 0
+        if not turned:
+            return x
+        left, right = x.split([heads - turned, turned], at)
+        return torch.cat([left, right.flip(at + 2)], at)
+
+    qkv, gates, _ = proj.float().split([3 * heads * channels, 5 * heads, proj.shape[-1] - heads * (3 * channels + 5)], -1)
+    qkv = orient((qkv * mask.unsqueeze(-1)).view(batch, length, 3, heads, channels).permute(2, 3, 0, 1, 4))  # (3, H, B, T, K)
+    gates = torch.sigmoid(gates.view(batch, length, 5, heads).permute(3, 0, 1, 2))  # (H, B, T, 5)
+    beta, a_fast, a_slow, g_fast, g_slow = orient(gates).unbind(-1)
+    update = mask.expand(heads, -1, -1) if keep is None else (keep & mask.unsqueeze(-1)).permute(2, 0, 1)
+    update, real = orient(update), orient(mask.expand(heads, -1, -1))
+    if convolution:
+        padded = F.pad(qkv, (0, 0, 3, 0))
+        qkv = sum(padded[..., 3 - i:3 - i + length, :] * conv_weight[i, :, :, None, None] for i in range(4))
+    q, k, v = F.silu(qkv).unbind(0)
+    q, k = l2_normalise(q), l2_normalise(k)
+    psi = torch.full_like(beta, 0.5)
+    if flux:
+        form = ((k.flatten(1, 2) @ flux_bilinear).view_as(k) * v).sum(-1) * flux_scale[:, None, None]
+        hidden = F.silu(F.linear(torch.cat([k, v, form.unsqueeze(-1)], -1), flux_in_weight, flux_in_bias))
+        psi = torch.sigmoid(hidden @ flux_out_weight + flux_out_bias).clamp(0.01, 0.99)
+    if not read_gates:
+        g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
+    kappa = 0.05 + 0.10 * psi if coupling and hierarchical else 0.0 * psi
+    f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
+    out_fast, out_slow = kappa * psi, kappa * (1 - psi)
+    transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)], -1).unflatten(-1, (2, 2))
+    transition = torch.where(update[..., None, None], transition, torch.eye(2, device=proj.device))
+    read = torch.stack([alpha * g_fast, (1 - alpha) * g_slow if hierarchical else torch.zeros_like(alpha)], -1)
+    state = None if initial_state is None else initial_state.float().transpose(0, 1)
+    o, state = delta_rule(q, k, v, beta * update, transition, read, initial_state=state, output_final_state=output_final_state)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * o_norm[:, None, None] * real.unsqueeze(-1)
+    return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
+
+
+def load_kernel() -> Any:
+    """delta_kernel.py beside this file as a module, or None without the package numba.
+
+    It is run from a copy named after its content in the user's cache folder, so that it is compiled once for all saved models that
+    hold the same one, and is one module in a process that opens several. A folder that cannot be written is replaced by a temporary one.
+    """
+    if importlib.util.find_spec("numba") is None:
+        return None
+    source = Path(__file__).with_name("delta_kernel.py").read_bytes()
+    name = f"delta_kernel_{hashlib.sha256(source).hexdigest()[:12]}"
+    if name not in sys.modules:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet"
+        path, own = folder / f"{name}.py", folder / f".{name}.{os.getpid()}"
+        try:
+            if not path.is_file() or path.read_bytes() != source:
+                folder.mkdir(parents=True, exist_ok=True)
+                own.write_bytes(source)
+                os.replace(own, path)
+        except OSError:
+            path = Path(tempfile.mkdtemp()) / f"{name}.py"
+            path.write_bytes(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+kernel = load_kernel()
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the compiled kernel runs where `x` is; says once, on a CPU, if it is missing."""
+    if kernel is None and x.device.type == "cpu" and not has_kernel.told and not torch.compiler.is_compiling():
+        has_kernel.told = True
+        print("note: without the package numba this model is several times slower on a CPU: pip install numba", file=sys.stderr)
+    return kernel is not None and x.device.type == "cpu"
+
+
+has_kernel.told = False
+
+
+def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
+    """Retention of each head's slow state at initialisation, (H,): 1 / (1 - retention) rises geometrically within a direction."""
+    if not cfg.slow_decay_max:
+        return torch.full((cfg.num_heads,), cfg.slow_decay_init)
+    directions = 2 if cfg.bidirectional else 1
+    lost = torch.logspace(*(math.log10(1 - x) for x in (cfg.slow_decay_init, cfg.slow_decay_max)), cfg.num_heads // directions)
+    return (1 - lost).repeat(directions)
+
+
+PIECE = 16384  # tokens that are in work at once where memory is to be spared
+
+
+def frugal(module: nn.Module) -> bool:
+    """Whether long texts may go through `module` piece by piece; not in training, where dropout is to be drawn for the whole."""
+    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
 
 
 class EnhancedHierarchicalDeltaNet(nn.Module):
@@ -551,7 +647,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
         self.cfg, heads, dim = cfg, cfg.num_heads, cfg.d_model
-        self.delta_rule = chunk_hierarchical_delta_rule
+        self.mixer: Callable | None = None  # in place of the kernel or `parallel_mixer`, with the same arguments
         channels = dim // heads
         self.qkv_proj = nn.Linear(dim, 3 * dim)
         self.gate_proj = nn.Linear(dim, 5 * heads)  # beta, a_fast, a_slow, g_fast, g_slow
@@ -577,109 +673,51 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         self.flux_log_temperature.fill_(0.5 * math.log(self.flux_bilinear.shape[-1]))
         for linear in (self.flux_in, self.flux_out, self.gate_proj):
             nn.init.normal_(linear.weight, std=0.02), nn.init.zeros_(linear.bias)
-        for row, start in ((1, cfg.fast_decay_init), (2, cfg.slow_decay_init)):
-            self.gate_proj.bias[row * heads:(row + 1) * heads] = math.log(start / (1 - start))
+        for row, start in ((1, cfg.fast_decay_init), (2, slow_retentions(cfg))):
+            self.gate_proj.bias[row * heads:(row + 1) * heads] = torch.logit(torch.as_tensor(start))
 
     def projections(self) -> list[Tensor]:
         """The D x D weights of q, k, v and o, as views."""
         return [*self.qkv_proj.weight.chunk(3), self.o_proj.weight]
 
-    def orient(self, x: Tensor, heads_dim: int = 0) -> Tensor:
-        """Flip time for the second half of the heads, x (..., H, B, T, ...); its own inverse."""
-        if not self.cfg.bidirectional:
-            return x
-        forward, backward = x.chunk(2, heads_dim)
-        return torch.cat([forward, backward.flip(heads_dim + 2)], heads_dim)
+    def project(self, x: Tensor, part: slice) -> Tensor:
+        """q, k, v and the logits of the gates of the heads `part` by one matrix product: x (B, T, D) -> (B, T, R).
 
-    def flux(self, k: Tensor, v: Tensor) -> Tensor:
-        """Resonance flux psi in [0.01, 0.99]. k, v (H, B, T, K) -> (H, B, T)."""
-        heads, batch, length, channels = k.shape
-        bilinear = (k.reshape(heads, -1, channels) @ self.flux_bilinear).view_as(k)
-        u = (bilinear * v).sum(-1) * torch.exp(-self.flux_log_temperature)
-        wk, wv, wu = self.flux_in.weight.split([channels, channels, 1], 1)
-        hidden = F.silu(F.linear(k, wk, self.flux_in.bias) + F.linear(v, wv) + u.unsqueeze(-1) * wu.squeeze(1))
-        return torch.sigmoid(self.flux_out(hidden).squeeze(-1)).clamp(0.01, 0.99)
-
-    def project(self, x: Tensor, mask: Tensor, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """q, k, v before the convolution (3, H, B, T, K) and the logits of the gates (5, H, B, T) of the heads `part`."""
-        (batch, length, _), heads = x.shape, self.cfg.num_heads
-
-        def of_part(linear: nn.Linear, count: int) -> Tensor:
-            weight, bias = (w.unflatten(0, (count, heads, -1))[:, part].flatten(0, 2) for w in (linear.weight, linear.bias))
-            return F.linear(x, weight, bias).view(batch, length, count, -1, linear.out_features // count // heads)
-
-        qkv = of_part(self.qkv_proj, 3) * mask[..., None, None, None]
-        return qkv.float().permute(2, 3, 0, 1, 4), of_part(self.gate_proj, 5).float().squeeze(-1).permute(2, 3, 0, 1)
-
-    def prepare(self, qkv: Tensor, gates: Tensor, update: Tensor) -> tuple[Tensor, ...]:
-        """The recurrence's arguments q, k, v, beta, transition, read; elementwise but for the flux. Arguments as of `mix`."""
-        cfg = self.cfg
-        q, k, v = F.silu(qkv).unbind(0)
-        q, k = l2_normalise(q), l2_normalise(k)
-        beta, a_fast, a_slow, g_fast, g_slow = map(torch.sigmoid, gates.unbind(0))
-        if not cfg.read_gates:
-            g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
-        psi = self.flux(k, v) if cfg.resonance_flux else torch.full_like(beta, 0.5)
-        kappa = 0.05 + 0.10 * psi if cfg.cross_timescale_coupling and cfg.hierarchical_memory else 0.0 * psi
-        f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
-        out_fast, out_slow = kappa * psi, kappa * (1 - psi)
-        transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)])
-        eye = torch.eye(2, device=qkv.device).view(4, 1, 1, 1)
-        transition = torch.where(update, transition, eye).unflatten(0, (2, 2)).movedim((0, 1), (-2, -1))
-        read_slow = (1 - alpha) * g_slow if cfg.hierarchical_memory else torch.zeros_like(alpha)
-        return q, k, v, beta * update, transition, torch.stack([alpha * g_fast, read_slow]).movedim(0, -1)
-
-    def mix(self, qkv: Tensor, gates: Tensor, update: Tensor, **states: Any) -> tuple[Tensor, Tensor | None]:
-        """The recurrence of all heads, each in its own direction: as `project`, update (H, B, T) -> o (H, B, T, K), states."""
-        if self.training and self.cfg.state_dropout > 0:
-            update = update & (torch.rand_like(gates[0]) >= self.cfg.state_dropout)
-        o, state = self.delta_rule(*self.prepare(qkv, gates, update), **states)
-        return o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.o_norm, state
+        R is a multiple of 16: other rows cost a third more on a CPU.
+        """
+        sizes, fill = ((self.qkv_proj, 3), (self.gate_proj, 5)), -(part.stop - part.start) * (3 * self.o_norm.shape[-1] + 5) % 16
+        weight, bias = (torch.cat([*(getattr(linear, name).unflatten(0, (rows, self.cfg.num_heads, -1))[:, part].flatten(0, 2)
+                                     for linear, rows in sizes), x.new_zeros(fill, *size, dtype=self.o_norm.dtype)])
+                        for name, size in (("weight", (x.shape[-1],)), ("bias", ())))
+        return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (H, B, 2, K, V) or None."""
-        if not torch.is_grad_enabled() and not torch.compiler.is_exporting() and x.shape[1] > SEGMENT:
-            return self.forward_long(x, mask)
-        qkv, gates = self.project(x, mask)
-        update = mask.bool().expand(self.cfg.num_heads, -1, -1)  # where states are written
+        """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
+        heads, channels = self.cfg.num_heads, self.o_norm.shape[-1]
+        if frugal(self) and x[..., 0].numel() > PIECE and not output_final_state:  # some heads at a time: their projections take the most room
+            out, some = torch.empty_like(x), max(1, heads * PIECE // x[..., 0].numel())
+            for first in range(0, heads, some):
+                part = slice(first, min(first + some, heads))
+                out[..., first * channels:part.stop * channels] = self.mix(x, mask, part)[0]
+            return self.o_proj(out), None
+        o, state = self.mix(x, mask, slice(0, heads), output_final_state)
+        return self.o_proj(o.to(x.dtype)), state
+
+    def mix(self, x: Tensor, mask: Tensor, part: slice, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What the heads `part` read, before the output projection (B, T, heads K), and their final states or None."""
+        cfg, heads, channels, keep = self.cfg, self.cfg.num_heads, self.o_norm.shape[-1], None
+        if self.training and cfg.state_dropout > 0:
+            keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
+        reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
+        proj = self.project(x, part)
         with torch.autocast(x.device.type, enabled=False):
-            qkv = self.orient(qkv, 1)
-            if self.cfg.short_convolution:
-                qkv = ShortConvolution.apply(qkv, self.conv_weight)
-            o, state = self.mix(qkv, self.orient(gates, 1), self.orient(update), output_final_state=output_final_state)
-            o = self.orient(o).permute(1, 2, 0, 3).flatten(2)
-        return self.o_proj(o), state
-
-    def forward_long(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` without gradients, segment by segment with carried states: little memory beside x and the result.
-
-        The heads that read right to left take the segments from the end; both halves go through the recurrence together.
-        """
-        heads, out, state, edge = self.cfg.num_heads, torch.empty_like(x), None, None
-        turned = [False, True] if self.cfg.bidirectional else [False]
-        halves = [slice(i * heads // len(turned), (i + 1) * heads // len(turned)) for i in range(len(turned))]
-        turn = lambda y, back: y.flip(1) if back else y  # noqa: E731
-        for start in range(0, x.shape[1], SEGMENT):
-            end = min(start + SEGMENT, x.shape[1])
-            spans = [slice(x.shape[1] - end, x.shape[1] - start) if back else slice(start, end) for back in turned]
-            masks = [turn(mask[:, span], back) for span, back in zip(spans, turned)]
-            parts = [self.project(turn(x[:, span], back), m, half)
-                     for span, back, m, half in zip(spans, turned, masks, halves)]
-            qkv, gates = (torch.cat(pieces, 1) for pieces in zip(*parts))
-            update = torch.cat([m.bool().expand(heads // len(turned), -1, -1) for m in masks])
-            with torch.autocast(x.device.type, enabled=False):
-                if self.cfg.short_convolution:
-                    context = qkv if edge is None else torch.cat([edge, qkv], 3)
-                    edge = qkv[..., -3:, :].clone()
-                    qkv = ShortConvolution.apply(context, self.conv_weight)[..., context.shape[3] - qkv.shape[3]:, :]
-                o, state = self.mix(qkv, gates, update, initial_state=state, output_final_state=True)
-            for span, back, half in zip(spans, turned, halves):
-                part = turn(o[half].permute(1, 2, 0, 3).flatten(2), back).to(x.dtype)
-                width = part.shape[2]
-                out[:, span, half.start * width // (half.stop - half.start):][..., :width] = part
-        for piece in out.split(SEGMENT, 1):
-            piece.copy_(self.o_proj(piece))
-        return out, state
+            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x) else parallel_mixer))(
+                proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part], self.flux_bilinear[part],
+                torch.exp(-self.flux_log_temperature.view(heads)[part]), self.flux_in.weight, self.flux_in.bias,
+                self.flux_out.weight.view(-1), self.flux_out.bias, self.o_norm.view(heads, channels)[part],
+                reverse_heads=reverse, convolution=cfg.short_convolution, flux=cfg.resonance_flux,
+                coupling=cfg.cross_timescale_coupling, hierarchical=cfg.hierarchical_memory, read_gates=cfg.read_gates,
+                output_final_state=output_final_state)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -692,7 +730,6 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=-1)
 
 
-@torch.inference_mode()
 def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], batch_size: int = 64, max_length: int | None = 128,
            convert_to_tensor: bool = False) -> np.ndarray | Tensor:
     """Unit sentence embeddings, (N, D) in the order given, or (D,) for one string; works for the student and for the teacher.
@@ -702,19 +739,27 @@ def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], b
     """
     if isinstance(sentences, str):
         return encode(model, tokenizer, [sentences], batch_size, max_length, convert_to_tensor)[0]
+    out = encode_tokens(model, tokenise(tokenizer, sentences, max_length), batch_size)
+    return out if convert_to_tensor else out.numpy()
+
+
+@torch.inference_mode()
+def encode_tokens(model: PreTrainedModel, tokens: list[list[int]], batch_size: int = 64) -> Tensor:
+    """`encode` of texts given as token ids with [CLS] and [SEP]: (N, D) on the CPU."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    tokens = tokenise(tokenizer, sentences, max_length)
-    order = np.argsort([-len(t) for t in tokens], kind="stable")
-    out, done, most = torch.empty(len(sentences), model.config.hidden_size), 0, 16384 if device.type == "cuda" else 2048
-    while done < len(order):
-        chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
-        ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
-        done += len(chosen)
+    order, done, most = np.argsort([-len(t) for t in tokens], kind="stable"), 0, 16384 if device.type == "cuda" else 2048
+    out = torch.empty(len(tokens), model.config.hidden_size)
+    with tqdm(total=sum(map(len, tokens)), unit="token", unit_scale=True, delay=10, leave=False, disable=None) as bar:  # of long work alone
+        while done < len(order):
+            chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
+            ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            out[torch.from_numpy(chosen)] = mean_pool(hidden.float(), mask).cpu()
+            done += len(chosen)
+            bar.update(int(mask.sum()))
     model.train(was_training)
-    return out if convert_to_tensor else out.numpy()
+    return out
 
 
 def tokenise(tokenizer: Any, sentences: list[str], max_length: int | None) -> list[list[int]]:
@@ -733,17 +778,45 @@ def pad_batch(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
+class RecomputedFeedForward(torch.autograd.Function):
+    """Linear, exact GELU, linear on a CPU, x (N, D) -> (N, D); keeps (N, F) numbers for its backward pass, where autograd would twice that."""
+
+    @staticmethod
+    def forward(ctx, x, up, up_bias, down, down_bias):
+        hidden = x @ up.T
+        ctx.save_for_backward(x, hidden, up, up_bias, down)
+        return F.linear(kernel.gelu(hidden, up_bias, torch.empty_like(hidden)), down, down_bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, hidden, up, up_bias, down = ctx.saved_tensors
+        grad_hidden = grad @ down
+        activated = kernel.gelu_backward(hidden, up_bias, grad_hidden)  # grad_hidden becomes that of `hidden`
+        return grad_hidden @ up, grad_hidden.T @ x, grad_hidden.sum(0), grad.T @ activated, grad.sum(0)
+
+
 class FeedForward(nn.Module):
     """The teacher's FFN: linear, exact GELU, linear. (B, T, D) -> (B, T, D)."""
+
+    ROWS = 1024  # tokens in work at once where no gradient is wanted: what a CPU's caches hold
 
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
         self.up, self.down = nn.Linear(cfg.d_model, cfg.ffn_size), nn.Linear(cfg.ffn_size, cfg.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and not torch.compiler.is_exporting() and x.shape[1] > SEGMENT:
-            return torch.cat([self(piece) for piece in x.split(SEGMENT, 1)], 1)
-        return self.down(F.gelu(self.up(x)))
+        up, down = self.up, self.down
+        if not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
+                or up.out_features % 16:
+            return down(F.gelu(up(x)))
+        if torch.is_grad_enabled():
+            return RecomputedFeedForward.apply(x.flatten(0, -2), up.weight, up.bias, down.weight, down.bias).view_as(x)
+        rows, out = x.flatten(0, -2), torch.empty_like(x).flatten(0, -2)
+        hidden = x.new_empty(min(len(rows), self.ROWS), up.out_features)
+        for piece, result in zip(rows.split(self.ROWS), out.split(self.ROWS)):
+            part = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
+            torch.addmm(down.bias, kernel.gelu(part, up.bias, part), down.weight.T, out=result)
+        return out.view_as(x)
 
 
 class DeltaNetStudent(PreTrainedModel):
@@ -764,6 +837,9 @@ class DeltaNetStudent(PreTrainedModel):
         self.deltanet_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
         self.deltanet_ffns = nn.ModuleList(FeedForward(config) for _ in range(config.num_layers))
         self.ffn_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
+        if config.learned_pooling:
+            self.pooling = nn.Linear(dim, 1, bias=False)  # the logarithm of a token's weight; a bias would be the same for all
+            nn.init.zeros_(self.pooling.weight)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -772,37 +848,51 @@ class DeltaNetStudent(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def blocks(self, input_ids: Tensor, mask: Tensor, output_final_state: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The output of one block after the other, (B, T, D), and the final states of its mixer or None."""
-        positions = self.position_embeddings.weight
+    def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False, last_alone: bool = False,
+                      ) -> tuple[list[Tensor], Tensor | None]:
+        """The output of every block, or of the last alone, (B, T, D) each, and the mean state overlap or None.
+
+        The overlap: see `state_overlap`; 0 without a slow state.
+        """
+        positions, states, overlaps = self.position_embeddings.weight, [], []
         if self.config.learned_positions:
             if input_ids.shape[1] > len(positions):
                 raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
             positions = positions[:input_ids.shape[1]]
         drop = lambda x: F.dropout(x, self.config.dropout, self.training)  # noqa: E731
+        add = lambda x, y: x + y if torch.is_grad_enabled() else y.add_(x)  # noqa: E731  a long text needs the room
+        wanted = output_state_overlap and self.config.hierarchical_memory
         x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
-            mixed, final = mixer(x, mask, output_final_state)
-            x = norm(x + drop(mixed))
-            del mixed  # a long text needs its room
-            x = ffn_norm(x + drop(ffn(x)))
-            yield x, final
+            mixed, final = mixer(x, mask, wanted)
+            x = norm(add(x, drop(mixed)))
+            x = ffn_norm(add(x, drop(ffn(x))))
+            states = [x] if last_alone else [*states, x]
+            overlaps += [state_overlap(final)] if wanted else []
+        overlap = torch.stack(overlaps).mean() if wanted else x.new_zeros(())
+        return states, overlap if output_state_overlap else None
 
-    def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False,
-                      ) -> tuple[list[Tensor], Tensor | None]:
-        """The output of every block, (B, T, D) each, and the mean state overlap (see `state_overlap`; 0 without a slow state) or None."""
-        wanted = output_state_overlap and self.config.hierarchical_memory
-        states, finals = zip(*self.blocks(input_ids, mask, wanted))
-        overlap = torch.stack([state_overlap(f) for f in finals]).mean() if wanted else states[-1].new_zeros(())
-        return list(states), overlap if output_state_overlap else None
+    def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """`hidden` (B, T, D) times each token's weight over the mean weight of its text: anybody's mean pooling is then the weighted mean."""
+        if not self.config.learned_pooling:
+            return hidden
+        weights = self.pooling(hidden).float().masked_fill(mask.unsqueeze(-1) == 0, -1e9).softmax(1)
+        return hidden * (weights * mask.sum(1)[:, None, None]).to(hidden.dtype)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D)."""
+        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D); of a large batch a few texts at a time."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        for x, _ in self.blocks(input_ids, mask):
-            pass
-        return BaseModelOutput(last_hidden_state=x)
+        if frugal(self) and len(input_ids) > (rows := max(1, PIECE // input_ids.shape[1])):
+            out = None
+            for start in range(0, len(input_ids), rows):
+                part = mask[start:start + rows]
+                length = max(1, int((part.any(0) * torch.arange(1, part.shape[1] + 1, device=part.device)).max()))  # the rest is padding
+                x = self(input_ids[start:start + rows, :length], part[:, :length]).last_hidden_state
+                out = x.new_zeros(*input_ids.shape, x.shape[-1]) if out is None else out
+                out[start:start + rows, :length] = x
+            return BaseModelOutput(last_hidden_state=out)
+        return BaseModelOutput(last_hidden_state=self.weigh(self.hidden_states(input_ids, mask, last_alone=True)[0][0], mask))
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
         """`encode` with this model; the tokenizer is by default the one saved beside it, the length what it was trained on."""
@@ -819,40 +909,38 @@ def state_overlap(state: Tensor) -> Tensor:
 
 def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any], device: torch.device,
                    log: Callable[[str], None] = print, backend: str | Callable = "inductor") -> bool:
-    """torch.compile of the mixers' `prepare`, the FFNs and the teacher, as the config's `compile` says; True if it was done.
+    """torch.compile of the whole student and teacher, as the config's `compile` says; True if it was done.
 
-    Sizes are symbolic, so a few graphs (with and without gradients, one sentence, several) serve all layers and lengths. The
-    recurrence is left out: its block sizes follow the length, so that each of them would be compiled anew. `prepare`, an FFN and all
-    their gradients are compared with the uncompiled ones; where they differ or nothing can be compiled, one line says why, and
-    everything runs as it is. `auto` leaves several processes alone, of which none must wait
-    for another one's compiler, and deterministic runs, as a resumed run may be compiled from other first shapes.
+    Sizes are symbolic, so a few graphs (with and without gradients, one sentence, several) serve all lengths. The compiled student's
+    hidden states and gradients are compared with the uncompiled one's; where they differ or nothing can be compiled, one line says why,
+    and everything runs as it is. `auto` leaves several processes alone, of which none must wait for another one's compiler, and
+    deterministic runs, as a resumed run may be compiled from other first shapes.
     """
     alone = device.type == "cuda" and not cfg["deterministic"] and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if cfg["compile"] == "false" or (cfg["compile"] == "auto" and not alone):
         return False
-    prepare, mixer, ffn = torch.compile(EnhancedHierarchicalDeltaNet.prepare, dynamic=True, backend=backend), *(
-        layers[0] for layers in (student.deltanet_layers, student.deltanet_ffns))
-    heads, width = student.config.num_heads, student.config.d_model // student.config.num_heads
-    qkv, gates, x = (torch.rand(*size, device=device).sub_(0.5).requires_grad_() for size in (
-        (3, heads, 5, 24, width), (5, heads, 5, 24), (5, 24, student.config.d_model)))
-    update, found = torch.arange(24, device=device).expand(heads, 5, 24) < 20, []
-    inputs = [qkv, gates, x, *(p for part in (mixer, ffn) for p in part.parameters())]
+    compiled = torch.compile(DeltaNetStudent.hidden_states, dynamic=True, fullgraph=True, backend=backend)
+    generator, found, weights = torch.Generator().manual_seed(0), [], [p for p in student.parameters() if p.requires_grad]
+    ids = torch.randint(student.config.vocab_size, (3, 24), generator=generator).to(device)
+    mask = (torch.arange(24) < torch.tensor([24, 20, 9])[:, None]).long().to(device)
+    was_training, precision = student.training, torch.get_float32_matmul_precision()
+    student.eval()
     try:
-        for functions in ((EnhancedHierarchicalDeltaNet.prepare, ffn), (prepare, torch.compile(ffn, dynamic=True, backend=backend))):
-            outputs = [*functions[0](mixer, qkv, gates, update), functions[1](x)]
-            total = sum((y * torch.linspace(-1, 1, y.shape[-1], device=device)).sum() for y in outputs)
-            found.append([*outputs, *(g for g in torch.autograd.grad(total, inputs, allow_unused=True) if g is not None)])
+        for function in (DeltaNetStudent.hidden_states, compiled):
+            states = function(student, ids, mask)[0]
+            total = sum((x * torch.linspace(-1, 1, x.shape[-1], device=device) * mask.unsqueeze(-1)).sum() for x in states)
+            found.append([*states, *torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)])
         error = max(float((x - y).detach().abs().max() / (1 + x.detach().abs().max())) for x, y in zip(*found, strict=True))
-        if not error < 1e-3:  # seen with PyTorch 2.13 on a CPU, where one sigmoid over all five gates gave a wrong gradient
+        if not error < (1e-3 if precision == "highest" or device.type == "cpu" else 1e-2):  # TF32 rounds in another order
             raise ArithmeticError(f"error: compiled results are off by {error:.1e}")
     except Exception as error:  # a missing compiler, header or GPU feature: PyTorch has a type of its own for each
         reason = next((line for line in reversed(str(error).splitlines()) if "rror" in line or "ompiler" in line), type(error).__name__)
         log(f"note: compile: PyTorch cannot compile here ({reason.strip()[:200]}); running without")
         return False
+    finally:
+        student.train(was_training)
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs at DDP's buckets
-    for mixer, ffn in zip(student.deltanet_layers, student.deltanet_ffns):
-        mixer.prepare = MethodType(prepare, mixer)  # bound anew in a copy
-        ffn.compile(dynamic=True, backend=backend)
+    student.hidden_states = MethodType(compiled, student)
     teacher.compile(dynamic=True, backend=backend)
     return True
 
@@ -915,10 +1003,46 @@ def load_teacher(cfg: dict[str, Any]) -> tuple[PreTrainedModel, Any, str]:
     return teacher.eval().requires_grad_(False), tokenizer, origin
 
 
+TEACHER_WHOLE, TEACHER_WINDOW = 512, 256  # tokens of the texts that the teacher reads whole, and of its windows on longer ones
+
+
+def window_table(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """How the teacher reads a text of `length` tokens that begins with [CLS] and ends with [SEP]: windows that overlap by half.
+
+    Returns: positions in the text of each window's tokens (windows, width), [CLS] and [SEP] around every window; and for every
+    token of the text the place of its state among those of all windows (length,): that of the window in which it stands most centrally.
+    """
+    if length <= TEACHER_WHOLE:
+        return np.arange(length)[None], np.arange(length)
+    inner = TEACHER_WINDOW - 2
+    starts = np.append(np.arange(0, length - TEACHER_WINDOW, inner // 2), length - TEACHER_WINDOW)  # the last window ends the text
+    positions = np.pad(1 + starts[:, None] + np.arange(inner), ((0, 0), (1, 1)))
+    positions[:, -1] = length - 1
+    token = np.arange(length - 2)
+    window = np.searchsorted((starts[1:] + starts[:-1] + inner - 1) / 2, token)  # halfway between the centres of two windows
+    place = window * TEACHER_WINDOW + 1 + token - starts[window]
+    return positions, np.concatenate([[0], place, [positions.size - 1]])
+
+
 @torch.inference_mode()
 def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
-    """The teacher's hidden state after each layer, a list of (B, T, D)."""
-    return list(teacher(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:])
+    """The teacher's hidden state after each layer, a list of (B, T, D); of texts longer than it reads, window by window (`window_table`)."""
+    read = lambda ids, mask: teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]  # noqa: E731
+    if input_ids.shape[1] <= TEACHER_WHOLE:
+        return list(read(input_ids, mask))
+    windows, places, count, most = [], [], 0, 64 if input_ids.is_cuda else 8
+    for row, length in zip(input_ids.cpu().numpy(), mask.sum(1).tolist()):
+        positions, place = window_table(length)
+        windows += list(row[positions])
+        places.append(place + count)
+        count += positions.size
+    found = []  # the states of all windows' tokens, a list of layers for every few windows
+    for start in range(0, len(windows), most):
+        ids, real = (x.to(mask.device) for x in pad_batch(windows[start:start + most]))
+        found.append([x[real.bool()] for x in read(ids, real)])
+    place, real = torch.from_numpy(np.concatenate(places)).to(mask.device), mask.bool()
+    states = [torch.cat(layer)[place] for layer in zip(*found)]
+    return [x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter_(real.unsqueeze(-1), x) for x in states]
 
 
 @torch.no_grad()
@@ -929,7 +1053,7 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
     student = DeltaNetStudent(DeltaNetConfig(
         ffn_size=t.intermediate_size, vocab_size=t.vocab_size, max_positions=t.max_position_embeddings,
         layer_norm_eps=t.layer_norm_eps, dropout=cfg["dropout"], state_dropout=cfg["state_dropout"],
-        fast_decay_init=cfg["fast_decay_init"], slow_decay_init=cfg["slow_decay_init"],
+        **{key: cfg[key] for key in ("fast_decay_init", "slow_decay_init", "slow_decay_max")},
         **{key: cfg[key] for key in ARCHITECTURE_KEYS}))
     emb = teacher.embeddings
     student.word_embeddings.weight.copy_(emb.word_embeddings.weight)
@@ -1170,6 +1294,16 @@ def read_pairs(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}, after line {number}: cannot be read as gzip ({error})") from None
 
 
+def kept_aside(keys: np.ndarray) -> np.ndarray:
+    """Which documents of a source training leaves for development: those of the smallest keys of their queries. (N,) int64 -> bool.
+
+    Keys are hashes (`text_key`), so this is a random tenth, at least 64 and at most a third, and the same everywhere.
+    """
+    aside = np.zeros(len(keys), bool)
+    aside[np.argsort(keys, kind="stable")[:min(max(64, len(keys) // 10), len(keys) // 3)]] = True
+    return aside
+
+
 SHARD_ROWS = 1 << 16
 
 
@@ -1345,6 +1479,9 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
         raise UserError("no training pairs: every source is empty or left out")
     data = PairData(sources, cfg, streams)
     fingerprints |= {stream.name: "streamed" for stream in streams}
+    if cfg["long_share"]:
+        data.documents = LongData(cfg, tokenizer, recipe, banned, log)
+        fingerprints |= data.documents.fingerprints
     data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
     log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS evaluation "
         f"sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
@@ -1517,6 +1654,7 @@ class PairData:
         if not self.planned and self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
+        self.documents: LongData | None = None
         self.fingerprints: dict[str, str] = {}  # of every source's token ids
         self.leaks, self.cached = 0, (-1, None, None)
         self.ahead, self.builder = (-1, None), ThreadPoolExecutor(1)  # the next window is built while this one is used
@@ -1635,9 +1773,12 @@ class PairData:
         Each is a dict: `pairs`, the number n of pairs; `sources` (n,), their sources by number; `keys` (2 n + m,) text
         keys of anchors, positives and the m hard negatives, in this order; `groups`, these sentences sorted by length
         as a few (ids, mask) pairs, each (N, T) with its own padded length; `restore`, the index that puts the sorted
-        sentences back in the order of the keys.
+        sentences back in the order of the keys. With a `long_share`, some steps are of long documents: see `LongData.batch`.
         """
         cfg = self.cfg
+        before, until = (math.floor(number * cfg["long_share"]) for number in (step - 1, step))
+        if until > before:
+            return self.documents.batch(until)
         rows, batches = self.window((step - 1) // self.WINDOW)
         chosen = batches[(step - 1) % self.WINDOW]
         second = np.maximum(rows["positive_length"][chosen], rows["negative_length"][chosen])
@@ -1661,6 +1802,99 @@ class PairData:
             micro_batches.append({"pairs": len(part), "sources": torch.from_numpy(rows["source"][part]), "keys": keys,
                                   "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
         return micro_batches
+
+
+class LongData:
+    """Long documents with a query each, and the batch of the n-th step of such as a pure function of (seed, n).
+
+    An epoch is each source's seeded permutation, cut into batches of `long_tokens` tokens, all in a seeded order. A batch is of
+    one source, whose documents are the hardest negatives of one another. In half of the batches the documents are cut
+    at a length drawn log-uniformly from 256 to `long_length`. The documents that `kept_aside` names are never drawn.
+    """
+
+    def __init__(self, cfg: dict[str, Any], tokenizer: Any, recipe: str, banned: set[bytes], log: Callable[[str], None] = print):
+        import pyarrow.compute as pc
+        self.cfg, self.tables, self.rows, self.lengths, self.fingerprints = cfg, [], [], [], {}
+        self.ends, self.cached = [0], (-1, [])  # batches until the end of each epoch; the newest epoch
+        self.least = max(2, cfg["gradient_accumulation_steps"])  # documents of a batch
+        forbidden = [int.from_bytes(key, "little", signed=True) for key in banned]
+        for file in tqdm(sorted(Path(cfg["data_dir"]).glob("long/*.jsonl.gz")), desc="documents", unit="source", leave=False, disable=None):
+            name = file.name.removesuffix(".jsonl.gz")
+            digest = hashlib.sha256(f"{recipe} {cfg['long_length']} {file_sha256(file)}".encode()).hexdigest()[:16]
+            data, meta = tokenise_source(partial(read_pairs, file), tokenizer, cfg["long_length"], set(),
+                                         Path(cfg["cache_dir"]) / f"long-{name}-{digest}", log=log)
+            keys = data.data["key_anchor"].to_numpy()
+            rows = np.flatnonzero(~kept_aside(keys) & ~np.isin(keys, forbidden))
+            if len(rows) < self.least:
+                raise UserError(f"{file}: has {len(rows)} documents to train on, fewer than the {self.least} of a batch; remove it")
+            self.tables.append(data.with_format("arrow"))
+            self.rows.append(rows)
+            self.lengths.append(pc.list_value_length(data.data["positive"]).to_numpy()[rows])
+            self.fingerprints[f"long/{name}"] = meta["sha256"][:16]
+        if not self.tables:
+            raise UserError(f"long_share is {cfg['long_share']}, but there is no {Path(cfg['data_dir']) / 'long'}/*.jsonl.gz")
+        log(f"long documents: {sum(map(len, self.rows)):,} from {len(self.rows)} sources, {sum(x.sum() for x in self.lengths):,} tokens, "
+            f"{self.epoch_end(0):,} batches; {sum(len(t) - len(r) for t, r in zip(self.tables, self.rows)):,} documents are kept aside")
+
+    def epoch(self, number: int) -> list[tuple[int, np.ndarray, int]]:
+        """The batches of epoch `number`: source, rows, and the length their documents are cut at."""
+        if self.cached[0] != number:
+            cfg, rng, batches = self.cfg, np.random.default_rng(stable_seed(self.cfg["seed"], "long", number)), []
+            shortest = math.log(min(256, cfg["long_length"]))
+            for source, (rows, lengths) in enumerate(zip(self.rows, self.lengths)):
+                order = rng.permutation(len(rows))
+                while len(order) >= self.least:
+                    drawn = math.exp(rng.uniform(shortest, math.log(cfg["long_length"])))
+                    limit = cfg["long_length"] if rng.random() < 0.5 else round(drawn)
+                    ends = np.cumsum(np.minimum(lengths[order], limit))
+                    count = max(self.least, int(np.searchsorted(ends, cfg["long_tokens"], side="right")))
+                    batches.append((source, rows[order[:count]], limit))
+                    order = order[count:]
+            self.cached = (number, [batches[i] for i in rng.permutation(len(batches))])
+        return self.cached[1]
+
+    def epoch_end(self, number: int) -> int:
+        """Batches of all epochs up to and with `number`."""
+        while len(self.ends) < number + 2:
+            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
+        return self.ends[number + 1]
+
+    def batch(self, number: int) -> list[dict[str, Any]]:
+        """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
+
+        Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of one:
+        `long_tokens` over `gradient_accumulation_steps`, or the longest document's. Texts are padded to similar lengths.
+        """
+        epoch = 0
+        while self.epoch_end(epoch) < number:
+            epoch += 1
+        source, rows, limit = self.epoch(epoch)[number - 1 - self.ends[epoch]]
+        table, texts = self.tables[source][np.sort(rows)], {}
+        for side in ("anchor", "positive"):
+            lists = table[side].combine_chunks()
+            ids = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
+            texts[side] = [x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids]
+            texts[f"key_{side}"] = table[f"key_{side}"].to_numpy()
+        lengths = np.array([len(x) for x in texts["positive"]])
+        order, parts = np.argsort(lengths, kind="stable"), self.cfg["gradient_accumulation_steps"]
+        ends = np.searchsorted(np.cumsum(lengths[order]), lengths.sum() * np.arange(1, parts) / parts)
+        ends = np.maximum(ends, np.arange(1, parts))  # none is empty
+        ends = np.minimum(ends, len(order) - parts + np.arange(1, parts))
+        return [self.micro_batch(texts, part) for part in np.split(order, np.maximum.accumulate(ends))]
+
+    @staticmethod
+    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> dict[str, Any]:
+        """The micro-batch of the pairs `part` of a batch's texts."""
+        ids = [texts[side][i] for side in ("anchor", "positive") for i in part]
+        real = np.array([len(x) for x in ids])
+        order, groups, start = np.argsort(real, kind="stable"), [], 0
+        while start < len(order):
+            shortest = real[order[start]]
+            members = order[start:int(np.searchsorted(real[order], shortest + max(16, shortest // 8), side="right"))]
+            groups.append(pad_batch([ids[i] for i in members]))
+            start += len(members)
+        keys = torch.from_numpy(np.concatenate([texts[f"key_{side}"][part] for side in ("anchor", "positive")]))
+        return {"pairs": len(part), "keys": keys, "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable")), "long": True}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2010,42 +2244,61 @@ def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teac
 MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; generated from train_6layer_deltanet.py, not edited by hand."""
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import math
-from typing import Any, Iterator
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+if False:  # transformers copies a file that is named like this
+    from .delta_kernel import hierarchical_mixer
 '''
 
 
 # Read with the code that it is the source of: `inspect.getsource` reads the file again, which may be edited during a run.
-SOURCE = Path(__file__).read_text(encoding="utf-8")
+SOURCE, KERNEL_SOURCE = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, "delta_kernel.py"))
 
 
 def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
     nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
-    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, ShortConvolution, l2_normalise,
-             DeltaNetConfig, EnhancedHierarchicalDeltaNet, mean_pool, encode, tokenise, pad_batch, FeedForward, state_overlap,
-             DeltaNetStudent)
+    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig, parallel_mixer,
+             load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise,
+             pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    return MODELLING_HEADER + f"\nSEGMENT = {SEGMENT}\n" + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    code = MODELLING_HEADER + f"\nPIECE = {PIECE}\n" + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    return code.replace("class EnhancedH", "kernel, has_kernel.told = load_kernel(), False\n\n\nclass EnhancedH", 1)
+
+
+def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
+    """Tokens of the longest text that a student of this config was trained on, or the one that it started from (see `recorded_init`)."""
+    earlier = longest_read(recorded_config(init.get("config"), Path("init")), recorded_init(init)) if init else 0
+    return max(longest_text(cfg), earlier)
 
 
 def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
     """A folder that sentence-transformers and transformers open: weights, code, configs, tokenizer, scores."""
     folder.mkdir(parents=True, exist_ok=True)
+    longest = longest_read(cfg, recorded_init(scores))
     architecture = student.config.to_dict() | {
-        "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest_text(cfg),
+        "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
         "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
-    write_atomic(folder / "modeling_deltanet.py", lambda file: file.write(modelling_source().encode()))
+    for name, code in (("modeling_deltanet.py", modelling_source()), ("delta_kernel.py", KERNEL_SOURCE)):
+        write_atomic(folder / name, lambda file: file.write(code.encode()))  # noqa: B023  called at once
     write_json(folder / "config.json", architecture)
     write_json(folder / "modules.json", [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -2054,7 +2307,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     for name in ("1_Pooling", "2_Normalize"):
         (folder / name).mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest_text(cfg), "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
     write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
                                                               "similarity_fn_name": "cosine"})
     tokenizer = copy.deepcopy(tokenizer)
@@ -2083,6 +2336,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   speed/slowest_rank       process that took the longest for data and forward passes (only where there are several)
 #   speed/slowest_rank_excess   by how much longer than the average of the others, as a share
 #   data/padding             share of padding among the tokens of a step
+#   long/NAME                of the steps of long documents: total and the losses as above, grad_norm, padding
 #   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with the gold scores) or teacher_agreement
 #                            (Spearman with the teacher's cosines); the set's own name instead of sts where it is not STS-B
 #   distance/SOURCE          squared distance of a source's embeddings from the teacher's; each window halves older ones
@@ -2097,12 +2351,12 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers."""
+    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling, which start untrained."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             decay = parameter.dim() == 2 and not re.search(r"norm|gate_proj|flux", name)
-            groups[name.startswith("deltanet_layers"), decay].append(parameter)
+            groups[name.startswith(("deltanet_layers", "pooling")), decay].append(parameter)
     return torch.optim.AdamW([
         {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
          "lr_multiplier": cfg["mixer_lr_multiplier"] if mixer else 1.0}
@@ -2187,6 +2441,7 @@ class Trainer:
     def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any],
                  processes: Processes | None = None):
         self.student, self.teacher, self.cfg, self.processes = student, teacher, cfg, processes or Processes()
+        self.long_cfg = cfg | {"contrastive_weight": cfg["long_contrastive_weight"], "guided_contrastive": True}  # of steps of documents
         self.device = next(student.parameters()).device
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
@@ -2257,7 +2512,7 @@ class Trainer:
         for (ids, mask), target in zip(micro["groups"], micro["states"]):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
-            vectors.append(mean_pool(states[-1].float(), mask))
+            vectors.append(mean_pool(self.student.weigh(states[-1], mask).float(), mask))
             if cfg["layer_distill_weight"]:
                 local["layer_distill"] = local["layer_distill"] + \
                     layer_distillation_loss(states, target, mask) * (mask.sum() / tokens)
@@ -2297,7 +2552,7 @@ class Trainer:
         exchanged embeddings, so each has the exact gradients of its own embeddings without differentiating the exchange;
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
-        cfg, processes = self.cfg, self.processes
+        cfg, processes = self.long_cfg if batch[0].get("long") else self.cfg, self.processes
         cached = len(batch) > 1 if cached is None or self.replica else cached
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
         tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
@@ -2315,7 +2570,7 @@ class Trainer:
         pairs = sum(m["pairs"] for m in batch)
         keys = gather_sides([m["keys"].to(self.device) for m in batch], batch)
         whole = batch_losses(student, target, pairs, keys, cfg)
-        if self.distances is not None:
+        if self.distances is not None and "sources" in batch[0]:
             apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
             known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
             self.distances.index_add_(1, torch.cat([m["sources"] for m in batch]).to(self.device), known)
@@ -2349,32 +2604,43 @@ def gather_sides(parts: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
     return torch.cat([side[i] for i in range(3) for side in sides])
 
 
-def check_parallel_form(device: torch.device, delta_rule: Callable = chunk_hierarchical_delta_rule) -> float:
-    """Largest difference of `delta_rule` from the sequential reference on `device`; UserError above 1e-3.
+def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batch: int = 2, length: int = 70) -> list[Tensor]:
+    """Random inputs of a mixer with padding and dropped writes, `proj` to `initial_state`; those of floats want gradients."""
+    generator, bilinear = torch.Generator().manual_seed(0), channels ** -0.5
+    rand = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    mask, keep = torch.ones(batch, length, dtype=torch.bool), torch.rand(batch, length, heads, generator=generator) > 0.1
+    mask[0, length - length // 4:], mask[-1, length // 3:length // 2] = False, False
+    floats = [rand(batch, length, -(-heads * (3 * channels + 5) // 16) * 16), rand(4, 3, heads, channels) / 2, bilinear * rand(heads, channels, channels),
+              torch.rand(heads, generator=generator), rand(16, 2 * channels + 1) / 4, rand(16) / 4, rand(16), rand(1), rand(heads, channels),
+              rand(batch, heads, 2, channels, channels) / 4]
+    proj, *parameters = (x.to(device).requires_grad_() for x in floats)
+    return [proj, mask.to(device), keep.to(device), *parameters]
 
-    Outputs, final states and all gradients, of one chunk and of several; a difference is divided by 1 + the largest entry.
+
+def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None) -> float:
+    """Largest difference of the mixers that `device` has from the sequential reference; UserError above 1e-3.
+
+    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry.
     """
-    generator = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    if mixers is None:
+        mixers = {"parallel form": parallel_mixer} | ({"kernel": kernel.hierarchical_mixer} if has_kernel(torch.empty(0, device=device)) else {})
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32's rounding would hide a wrong result
-    q, k = (l2_normalise(rand(2, 3, 70, 32) - 0.3) for _ in range(2))
-    m = rand(2, 3, 70, 2, 2)
-    inputs = [x.to(device).requires_grad_() for x in (
-        q, k, rand(2, 3, 70, 32), rand(2, 3, 70), m / m.sum(-1, keepdim=True), rand(2, 3, 70, 2))]
+    inputs, worst = mixer_example(device), 0.0
 
     def results(form: Callable, **options: Any) -> list[Tensor]:
-        found = form(*inputs, output_final_state=True, **options)
-        return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), inputs)]
+        found = form(*inputs, reverse_heads=2, output_final_state=True, **options)
+        return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
 
-    expected = results(recurrent_hierarchical_delta_rule)
-    difference = max(((a - b).abs().max() / (1 + a.abs().max())).item()
-                     for size in (32, None) for a, b in zip(expected, results(delta_rule, chunk_size=size)))
+    expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
+    for name, form in mixers.items():
+        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, results(form), strict=True))
+        if not difference < 1e-3:
+            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch "
+                            "or Numba, or this device computes wrongly; try --device cpu, or other versions")
+        worst = max(worst, difference)
     torch.set_float32_matmul_precision(precision)
-    if not difference < 1e-3:
-        raise UserError(f"the parallel delta rule differs from its reference by {difference:.1e} on {device}: this build "
-                        "of PyTorch or this device computes wrongly; try --device cpu or another PyTorch")
-    return difference
+    return worst
 
 
 class RunLock:
@@ -2516,14 +2782,19 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
 def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrainedModel) -> dict[str, Any]:
     """Give `student` the weights of the saved one that `cfg` names; returns what is recorded of that one.
 
+    A learned pooling that it lacks starts as the plain mean, and its retentions move by what `slow_decay_*` differ.
     UserError if it cannot be read or is of another architecture.
     """
     state, theirs, info = read_student(cfg["init_student"])
     for key in ARCHITECTURE_KEYS:
-        if theirs[key] != cfg[key]:
+        if theirs[key] != cfg[key] and (key != "learned_pooling" or theirs[key]):
             raise UserError(f"init_student {info['file']}: has {key} {theirs[key]!r}, this run has {cfg[key]!r}; "
                             f"set --{key} {theirs[key]}")
-    student.load_state_dict(student_from(state, theirs, info["file"], teacher).state_dict())
+    found, heads = student_from(state, theirs, info["file"], teacher), cfg["num_heads"]
+    with torch.no_grad():
+        for mixer in found.deltanet_layers:
+            mixer.gate_proj.bias[2 * heads:3 * heads] += torch.logit(slow_retentions(student.config)) - torch.logit(slow_retentions(found.config))
+    student.load_state_dict(found.state_dict(), strict=False)
     return {"file": Path(info["file"]).name, **{key: info[key] for key in ("sha256", "step", "init")},
             "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
 
@@ -2564,19 +2835,12 @@ class Run:
         self.device = choose_device(cfg, int(os.environ["LOCAL_RANK"]) if processes.count > 1 else None)
         processes.connect(self.device, cfg["peer_timeout"])
         self.teacher, self.tokenizer, origin = load_teacher(cfg)
-        print(f"teacher: {origin}\ndevice: {self.device}; parallel form against the reference: "
-              f"{check_parallel_form(self.device):.1e}")
+        print(f"teacher: {origin}\ndevice: {self.device}; {'kernel and ' if has_kernel(torch.empty(0, device=self.device)) else ''}parallel form "
+              f"against the sequential reference: {check_mixers(self.device):.1e}")
         self.student = build_student(cfg, self.teacher).to(self.device)
-        if cfg["triton_kernel"]:
-            if self.device.type != "cuda":
-                raise UserError("triton_kernel is true, but the device is the CPU: set --triton_kernel false")
-            from delta_kernel import hierarchical_delta_rule_triton
-            print(f"Triton kernel against the reference: {check_parallel_form(self.device, hierarchical_delta_rule_triton):.1e}")
-            for mixer in self.student.deltanet_layers:
-                mixer.delta_rule = hierarchical_delta_rule_triton
         self.teacher.to(self.device)
         if compile_models(self.student, self.teacher, cfg, self.device):
-            print("compile: mixers' elementwise parts, FFNs and teacher, at their first steps")
+            print("compile: student and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
         self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
@@ -2789,7 +3053,7 @@ class Run:
             self.evaluate()
         self.student.train()
         begun_at = since = self.step
-        seconds, waited, started = 0.0, 0.0, time.perf_counter()
+        pairs, seconds, waited, started = 0, 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
             coming = pool.submit(self.data.batch, self.step + 1)
@@ -2805,15 +3069,17 @@ class Run:
                     self.next_window()
                 if self.step < cfg["total_steps"]:
                     coming = pool.submit(self.data.batch, self.step + 1)
+                pairs += sum(micro["pairs"] for micro in batch)
                 values = self.optimise(trainer, batch)
                 if values:
                     for key, value in values.items():
                         self.sums[key] = self.sums.get(key, 0.0) + value
-                    self.sums["steps"] = self.sums.get("steps", 0) + 1
+                    steps = "long_steps" if batch[0].get("long") else "steps"
+                    self.sums[steps] = self.sums.get(steps, 0) + 1
                 if self.step % cfg["log_interval"] == 0:
                     seconds = time.perf_counter() - started
-                    self.log_line(bar, self.step - since, seconds, waited)
-                    waited, started, since = 0.0, time.perf_counter(), self.step
+                    self.log_line(bar, self.step - since, pairs, seconds, waited)
+                    pairs, waited, started, since = 0, 0.0, time.perf_counter(), self.step
                 bar.update()
                 if self.step % cfg["eval_interval"] == 0 or self.step == cfg["total_steps"]:
                     paused = time.perf_counter()
@@ -2841,12 +3107,12 @@ class Run:
             self.data.plan(self.step // self.data.WINDOW + 1, distances.numpy())
         self.distances.copy_(distances / 2)
 
-    def log_line(self, bar: tqdm, done: int, seconds: float, waited: float) -> None:
-        """A line in metrics.jsonl; speeds are of the `done` steps that this process has taken in `seconds`."""
-        cfg, steps = self.cfg, self.sums.pop("steps", 1)
-        self.means = means = {key: value / steps for key, value in self.sums.items()}
+    def log_line(self, bar: tqdm, done: int, pairs: int, seconds: float, waited: float) -> None:
+        """A line in metrics.jsonl; speeds are of the `done` steps, of `pairs` pairs, that this process has taken in `seconds`."""
+        cfg, steps, long_steps = self.cfg, self.sums.pop("steps", 1), self.sums.pop("long_steps", 1)
+        self.means = means = {key: value / (long_steps if key.startswith("long/") else steps) for key, value in self.sums.items()}
         self.sums = {}
-        speed = done * cfg["batch_size"] / seconds
+        speed = pairs / seconds
         pace = {"speed/pairs_per_s": round(speed, 2), "speed/data_wait": round(waited / seconds, 4)}
         if self.processes.count > 1:
             busy = self.processes.table(self.processes.busy).flatten()
@@ -2858,7 +3124,7 @@ class Run:
         best = self.best.get("validation", {})
         if bar.disable:
             print(f"step {self.step}/{cfg['total_steps']}: loss {means.get('loss/total', math.nan):.4f}, {speed:.1f} pairs/s, "
-                  f"{(cfg['total_steps'] - self.step) * cfg['batch_size'] / speed / 3600:.2f} h left"
+                  f"{(cfg['total_steps'] - self.step) * seconds / done / 3600:.2f} h left"
                   + (named if self.processes.count > 1 else ""))
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
@@ -2892,6 +3158,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
         self.optimizer.step()
+        if batch[0].get("long"):
+            return {f"long/{name}": value for name, value in {**values, "grad_norm": norm, "padding": padding}.items()}
         return {**{f"loss/{name}": value for name, value in values.items()}, "grad_norm": norm, "data/padding": padding}
 
     def finish(self) -> None:

@@ -26,6 +26,7 @@ import argparse
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator
@@ -96,7 +97,7 @@ def make_loop(kind: str, cfg: dict[str, Any], teacher: BertModel) -> Loop:
     student = script.build_student(cfg, teacher)
     if kind == "reference":
         for mixer in student.deltanet_layers:
-            mixer.delta_rule = script.recurrent_hierarchical_delta_rule
+            mixer.mixer = partial(script.parallel_mixer, delta_rule=script.recurrent_hierarchical_delta_rule)
     return Loop(student, teacher, cfg)
 
 

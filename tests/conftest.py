@@ -1,5 +1,8 @@
 """Shared fixtures: the real teacher, real STS-B where it is at hand, a generated corpus, a tiny teacher for fast runs."""
+import gzip
+import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +34,21 @@ def corpus(tmp_path_factory) -> Path:
     subprocess.run([sys.executable, ROOT / "make_corpus.py", "--output_dir", folder / "generated", "--pairs", "2000"],
                    check=True, capture_output=True)
     return folder / "generated"
+
+
+@pytest.fixture(scope="session")
+def documents(corpus, tmp_path_factory) -> Path:
+    """The generated corpus with long/: 75 documents of 15 and of 50 sentences, each with its first one as the query; a third is kept aside."""
+    folder = tmp_path_factory.mktemp("documents")
+    texts = [*{json.loads(line)[1]: 0 for file in sorted((corpus / "train").glob("*.gz")) for line in gzip.open(file, "rt")}]
+    (folder / "long").mkdir()
+    for name in ("train", "sts"):
+        (folder / name).symlink_to(corpus / name)
+    for name, length in (("first", 15), ("second", 50)):
+        rows = [[texts.pop(), *random.Random(f"{name} {i}").sample(texts[:1000], length - 1)] for i in range(75)]
+        with gzip.open(folder / "long" / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps([row[0], " ".join(row)]) + "\n" for row in rows)
+    return folder
 
 
 @pytest.fixture(scope="session")

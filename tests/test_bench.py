@@ -130,6 +130,23 @@ def test_generalise(tmp_path, corpus):
     assert done.returncode == 2 and "other sources" in done.stderr.splitlines()[-1]
 
 
+def test_documents(tmp_path, documents):
+    result = quick("documents", tmp_path, "--data_dir", str(documents), "--cache_dir", str(tmp_path / "cache"),
+                   "--plot", str(tmp_path / "plot.png"), "--parts", "quality", "passkey", "speed", "target")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    ways = ("bm25", "teacher_256", "teacher_512", "teacher_windows", "target", "student_256", "student_windows", "late", "whole")
+    assert [row["source"] for row in result["sources"]] == ["first", "second", "mean"]
+    for row in result["sources"]:
+        assert all(60 < row[way] <= 100 for way in ways), row  # the query is the document's first sentence; by chance 38
+    assert [row["length"] for row in result["passkey"]] == [256, 512] and result["passkey"][0]["bm25"] == 1
+    for row in result["passkey"]:
+        assert all(0 <= row[way] <= 1 for way in row if way != "length")
+    positive(result["speed"][0], "speed_against_teacher_windows")
+    for way in ("teacher_windows", "target", "student_windows", "whole"):
+        positive(result["speed"][0][way], "tokens_per_s")
+    positive(result["speed"][1]["whole"], "tokens_per_s", "peak_bytes")
+
+
 def test_help_and_bad_input(tmp_path):
     done = bench("data", "--help")
     assert done.returncode == 0 and "--json" in done.stdout and "--quick" in done.stdout
