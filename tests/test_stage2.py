@@ -1,7 +1,6 @@
 """The second stage: guided contrastive loss, batches of one source, sources drawn by distance, held-out texts, averages."""
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -180,22 +179,34 @@ def test_held_out_texts_are_in_no_pair(tiny):
 # ---- whole runs
 
 
-def run(cfg, output: Path, *inside: str, status: int = 0, **changes) -> str:
-    """The real command line in windows of 8 steps."""
-    words = kill_soak.command_line(cfg | {"output_dir": output} | changes)
-    code = "import sys, train_6layer_deltanet as s; s.PairData.WINDOW = 8; sys.exit(s.main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
+def small_windows() -> None:
+    """Windows of 8 steps, so that a short run has several."""
+    script.PairData.WINDOW = 8
 
 
-def test_second_stage_from_a_student_and_resumed(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def run():
+    """A function that runs the real command line, forked from one server, and returns what it printed."""
+    server = kill_soak.Runs()
+
+    def start(cfg, output: Path, status: int = 0, **changes) -> str:
+        words = {key: str(value) if isinstance(value, Path) else value for key, value in (cfg | {"output_dir": output} | changes).items()}
+        log = output.with_name(f"{output.name}.log")
+        found, text = server.wait(server.start(words, log, ["test_stage2", "small_windows"])), log.read_text()
+        assert found == status and "Traceback" not in text, text
+        return text
+
+    yield start
+    server.close()
+
+
+def test_second_stage_from_a_student_and_resumed(tiny, run, tmp_path):
     """Starts from the first stage's student; with every key on, a resumed run is the same as the whole, without that student."""
     first = tmp_path / "first"
     run(tiny, first, total_steps=4, warmup_steps=1, eval_interval=4, peak_learning_rate=1e-3)
     cfg = tiny | {"one_source_batches": True, "guided_contrastive": True, "guided_margin": 0.02, "source_focus": 1.0, "held_out_share": 0.05,
-                  "total_steps": 30, "save_interval": 6, "eval_interval": 10, "source_alpha": 0.5}
-    whole, part = tmp_path / "whole", tmp_path / "part"
+                  "total_steps": 30, "save_interval": 6, "eval_interval": 30, "source_alpha": 0.5}
+    whole = tmp_path / "whole"
     assert "student: from checkpoint_4.pt, step 4" in run(cfg, whole, init_student=first / "checkpoint_4.pt")
     start = script.load_file(first / "checkpoint_4.pt")["student"]
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
