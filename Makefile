@@ -21,4 +21,4 @@ quickstart: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python train_6layer_deltanet.py --preset quickstart $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
