@@ -1,7 +1,6 @@
 """The second stage: guided contrastive loss, batches of one source, sources drawn by distance, held-out texts, averages."""
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import train_6layer_deltanet as script
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import generalise  # noqa: E402
 import kill_soak  # noqa: E402
 import save_best_checkpoint  # noqa: E402
 
@@ -179,22 +179,34 @@ def test_held_out_texts_are_in_no_pair(tiny):
 # ---- whole runs
 
 
-def run(cfg, output: Path, *inside: str, status: int = 0, **changes) -> str:
-    """The real command line in windows of 8 steps."""
-    words = kill_soak.command_line(cfg | {"output_dir": output} | changes)
-    code = "import sys, train_6layer_deltanet as s; s.PairData.WINDOW = 8; sys.exit(s.main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
+def small_windows() -> None:
+    """Windows of 8 steps, so that a short run has several."""
+    script.PairData.WINDOW = 8
 
 
-def test_second_stage_from_a_student_and_resumed(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def run():
+    """A function that runs the real command line, forked from one server, and returns what it printed."""
+    server = kill_soak.Runs()
+
+    def start(cfg, output: Path, status: int = 0, **changes) -> str:
+        words = {key: str(value) if isinstance(value, Path) else value for key, value in (cfg | {"output_dir": output} | changes).items()}
+        log = output.with_name(f"{output.name}.log")
+        found, text = server.wait(server.start(words, log, ["test_stage2", "small_windows"])), log.read_text()
+        assert found == status and "Traceback" not in text, text
+        return text
+
+    yield start
+    server.close()
+
+
+def test_second_stage_from_a_student_and_resumed(tiny, run, tmp_path):
     """Starts from the first stage's student; with every key on, a resumed run is the same as the whole, without that student."""
     first = tmp_path / "first"
     run(tiny, first, total_steps=4, warmup_steps=1, eval_interval=4, peak_learning_rate=1e-3)
     cfg = tiny | {"one_source_batches": True, "guided_contrastive": True, "guided_margin": 0.02, "source_focus": 1.0, "held_out_share": 0.05,
-                  "total_steps": 30, "save_interval": 6, "eval_interval": 10, "source_alpha": 0.5}
-    whole, part = tmp_path / "whole", tmp_path / "part"
+                  "total_steps": 30, "save_interval": 6, "eval_interval": 30, "source_alpha": 0.5}
+    whole = tmp_path / "whole"
     assert "student: from checkpoint_4.pt, step 4" in run(cfg, whole, init_student=first / "checkpoint_4.pt")
     start = script.load_file(first / "checkpoint_4.pt")["student"]
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
@@ -236,3 +248,30 @@ def test_average_by_hand():
     for bad, weights in (([states[0], {"v": torch.ones(2)}], [1, 1]), (states, [1.0]), (states, [0.0, 0.0]), (states, [1, float("nan")])):
         with pytest.raises(script.UserError, match="average"):
             save_best_checkpoint.average_students(bad, weights)
+
+
+# ---- retrieval
+
+
+def test_ndcg_by_hand():
+    candidates = np.eye(12)
+    queries = np.stack([candidates[3], 0.9 * candidates[5] + 0.4 * candidates[3], candidates[:11].T @ np.arange(11, 0, -1)])
+    found = generalise.ndcg(queries, candidates, [{3}, {3}, {1, 2, 10}])
+    ideal = 1 + 1 / np.log2(3) + 1 / np.log2(4)
+    assert found == pytest.approx([1.0, 1 / np.log2(3), (1 / np.log2(3) + 1 / np.log2(4)) / ideal])  # place 11 is beyond 10
+
+
+def test_queries_and_their_answers_were_not_seen(tmp_path):
+    passage = lambda i: f"passage {i} of many words that say what the answer to its question is"  # noqa: E731
+    rows = [[f"what is question {i}", passage(i)] for i in range(90)] + [["what is question 0", passage(90)]]
+    kill_soak.write_lines(tmp_path / "train" / "answers.jsonl.gz", list(map(json.dumps, rows)))
+    kill_soak.write_lines(tmp_path / "train" / "pairs.jsonl.gz", [json.dumps([f"this is sentence {i}", f"that is it {i}"]) for i in range(90)])
+    key = lambda text: int.from_bytes(script.text_key(text), "little", signed=True)  # noqa: E731
+    seen = {key(rows[i][1]) for i in range(10, 30)} | {key(rows[i][0]) for i in range(30, 40)}
+    sets = generalise.retrieval_sets(script.config | {"data_dir": str(tmp_path)}, seen, 50, 60)
+    queries, candidates, right = sets.pop("answers")
+    assert not sets and len(queries) == len(set(queries)) == 50 and len(candidates) == len(set(candidates)) == 60
+    assert not {*queries} & {rows[i][0] for i in range(10, 40)}
+    for query, answers in zip(queries, right):
+        assert {candidates[i] for i in answers} == {answer for other, answer in rows if other == query}
+    assert not generalise.retrieval_sets(script.config | {"data_dir": str(tmp_path)}, {key(row[1]) for row in rows[:70]}, 50, 60)
