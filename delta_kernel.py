@@ -1,640 +1,958 @@
-"""Triton kernels of the hierarchical delta rule: forward and backward of one layer's mixer.
+"""The layer's sequence mixer as one operator, with a CPU kernel compiled by Numba.
 
-    from delta_kernel import hierarchical_delta_rule_triton      # CUDA only
-    o, final_state = hierarchical_delta_rule_triton(q, k, v, beta, transition, read, output_final_state=True)
+    from delta_kernel import hierarchical_mixer
+    o, final_state = hierarchical_mixer(proj, mask, ...)          # differentiable; (B, T, (3 K + 5) H) -> (B, T, H K)
 
-Per sentence and head there are two K x V states, S[fast] and S[slow]. At token t they mix through the
-2 x 2 matrix M_t, each takes a delta-rule write, and the output reads both:
+For each sentence and head the kernel reads the input projection's own rows and does the convolution, SiLU, normalisation,
+resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x 32 numbers) stay in the
+first-level cache, so the sequential form is the fast one on a CPU. The formulas are those of
+`EnhancedHierarchicalDeltaNet` in the training script, its twin in PyTorch; the tests compare the two.
 
-    S~_t = M_t S_{t-1},   S_t[a] = S~_t[a] + beta_t k_t (v_t - S~_t[a]^T k_t)^T,   o_t = sum_a r_t[a] S_t[a]^T q_t
-
-M_t acts on the timescale axis and H_t = I - beta_t k_t k_t^T on the K axis, so they commute, and within a
-chunk of C tokens that starts from the state S_0 (`tril(., -1)` drops the diagonal, `*` is elementwise)
-
-    X = (I + diag(beta) tril(K K^T, -1))^-1,   W = tril(Q K^T) X,   A = W diag(beta)
-    c_tj = r_t^T M_t ... M_{j+1} 1,   u_t = r_t^T M_t ... M_1,   P_t = M_C ... M_{t+1},   R_t = P_t 1
-    O = (c * A) V + sum_a u[:, a] * (Q - A K) S_0[a]
-    S_C[a] = mix[a] + K~^T (R[:, a] * V - K mix[a]),   mix = M_C ... M_1 S_0,   K~ = diag(beta) X^T K
-
-This is the chunked (WY) delta rule of Yang et al. 2024 (arXiv:2406.06484) with the decays moved into the
-scalar matrix c. A program owns one (sentence, head), keeps every matrix above and both states on chip, and
-walks over the chunks; the backward pass walks them in reverse and recomputes all but the states at the chunk
-boundaries, the only thing stored besides the inputs. The naive twin of these kernels is
-`recurrent_hierarchical_delta_rule` in the training script; tests/test_delta_kernel.py compares the two.
+The backward pass keeps the states at the starts of blocks of BLOCK tokens and computes all else anew, block by block from the
+end. Parameters' gradients are summed per group of sentences, then over the groups: the order does not depend on threads.
 """
+from __future__ import annotations
 
-from typing import Optional
+import math
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, NamedTuple, Optional
 
+import numpy as np
 import torch
-import triton
-import triton.language as tl
+from llvmlite import ir
+from numba import njit, typeof, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+from torch import Tensor
 
-# Work per token and on-chip memory grow with the chunk; states at the boundaries and steps in sequence shrink. With
-# K = V = 32 a carried state costs about as much as a 32 x 32 block of A, so larger chunks only add work, and the
-# twenty tiles that the backward pass holds at once fit the registers (4 per thread and tile). At 128 they would not
-# come near: one 128 x 128 float32 tile alone is 64 KB. Longer inputs carry their state, in registers, between chunks.
-CHUNK_SIZES = (16, 32)
-HEAD_DIMS = (16, 32, 64)
-PRECISIONS = ("ieee", "tf32x3", "tf32")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# ----------------------------------------------------------------------------------------------------------------------
+# Vectors of 16 float32 as a Numba type: what is written as a vector is a vector in the machine code, and sums stay in registers
 
-
-@triton.jit
-def _load_mixing(m_ptr, t, T):
-    """M_t as (ff, fs, sf, ss); the identity at tokens past the end. `t` is a scalar or a vector of tokens."""
-    inside = t < T
-    m_ff = tl.load(m_ptr + 4 * t, mask=inside, other=1.0).to(tl.float32)
-    m_fs = tl.load(m_ptr + 4 * t + 1, mask=inside, other=0.0).to(tl.float32)
-    m_sf = tl.load(m_ptr + 4 * t + 2, mask=inside, other=0.0).to(tl.float32)
-    m_ss = tl.load(m_ptr + 4 * t + 3, mask=inside, other=1.0).to(tl.float32)
-    return m_ff, m_fs, m_sf, m_ss
+WIDTH = 16
+FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
+VECTOR, WHOLE = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH)
+JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
+f32 = np.float32
+ZERO, ONE = f32(0), f32(1)
 
 
-@triton.jit
-def _load_rows(ptr, start, T, C: tl.constexpr, D: tl.constexpr):
-    """Rows start .. start + C - 1 of a (T, D) matrix as float32, zero past the end."""
-    row = start + tl.arange(0, C)
-    offset = row[:, None] * D + tl.arange(0, D)[None, :]
-    return tl.load(ptr + offset, mask=(row < T)[:, None], other=0.0).to(tl.float32)
+class Lanes(types.Type):
+    """Numba's type of such a vector."""
+
+    def __init__(self):
+        super().__init__("float32x16")
 
 
-@triton.jit
-def _store_rows(ptr, value, start, T, C: tl.constexpr, D: tl.constexpr):
-    row = start + tl.arange(0, C)
-    offset = row[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=(row < T)[:, None])
+lanes = Lanes()
 
 
-@triton.jit
-def _load_vector(ptr, start, T, C: tl.constexpr, STRIDE: tl.constexpr):
-    t = start + tl.arange(0, C)
-    return tl.load(ptr + t * STRIDE, mask=t < T, other=0.0).to(tl.float32)
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, numba_type):
+        super().__init__(manager, numba_type, VECTOR)
 
 
-@triton.jit
-def _store_vector(ptr, value, start, T, C: tl.constexpr, STRIDE: tl.constexpr):
-    t = start + tl.arange(0, C)
-    tl.store(ptr + t * STRIDE, value.to(ptr.dtype.element_ty), mask=t < T)
+def constant(value: float) -> ir.Constant:
+    return ir.Constant(VECTOR, [float(f32(value))] * WIDTH)
 
 
-@triton.jit
-def _load_state(ptr, K: tl.constexpr, V: tl.constexpr):
-    offset = tl.arange(0, K)[:, None] * V + tl.arange(0, V)[None, :]
-    return tl.load(ptr + offset).to(tl.float32)
+def as_vectors(context, builder, signature, args) -> list[ir.Value]:
+    """The arguments as vectors: a scalar stands for a vector of it."""
+    found = []
+    for kind, value in zip(signature.args, args):
+        if kind != lanes:
+            value = context.cast(builder, value, kind, types.float32)
+            value = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            value = builder.shuffle_vector(value, ir.Constant(VECTOR, ir.Undefined), ir.Constant(WHOLE, [0] * WIDTH))
+        found.append(value)
+    return found
 
 
-@triton.jit
-def _store_state(ptr, value, K: tl.constexpr, V: tl.constexpr):
-    offset = tl.arange(0, K)[:, None] * V + tl.arange(0, V)[None, :]
-    tl.store(ptr + offset, value.to(ptr.dtype.element_ty))
+def vector_pointer(context, builder, signature, args) -> ir.Value:
+    """Where element args[1] of the array args[0] stands."""
+    data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
+    return builder.bitcast(builder.gep(data, [args[1]]), VECTOR.as_pointer())
 
 
-# Under TRITON_INTERPRET=1 kernels run as Python on CPU tensors, without assembly.
-INTERPRETED = tl.constexpr(not isinstance(_load_state, triton.JITFunction))
+def llvm(builder, name: str, result: ir.Type, *args: ir.Value, **options: Any) -> ir.Value:
+    """Call LLVM's own function `name` for vectors of this width."""
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32"), args, **options)
 
 
-@triton.jit
-def _pin(x):
-    """x, computed here and under a name of its own.
+@intrinsic
+def load(typingctx, array, index):
+    """array[index:index + 16] of a flat float32 array."""
+    def codegen(*given):
+        value = given[1].load(vector_pointer(*given))
+        value.align = 4
+        return value
+    return lanes(array, types.intp), codegen
 
-    Left alone, the compiler shares each operand of a product, spread out to 32 or more registers per thread, with
-    every later product that uses it, and moves products down to their first use while their operands wait in
-    registers. Both cost far more registers than they save work: without pins the backward kernel spills kilobytes
-    per thread, with them almost nothing. Assembly with side effects is what the compiler leaves where it is.
+
+@intrinsic
+def store(typingctx, array, index, value):
+    """array[index:index + 16] = value."""
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], vector_pointer(context, builder, signature, args)).align = 4
+        return context.get_dummy_value()
+    return types.none(array, types.intp, lanes), codegen
+
+
+@intrinsic
+def prefetch(typingctx, array, index):
+    """Have array[index] brought into the second-level cache; `index` may lie outside."""
+    def codegen(context, builder, signature, args):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        address = builder.bitcast(vector_pointer(context, builder, signature, args), byte)
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [address, number(0), number(2), number(1)])
+        return context.get_dummy_value()
+    return types.none(array, types.intp), codegen
+
+
+def elementwise(build: Callable) -> Callable:
+    """An operation on vectors, or on vectors and scalars, from its LLVM instructions."""
+    def typed(*kinds):
+        return lanes(*kinds), lambda *given: build(given[1], *as_vectors(*given))
+    return typed
+
+
+@intrinsic
+def fma(typingctx, x, y, z):
+    """x * y + z, in one instruction where there is one."""
+    return elementwise(lambda b, x, y, z: b.fadd(b.fmul(x, y, FAST), z, FAST))(x, y, z)
+
+
+@intrinsic
+def mul(typingctx, x, y):
+    return elementwise(lambda b, x, y: b.fmul(x, y, FAST))(x, y)
+
+
+@intrinsic
+def add(typingctx, x, y):
+    return elementwise(lambda b, x, y: b.fadd(x, y, FAST))(x, y)
+
+
+@intrinsic
+def sub(typingctx, x, y):
+    return elementwise(lambda b, x, y: b.fsub(x, y, FAST))(x, y)
+
+
+@intrinsic
+def splat(typingctx, x):
+    """A vector of x."""
+    return elementwise(lambda b, x: x)(x)
+
+
+@intrinsic
+def total(typingctx, x):
+    """The sum of a vector's entries."""
+    def codegen(context, builder, signature, args):
+        return llvm(builder, "vector.reduce.fadd", ir.FloatType(), ir.Constant(ir.FloatType(), 0.0), args[0], fastmath=FAST)
+    return types.float32(lanes), codegen
+
+
+@intrinsic
+def div(typingctx, x, y):
+    return elementwise(lambda b, x, y: b.fdiv(x, y, FAST))(x, y)
+
+
+@intrinsic
+def largest(typingctx, x, y):
+    """The larger entries; x where y is not a number."""
+    return elementwise(lambda b, x, y: b.select(b.fcmp_ordered(">", y, x), y, x))(x, y)
+
+
+@intrinsic
+def exp(typingctx, x):
+    """e^x to about 2e-7 of itself, x cut to +-87, by a power of two and the rest's Taylor polynomial of degree 6.
+
+    The argument is split as in Cephes' expf (Moshier 1992). Not-a-number stays so.
     """
-    if INTERPRETED:
-        return x
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+    def build(builder, x):
+        def polynomial(x, *coefficients):
+            result = constant(coefficients[0])
+            for coefficient in coefficients[1:]:
+                result = builder.fadd(builder.fmul(result, x, FAST), constant(coefficient), FAST)
+            return result
+
+        for sign, limit in ((">", constant(87.0)), ("<", constant(-87.0))):
+            x = builder.select(builder.fcmp_ordered(sign, x, limit), limit, x)
+        n = llvm(builder, "floor", VECTOR, polynomial(x, math.log2(math.e), 0.5))
+        for part in (-0.693359375, 2.12194440e-4):
+            x = builder.fadd(x, builder.fmul(n, constant(part), FAST), FAST)
+        rest = polynomial(x, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+        exponent = builder.add(builder.fptosi(n, WHOLE), ir.Constant(WHOLE, [127] * WIDTH))
+        return builder.fmul(rest, builder.bitcast(builder.shl(exponent, ir.Constant(WHOLE, [23] * WIDTH)), VECTOR), FAST)
+
+    return elementwise(build)(x)
 
 
-@triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    return _pin(tl.dot(_pin(a), _pin(b), input_precision=PRECISION))
+@njit(**JIT)
+def sigmoid(x):
+    return div(ONE, add(exp(sub(ZERO, x)), ONE))
 
 
-@triton.jit
-def _delta_matrices(q, k, beta, C: tl.constexpr, LOG2_C: tl.constexpr, PRECISION: tl.constexpr):
-    """X and W of a chunk, each (C, C).
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernel. Arrays are flat; rows of K channels are padded with zeros to KP, a multiple of WIDTH; tokens are in the head's own order
 
-    X is the inverse of I + N by block substitution: once the diagonal blocks of some size are inverted, the block
-    between two neighbours is -X_22 N_21 X_11. Every entry met on the way is beta_t k_t^T H ... H k_j, at most 1 for
-    keys of unit length, also for repeated tokens, where a power series in N would grow without bound.
+BLOCK = 32  # tokens that are prepared at once, and between two kept states
+HIDDEN = 16  # units of the flux's MLP
+
+
+class Weights(NamedTuple):
+    """Parameters of one head."""
+    conv: np.ndarray  # (4, 3, KP)
+    bilinear: np.ndarray  # (KP, KP), k^T W v
+    bilinear_t: np.ndarray  # its transpose
+    mlp: np.ndarray  # (HIDDEN, 2 KP), of k and v
+    mlp_t: np.ndarray  # its transpose
+    small: np.ndarray  # (3, HIDDEN): the MLP's weight of the bilinear form, its biases, its output weights
+    norm: np.ndarray  # (KP), of the output
+    numbers: np.ndarray  # scale of the bilinear form, bias of the MLP's output
+
+
+class Work(NamedTuple):
+    """What is known of one block of tokens."""
+    x: np.ndarray  # (3 + BLOCK, 3 KP), input of the convolution, from three tokens before the block on
+    y: np.ndarray  # (BLOCK, 3 KP), its output
+    s: np.ndarray  # (BLOCK, 3 KP), sigmoid of y
+    z: np.ndarray  # (BLOCK, 3 KP), q, k, v
+    inverse: np.ndarray  # (2, BLOCK), 1 / norm of q and k before their normalisation
+    u: np.ndarray  # (BLOCK, KP), W^T k
+    form: np.ndarray  # (BLOCK), k^T W v
+    pre: np.ndarray  # (BLOCK, HIDDEN), the MLP's hidden units before their SiLU
+    hidden: np.ndarray  # (BLOCK, HIDDEN), sigmoid of pre
+    gates: np.ndarray  # (6, BLOCK): beta, a_fast, a_slow, g_fast, g_slow, psi before its clamp
+    at: np.ndarray  # (BLOCK, 8): M row by row, beta, read weights of the two states
+    real: np.ndarray  # (BLOCK) bool, False at padding
+    kept: np.ndarray  # (BLOCK) bool, False where state dropout drops the write
+    o: np.ndarray  # (BLOCK, KP), what is read, before the output norm
+    k_state: np.ndarray  # (BLOCK, 2, KP), S^T k of both states before the token
+    states: np.ndarray  # (slots, 2, K, KP)
+    slot: np.ndarray  # (BLOCK), where in `states` the state before the token is
+
+
+class Gradients(NamedTuple):
+    """Sums over the sentences of a group of one head, as `Weights`; then work space of the backward pass."""
+    conv: np.ndarray
+    bilinear: np.ndarray
+    mlp: np.ndarray
+    small: np.ndarray
+    norm: np.ndarray
+    numbers: np.ndarray
+    state: np.ndarray  # (2, K, KP), of the states after the token in work
+    z: np.ndarray  # (BLOCK, 3 KP), of q, k, v, then of y with three rows more: those of the block after
+    at: np.ndarray  # (BLOCK, 8)
+    pre: np.ndarray  # (BLOCK, HIDDEN)
+    form: np.ndarray  # (BLOCK)
+    rows: np.ndarray  # (4, KP), vectors of the token in work
+
+
+@njit(inline="always", **JIT)
+def copy_row(source, i, target, j, count):
+    """target[j:j + count] = source[i:i + count]."""
+    whole = count // WIDTH * WIDTH
+    for c in range(0, whole, WIDTH):
+        store(target, j + c, load(source, i + c))
+    for c in range(whole, count):
+        target[j + c] = source[i + c]
+
+
+@njit(**JIT)
+def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates, row, proj, mask, keep,
+            p, w):
+    """Everything of the block's tokens that does not depend on the states; rows up to the next multiple of 4 are zeros.
+
+    `ahead`: by how many numbers the rows that are needed next are further on in `proj`; they are fetched meanwhile.
     """
-    row = tl.arange(0, C)[:, None]
-    col = tl.arange(0, C)[None, :]
-    kk = tl.where(row > col, _dot(k, tl.trans(k), PRECISION), 0.0)
-    n = beta[:, None] * kk
-    x = tl.where(row == col, 1.0, tl.where((row ^ col) == 1, -n, 0.0))  # n is zero above the diagonal
-    for level in range(1, LOG2_C):
-        below = tl.where((row >> level) == ((col >> level) ^ 1), n, 0.0)
-        x -= _dot(x, _dot(below, x, PRECISION), PRECISION)
-    p = tl.where(row >= col, _dot(q, tl.trans(k), PRECISION), 0.0)
-    return x, _dot(p, x, PRECISION)
+    KP = len(p.norm)
+    wide = 3 * KP
+    n4 = (n + 3) // 4 * 4
+    for i in range(-3, n4):
+        t = length - 1 - start - i if reverse else start + i
+        token = b * length + t
+        real = 0 <= start + i and i < n and mask[token]
+        for part in range(3):
+            to = (3 + i) * wide + part * KP
+            if real:
+                copy_row(proj, token * row + (part * heads + h) * K, w.x, to, K)
+            else:
+                for c in range(0, KP, WIDTH):
+                    store(w.x, to + c, splat(ZERO))
+        if i >= 0:
+            at = token * row + ahead
+            for part in range(3):
+                for c in range(0, K, WIDTH):
+                    prefetch(proj, at + (part * heads + h) * K + c)
+            for gate in range(5):
+                prefetch(proj, at + (3 * K + gate) * heads + h)
+            w.real[i], w.kept[i] = real, real and (len(keep) == 0 or keep[token * heads + h])
+            for gate in range(5):
+                w.gates[gate * BLOCK + i] = proj[token * row + (3 * K + gate) * heads + h] if real else ZERO
+    for c in range(0, wide, WIDTH):
+        w0, w1, w2, w3 = load(p.conv, c), load(p.conv, wide + c), load(p.conv, 2 * wide + c), load(p.conv, 3 * wide + c)
+        x3, x2, x1 = load(w.x, c), load(w.x, wide + c), load(w.x, 2 * wide + c)
+        for i in range(n4):
+            x0 = load(w.x, (3 + i) * wide + c)
+            y = fma(x0, w0, fma(x1, w1, fma(x2, w2, mul(x3, w3)))) if convolution else x0
+            s = sigmoid(y)
+            store(w.y, i * wide + c, y)
+            store(w.s, i * wide + c, s)
+            store(w.z, i * wide + c, mul(y, s))
+            x3, x2, x1 = x2, x1, x0
+    for i in range(n4):
+        for part in range(2):
+            at, square = i * wide + part * KP, splat(ZERO)
+            for c in range(at, at + KP, WIDTH):
+                square = fma(load(w.z, c), load(w.z, c), square)
+            inverse = ONE / math.sqrt(total(square) + f32(1e-6))
+            w.inverse[part * BLOCK + i] = inverse
+            for c in range(at, at + KP, WIDTH):
+                store(w.z, c, mul(load(w.z, c), inverse))
+    if flux:
+        for i in range(0, n4, 4):  # four tokens at a time: each weight is read once for them
+            k0, k1, k2, k3 = i * wide + KP, (i + 1) * wide + KP, (i + 2) * wide + KP, (i + 3) * wide + KP
+            for c in range(0, KP, WIDTH):
+                u0 = u1 = u2 = u3 = splat(ZERO)
+                for a in range(K):
+                    weight = load(p.bilinear, a * KP + c)
+                    u0, u1 = fma(weight, w.z[k0 + a], u0), fma(weight, w.z[k1 + a], u1)
+                    u2, u3 = fma(weight, w.z[k2 + a], u2), fma(weight, w.z[k3 + a], u3)
+                store(w.u, i * KP + c, u0), store(w.u, (i + 1) * KP + c, u1)
+                store(w.u, (i + 2) * KP + c, u2), store(w.u, (i + 3) * KP + c, u3)
+            h0 = h1 = h2 = h3 = load(p.small, HIDDEN)
+            for a in range(2 * KP):  # k and v stand side by side
+                weight = load(p.mlp_t, a * HIDDEN)
+                h0, h1 = fma(weight, w.z[k0 + a], h0), fma(weight, w.z[k1 + a], h1)
+                h2, h3 = fma(weight, w.z[k2 + a], h2), fma(weight, w.z[k3 + a], h3)
+            store(w.pre, i * HIDDEN, h0), store(w.pre, (i + 1) * HIDDEN, h1)
+            store(w.pre, (i + 2) * HIDDEN, h2), store(w.pre, (i + 3) * HIDDEN, h3)
+        for i in range(n4):
+            form = splat(ZERO)
+            for c in range(0, KP, WIDTH):
+                form = fma(load(w.u, i * KP + c), load(w.z, i * wide + 2 * KP + c), form)
+            w.form[i] = total(form)
+            pre = fma(load(p.small, 0), w.form[i] * p.numbers[0], load(w.pre, i * HIDDEN))
+            hidden = sigmoid(pre)
+            store(w.pre, i * HIDDEN, pre), store(w.hidden, i * HIDDEN, hidden)
+            w.gates[5 * BLOCK + i] = total(mul(mul(pre, hidden), load(p.small, 2 * HIDDEN))) + p.numbers[1]
+    for gate in range(6 if flux else 5):
+        for i in range(gate * BLOCK, gate * BLOCK + n4, WIDTH):
+            store(w.gates, i, sigmoid(load(w.gates, i)))
+    for i in range(n):
+        psi = min(max(w.gates[5 * BLOCK + i], f32(0.01)), f32(0.99)) if flux else f32(0.5)
+        kappa = f32(0.05) + f32(0.10) * psi if coupling and hierarchical else ZERO
+        f, s = w.gates[BLOCK + i] * (ONE - f32(0.10) * psi), w.gates[2 * BLOCK + i] * (ONE - f32(0.05) * psi)
+        out_fast, out_slow, alpha = kappa * psi, kappa * (ONE - psi), f32(0.5) + f32(0.3) * psi
+        w.at[8 * i + 5] = alpha * (w.gates[3 * BLOCK + i] if read_gates else ONE)
+        w.at[8 * i + 6] = (ONE - alpha) * (w.gates[4 * BLOCK + i] if read_gates else ONE) if hierarchical else ZERO
+        if w.kept[i]:
+            w.at[8 * i], w.at[8 * i + 1] = f * (ONE - out_fast), f * out_fast
+            w.at[8 * i + 2], w.at[8 * i + 3] = s * out_slow, s * (ONE - out_slow)
+            w.at[8 * i + 4] = w.gates[i]
+        else:
+            w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3], w.at[8 * i + 4] = ONE, ZERO, ZERO, ONE, ZERO
 
 
-@triton.jit
-def _read_weights(m_ptr, r_f, r_s, start, T, C: tl.constexpr):
-    """Tiles (C, C) B[fast], B[slow] of the row vectors B_tj = r_t^T M_t ... M_{j+1}, zero for j > t; c is their sum.
-
-    Column by column from the right: M_j multiplies the rows t >= j of all columns left of j. Only sums of products
-    of numbers in [0, 1]: nothing is divided by a decay, and underflow is harmless. Both tiles keep one layout
-    throughout, so the loop exchanges nothing between threads.
-    """
-    row = tl.arange(0, C)[:, None]
-    col = tl.arange(0, C)[None, :]
-    b_f = tl.where(row >= col, r_f[:, None], 0.0)
-    b_s = tl.where(row >= col, r_s[:, None], 0.0)
-    tokens = tl.minimum(T - start, C)  # M = I past the end
-    for step in range(1, tokens):
-        j = tokens - step
-        m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + j, T)
-        applies = (row >= j) & (col < j)
-        next_f = b_f * m_ff + b_s * m_sf
-        next_s = b_f * m_fs + b_s * m_ss
-        b_f = tl.where(applies, next_f, b_f)
-        b_s = tl.where(applies, next_s, b_s)
-    return b_f, b_s
-
-
-@triton.jit
-def _write_weights(m_ptr, start, T, C: tl.constexpr):
-    """Tiles (C, C) e[fast], e[slow] with e_tj = M_t ... M_{j+1} 1; row t holds e_{t-1}, zero for j >= t."""
-    row = tl.arange(0, C)[:, None]
-    col = tl.arange(0, C)[None, :]
-    e_f = tl.where(row > col, 1.0, 0.0)
-    e_s = e_f
-    for t in range(1, tl.minimum(T - start, C - 1)):
-        m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + t, T)
-        applies = (row > t) & (col < t)
-        next_f = m_ff * e_f + m_fs * e_s
-        next_s = m_sf * e_f + m_ss * e_s
-        e_f = tl.where(applies, next_f, e_f)
-        e_s = tl.where(applies, next_s, e_s)
-    return e_f, e_s
+@njit(**JIT)
+def recur(n, slot, step, K, w):
+    """Both states over the block's tokens, from slot `slot` of w.states on; `step` 1 keeps the state before each token."""
+    KP = len(w.o) // BLOCK
+    wide, size = 3 * KP, K * KP
+    for i in range(n):
+        w.slot[i] = slot
+        if not w.real[i]:
+            continue
+        old, new, q, k, v = slot * 2 * size, (slot + step) * 2 * size, i * wide, i * wide + KP, i * wide + 2 * KP
+        slot += step
+        m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
+        beta, r0, r1 = w.at[8 * i + 4], w.at[8 * i + 5], w.at[8 * i + 6]
+        q_fast, q_slow, product = r0 * m00 + r1 * m10, r0 * m01 + r1 * m11, splat(ZERO)
+        for c in range(0, KP, WIDTH):
+            product = fma(load(w.z, q + c), load(w.z, k + c), product)
+        qk = total(product)
+        for c in range(0, KP, WIDTH):
+            kf = ks = qf = qs = splat(ZERO)  # S^T k and S^T q of the states before the token
+            for a in range(K):
+                f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
+                ka, qa = w.z[k + a], w.z[q + a]
+                kf, ks, qf, qs = fma(f, ka, kf), fma(s, ka, ks), fma(f, qa, qf), fma(s, qa, qs)
+            store(w.k_state, 2 * i * KP + c, kf), store(w.k_state, (2 * i + 1) * KP + c, ks)
+            value = load(w.z, v + c)
+            df = mul(sub(value, fma(kf, m00, mul(ks, m01))), beta)  # what is written along k
+            ds = mul(sub(value, fma(kf, m10, mul(ks, m11))), beta)
+            store(w.o, i * KP + c, fma(qf, q_fast, fma(qs, q_slow, mul(fma(df, r0, mul(ds, r1)), qk))))
+            for a in range(K):
+                f, s, ka = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c), w.z[k + a]
+                store(w.states, new + a * KP + c, fma(f, m00, fma(s, m01, mul(df, ka))))
+                store(w.states, new + size + a * KP + c, fma(f, m10, fma(s, m11, mul(ds, ka))))
+    return slot
 
 
-@triton.jit
-def _products_before(m_ptr, start, T, C: tl.constexpr):
-    """M_{t-1} ... M_1 for every t (four (C,) vectors ff, fs, sf, ss) and M_C ... M_1 (four scalars)."""
-    token = tl.arange(0, C)
-    before_ff = tl.zeros((C,), dtype=tl.float32)
-    before_fs = tl.zeros((C,), dtype=tl.float32)
-    before_sf = tl.zeros((C,), dtype=tl.float32)
-    before_ss = tl.zeros((C,), dtype=tl.float32)
-    l_ff = 1.0
-    l_fs = 0.0
-    l_sf = 0.0
-    l_ss = 1.0
-    for t in range(tl.minimum(T - start, C)):
-        here = token == t
-        before_ff = tl.where(here, l_ff, before_ff)
-        before_fs = tl.where(here, l_fs, before_fs)
-        before_sf = tl.where(here, l_sf, before_sf)
-        before_ss = tl.where(here, l_ss, before_ss)
-        m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + t, T)
-        l_ff, l_sf = m_ff * l_ff + m_fs * l_sf, m_sf * l_ff + m_ss * l_sf
-        l_fs, l_ss = m_ff * l_fs + m_fs * l_ss, m_sf * l_fs + m_ss * l_ss
-    return before_ff, before_fs, before_sf, before_ss, l_ff, l_fs, l_sf, l_ss
+@njit(**JIT)
+def inverse_rms(o, i, K):
+    """1 / sqrt(mean(o^2) + 1e-6) of row i."""
+    KP, square = len(o) // BLOCK, splat(ZERO)
+    for c in range(i * KP, (i + 1) * KP, WIDTH):
+        square = fma(load(o, c), load(o, c), square)
+    return ONE / math.sqrt(total(square) / f32(K) + f32(1e-6))
 
 
-@triton.jit
-def _products_after(m_ptr, start, T, C: tl.constexpr):
-    """P_t = M_C ... M_{t+1} for every t, as four (C,) vectors ff, fs, sf, ss."""
-    token = tl.arange(0, C)
-    after_ff = tl.zeros((C,), dtype=tl.float32)
-    after_fs = tl.zeros((C,), dtype=tl.float32)
-    after_sf = tl.zeros((C,), dtype=tl.float32)
-    after_ss = tl.zeros((C,), dtype=tl.float32)
-    l_ff = 1.0
-    l_fs = 0.0
-    l_sf = 0.0
-    l_ss = 1.0
-    tokens = tl.minimum(T - start, C)
-    for step in range(tokens):
-        t = tokens - 1 - step
-        here = token == t
-        after_ff = tl.where(here, l_ff, after_ff)
-        after_fs = tl.where(here, l_fs, after_fs)
-        after_sf = tl.where(here, l_sf, after_sf)
-        after_ss = tl.where(here, l_ss, after_ss)
-        m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + t, T)
-        l_ff, l_fs = l_ff * m_ff + l_fs * m_sf, l_ff * m_fs + l_fs * m_ss
-        l_sf, l_ss = l_sf * m_ff + l_ss * m_sf, l_sf * m_fs + l_ss * m_ss
-    return after_ff, after_fs, after_sf, after_ss
+@njit(**JIT)
+def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm):
+    """The parameters of all heads, one head after the other, as `Weights`."""
+    heads = len(scale)
+    p = Weights(np.zeros(heads * 12 * KP, f32), np.zeros(heads * KP * KP, f32), np.zeros(heads * KP * KP, f32),
+                np.zeros(HIDDEN * 2 * KP, f32), np.zeros(HIDDEN * 2 * KP, f32), np.zeros(3 * HIDDEN, f32), np.zeros(heads * KP, f32),
+                np.zeros(2 * heads, f32))
+    for h in range(heads):
+        for part in range(12):
+            copy_row(conv, (part * heads + h) * K, p.conv, (h * 12 + part) * KP, K)
+        for a in range(K):
+            for c in range(K):
+                p.bilinear[(h * KP + a) * KP + c] = p.bilinear_t[(h * KP + c) * KP + a] = bilinear[(h * K + a) * K + c]
+            p.norm[h * KP + a] = norm[h * K + a]
+        p.numbers[2 * h], p.numbers[2 * h + 1] = scale[h], out_bias[0]
+    for m in range(HIDDEN):
+        for a in range(K):
+            for part in range(2):
+                p.mlp[(2 * m + part) * KP + a] = p.mlp_t[(part * KP + a) * HIDDEN + m] = mlp[m * (2 * K + 1) + part * K + a]
+        p.small[m], p.small[HIDDEN + m], p.small[2 * HIDDEN + m] = mlp[m * (2 * K + 1) + 2 * K], mlp_bias[m], mlp_out[m]
+    return p
 
 
-@triton.jit(do_not_specialize=["T", "CHUNKS"])
-def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, beta_ptr, m_ptr, r_ptr, initial_ptr,
-    o_ptr, final_ptr, states_ptr,
-    T, CHUNKS,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG2_C: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, STATE_IN: tl.constexpr, STATE_OUT: tl.constexpr,
-    SAVE_STATES: tl.constexpr, SAVE_FINAL: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """o and the final state of one (sentence, head).
-
-    STATE_IN: some chunk starts from a state other than zero. STATE_OUT: the state after some chunk is needed.
-    SAVE_STATES: store the state at the start of every chunk, (CHUNKS, 2, K, V), for the backward pass.
-    """
-    n = tl.program_id(0).to(tl.int64)  # n * T * K may pass 2^31
-    q_ptr += n * T * K
-    k_ptr += n * T * K
-    v_ptr += n * T * V
-    o_ptr += n * T * V
-    beta_ptr += n * T
-    m_ptr += n * T * 4
-    r_ptr += n * T * 2
-    states_ptr += n * CHUNKS * (2 * K * V)
-    if HAS_INITIAL:
-        s_f = _load_state(initial_ptr + n * (2 * K * V), K, V)
-        s_s = _load_state(initial_ptr + n * (2 * K * V) + K * V, K, V)
-    else:
-        s_f = tl.zeros((K, V), dtype=tl.float32)
-        s_s = tl.zeros((K, V), dtype=tl.float32)
-
-    for chunk in range(CHUNKS):
-        start = chunk * C
-        if SAVE_STATES:
-            _store_state(states_ptr + chunk * (2 * K * V), s_f, K, V)
-            _store_state(states_ptr + chunk * (2 * K * V) + K * V, s_s, K, V)
-        q = _load_rows(q_ptr, start, T, C, K)
-        k = _load_rows(k_ptr, start, T, C, K)
-        v = _load_rows(v_ptr, start, T, C, V)
-        beta = _load_vector(beta_ptr, start, T, C, 1)
-        r_f = _load_vector(r_ptr, start, T, C, 2)
-        r_s = _load_vector(r_ptr + 1, start, T, C, 2)
-
-        x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
-        a = w * beta[None, :]
-        b_f, b_s = _read_weights(m_ptr, r_f, r_s, start, T, C)
-        o = _dot((b_f + b_s) * a, v, PRECISION)
-        if STATE_IN:
-            before_ff, before_fs, before_sf, before_ss, l_ff, l_fs, l_sf, l_ss = _products_before(m_ptr, start, T, C)
-            m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + tl.arange(0, C), T)
-            to_f = r_f * m_ff + r_s * m_sf
-            to_s = r_f * m_fs + r_s * m_ss
-            u_f = to_f * before_ff + to_s * before_sf
-            u_s = to_f * before_fs + to_s * before_ss
-            q_tilde = q - _dot(a, k, PRECISION)
-            o += u_f[:, None] * _dot(q_tilde, s_f, PRECISION)
-            o += u_s[:, None] * _dot(q_tilde, s_s, PRECISION)
-        _store_rows(o_ptr, o, start, T, C, V)
-        if STATE_OUT:
-            after_ff, after_fs, after_sf, after_ss = _products_after(m_ptr, start, T, C)
-            k_tilde = beta[:, None] * _dot(tl.trans(x), k, PRECISION)
-            z_f = (after_ff + after_fs)[:, None] * v
-            z_s = (after_sf + after_ss)[:, None] * v
-            if STATE_IN:
-                s_f, s_s = l_ff * s_f + l_fs * s_s, l_sf * s_f + l_ss * s_s
-                z_f -= _dot(k, s_f, PRECISION)
-                z_s -= _dot(k, s_s, PRECISION)
-            s_f += _dot(tl.trans(k_tilde), z_f, PRECISION)
-            s_s += _dot(tl.trans(k_tilde), z_s, PRECISION)
-
-    if SAVE_FINAL:
-        _store_state(final_ptr + n * (2 * K * V), s_f, K, V)
-        _store_state(final_ptr + n * (2 * K * V) + K * V, s_s, K, V)
+@njit(**JIT)
+def of_head(p, h, KP):
+    """The parameters of head h."""
+    return Weights(p.conv[h * 12 * KP:(h + 1) * 12 * KP], p.bilinear[h * KP * KP:(h + 1) * KP * KP],
+                   p.bilinear_t[h * KP * KP:(h + 1) * KP * KP], p.mlp, p.mlp_t, p.small, p.norm[h * KP:(h + 1) * KP],
+                   p.numbers[2 * h:2 * h + 2])
 
 
-@triton.jit(do_not_specialize=["T", "CHUNKS"])
-def _backward_kernel(
-    q_ptr, k_ptr, v_ptr, beta_ptr, m_ptr, r_ptr, states_ptr, do_ptr, dfinal_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dm_ptr, dr_ptr, dinitial_ptr,
-    T, CHUNKS,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG2_C: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, STATE_IN: tl.constexpr, STATE_OUT: tl.constexpr,
-    SAVE_DINITIAL: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """Gradients of everything the forward kernel read; `ds` is the gradient of the state after the chunk.
-
-    With E = dO V^T: dA = c * E, dc = A * E, dV = (c * A)^T dO. From dW = dA diag(beta) and G = dW X^T follow
-    dP = tril(G) and dN = -tril(W^T G, -1). K~ adds X^T K to what depends on X: with Kx = X^T K and
-    H = X dKx, dN loses tril(Kx H^T, -1) as well and dK gains H.
-    """
-    n = tl.program_id(0).to(tl.int64)
-    q_ptr += n * T * K
-    k_ptr += n * T * K
-    v_ptr += n * T * V
-    do_ptr += n * T * V
-    beta_ptr += n * T
-    m_ptr += n * T * 4
-    r_ptr += n * T * 2
-    states_ptr += n * CHUNKS * (2 * K * V)
-    dq_ptr += n * T * K
-    dk_ptr += n * T * K
-    dv_ptr += n * T * V
-    dbeta_ptr += n * T
-    dm_ptr += n * T * 4
-    dr_ptr += n * T * 2
-    row = tl.arange(0, C)[:, None]
-    col = tl.arange(0, C)[None, :]
-    if HAS_DFINAL:
-        ds_f = _load_state(dfinal_ptr + n * (2 * K * V), K, V)
-        ds_s = _load_state(dfinal_ptr + n * (2 * K * V) + K * V, K, V)
-    else:
-        ds_f = tl.zeros((K, V), dtype=tl.float32)
-        ds_s = tl.zeros((K, V), dtype=tl.float32)
-
-    for step in range(CHUNKS):
-        chunk = CHUNKS - 1 - step
-        start = chunk * C
-        q = _load_rows(q_ptr, start, T, C, K)
-        k = _load_rows(k_ptr, start, T, C, K)
-        v = _load_rows(v_ptr, start, T, C, V)
-        do = _load_rows(do_ptr, start, T, C, V)
-        beta = _load_vector(beta_ptr, start, T, C, 1)
-        x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
-        a = w * beta[None, :]
-        r_f = _load_vector(r_ptr, start, T, C, 2)
-        r_s = _load_vector(r_ptr + 1, start, T, C, 2)
-        m_ff, m_fs, m_sf, m_ss = _load_mixing(m_ptr, start + tl.arange(0, C), T)
-        dq = tl.zeros((C, K), dtype=tl.float32)
-        dk = tl.zeros((C, K), dtype=tl.float32)
-        dv = tl.zeros((C, V), dtype=tl.float32)
-        da = tl.zeros((C, C), dtype=tl.float32)
-        dn = tl.zeros((C, C), dtype=tl.float32)
-        dbeta = tl.zeros((C,), dtype=tl.float32)
-
-        if STATE_IN:
-            s_f = _load_state(states_ptr + chunk * (2 * K * V), K, V)
-            s_s = _load_state(states_ptr + chunk * (2 * K * V) + K * V, K, V)
-            before_ff, before_fs, before_sf, before_ss, l_ff, l_fs, l_sf, l_ss = _products_before(m_ptr, start, T, C)
-        # The state handed on, mix[a] + k_tilde^T z[a] with z[a] = R[:, a] * V - K mix[a].
-        if STATE_OUT:
-            after_ff, after_fs, after_sf, after_ss = _products_after(m_ptr, start, T, C)
-            kx = _dot(tl.trans(x), k, PRECISION)
-            k_tilde = beta[:, None] * kx
-            past_f = (after_ff + after_fs)[:, None]
-            past_s = (after_sf + after_ss)[:, None]
-            dz_f = _dot(k_tilde, ds_f, PRECISION)
-            dz_s = _dot(k_tilde, ds_s, PRECISION)
-            dv += past_f * dz_f + past_s * dz_s
-            dpast_f = tl.sum(dz_f * v, axis=1)
-            dpast_s = tl.sum(dz_s * v, axis=1)
-            z_f = past_f * v
-            z_s = past_s * v
-            if STATE_IN:
-                mix_f = l_ff * s_f + l_fs * s_s
-                mix_s = l_sf * s_f + l_ss * s_s
-                z_f -= _dot(k, mix_f, PRECISION)
-                z_s -= _dot(k, mix_s, PRECISION)
-                dk -= _dot(dz_f, tl.trans(mix_f), PRECISION)
-                dk -= _dot(dz_s, tl.trans(mix_s), PRECISION)
-            dk_tilde = _dot(z_f, tl.trans(ds_f), PRECISION)
-            dk_tilde += _dot(z_s, tl.trans(ds_s), PRECISION)
-            dbeta += tl.sum(dk_tilde * kx, axis=1)
-            h = _dot(x, beta[:, None] * dk_tilde, PRECISION)
-            dk += h
-            dn -= _dot(kx, tl.trans(h), PRECISION)
-            if STATE_IN:
-                ds_f -= _dot(tl.trans(k), dz_f, PRECISION)
-                ds_s -= _dot(tl.trans(k), dz_s, PRECISION)
-                dl_ff = tl.sum(ds_f * s_f)
-                dl_fs = tl.sum(ds_f * s_s)
-                dl_sf = tl.sum(ds_s * s_f)
-                dl_ss = tl.sum(ds_s * s_s)
-                ds_f, ds_s = l_ff * ds_f + l_sf * ds_s, l_fs * ds_f + l_ss * ds_s
-
-        # The output's part that reads the state carried in, sum_a u[:, a] * (q_tilde S_0[a]).
-        if STATE_IN:
-            to_f = r_f * m_ff + r_s * m_sf
-            to_s = r_f * m_fs + r_s * m_ss
-            u_f = to_f * before_ff + to_s * before_sf
-            u_s = to_f * before_fs + to_s * before_ss
-            q_tilde = q - _dot(a, k, PRECISION)
-            ds_f += _dot(tl.trans(q_tilde), u_f[:, None] * do, PRECISION)
-            ds_s += _dot(tl.trans(q_tilde), u_s[:, None] * do, PRECISION)
-            from_f = _dot(do, tl.trans(s_f), PRECISION)
-            du_f = tl.sum(q_tilde * from_f, axis=1)
-            dq += u_f[:, None] * from_f
-            from_s = _dot(do, tl.trans(s_s), PRECISION)
-            du_s = tl.sum(q_tilde * from_s, axis=1)
-            dq += u_s[:, None] * from_s
-            da -= _dot(dq, tl.trans(k), PRECISION)
-            dk -= _dot(tl.trans(a), dq, PRECISION)
-
-        # The output's part inside the chunk, (c * A) V.
-        b_f, b_s = _read_weights(m_ptr, r_f, r_s, start, T, C)
-        c = b_f + b_s
-        dv += _dot(tl.trans(c * a), do, PRECISION)
-        dca = _dot(do, tl.trans(v), PRECISION)
-        _store_rows(dv_ptr, dv, start, T, C, V)
-        dc = a * dca
-        da += c * dca
-
-        # c_tj = r_t^T e_tj with e_t = M_t e_{t-1}. So the gradient of M_t is (gradient of e_t) e_{t-1}^T, summed over
-        # the columns j < t and the two of the carried state, where M_{t-1} ... M_1 takes the place of e_{t-1}. The
-        # gradient of e_t is B^T dc, plus what reaches it through R and mix.
-        e_f, e_s = _write_weights(m_ptr, start, T, C)
-        dread_f = tl.sum(dc * e_f, axis=1)
-        dread_s = tl.sum(dc * e_s, axis=1)
-        de_f = _dot(tl.trans(b_f), dc, PRECISION)
-        de_s = _dot(tl.trans(b_s), dc, PRECISION)
-        if STATE_OUT:
-            de_f += after_ff[:, None] * dpast_f[None, :] + after_sf[:, None] * dpast_s[None, :]
-            de_s += after_fs[:, None] * dpast_f[None, :] + after_ss[:, None] * dpast_s[None, :]
-        dm_ff = tl.sum(de_f * e_f, axis=1)
-        dm_fs = tl.sum(de_f * e_s, axis=1)
-        dm_sf = tl.sum(de_s * e_f, axis=1)
-        dm_ss = tl.sum(de_s * e_s, axis=1)
-        if STATE_IN:
-            dread_f += du_f * before_ff + du_s * before_fs
-            dread_s += du_f * before_sf + du_s * before_ss
-            dproduct_ff = tl.sum(b_f * du_f[:, None], axis=0)
-            dproduct_fs = tl.sum(b_f * du_s[:, None], axis=0)
-            dproduct_sf = tl.sum(b_s * du_f[:, None], axis=0)
-            dproduct_ss = tl.sum(b_s * du_s[:, None], axis=0)
-            if STATE_OUT:
-                dproduct_ff += after_ff * dl_ff + after_sf * dl_sf
-                dproduct_fs += after_ff * dl_fs + after_sf * dl_ss
-                dproduct_sf += after_fs * dl_ff + after_ss * dl_sf
-                dproduct_ss += after_fs * dl_fs + after_ss * dl_ss
-            dm_ff += dproduct_ff * before_ff + dproduct_fs * before_fs
-            dm_fs += dproduct_ff * before_sf + dproduct_fs * before_ss
-            dm_sf += dproduct_sf * before_ff + dproduct_ss * before_fs
-            dm_ss += dproduct_sf * before_sf + dproduct_ss * before_ss
-        own = tl.sum(tl.where(row == col, dc, 0.0), axis=1)
-        _store_vector(dr_ptr, own + m_ff * dread_f + m_fs * dread_s, start, T, C, 2)
-        _store_vector(dr_ptr + 1, own + m_sf * dread_f + m_ss * dread_s, start, T, C, 2)
-        _store_vector(dm_ptr, dm_ff, start, T, C, 4)
-        _store_vector(dm_ptr + 1, dm_fs, start, T, C, 4)
-        _store_vector(dm_ptr + 2, dm_sf, start, T, C, 4)
-        _store_vector(dm_ptr + 3, dm_ss, start, T, C, 4)
-
-        dbeta += tl.sum(da * w, axis=0)
-        g = _dot(da * beta[None, :], tl.trans(x), PRECISION)
-        dn -= _dot(tl.trans(w), g, PRECISION)
-        dn = tl.where(row > col, dn, 0.0)
-        y = _dot(dn, k, PRECISION)
-        dbeta += tl.sum(y * k, axis=1)
-        dk += beta[:, None] * y
-        dk += _dot(tl.trans(dn), beta[:, None] * k, PRECISION)
-        _store_vector(dbeta_ptr, dbeta, start, T, C, 1)
-        dp = tl.where(row >= col, g, 0.0)
-        dq += _dot(dp, k, PRECISION)
-        dk += _dot(tl.trans(dp), q, PRECISION)
-        _store_rows(dq_ptr, dq, start, T, C, K)
-        _store_rows(dk_ptr, dk, start, T, C, K)
-
-    if SAVE_DINITIAL:
-        _store_state(dinitial_ptr + n * (2 * K * V), ds_f, K, V)
-        _store_state(dinitial_ptr + n * (2 * K * V) + K * V, ds_s, K, V)
+@njit(**JIT)
+def new_work(K, KP, slots):
+    rows = BLOCK * KP
+    return Work(np.zeros((3 + BLOCK) * 3 * KP, f32), np.zeros(3 * rows, f32), np.zeros(3 * rows, f32), np.zeros(3 * rows, f32),
+                np.zeros(2 * BLOCK, f32), np.zeros(rows, f32), np.zeros(BLOCK, f32), np.zeros(BLOCK * HIDDEN, f32),
+                np.zeros(BLOCK * HIDDEN, f32), np.zeros(6 * BLOCK, f32), np.zeros(8 * BLOCK, f32), np.zeros(BLOCK, np.bool_),
+                np.zeros(BLOCK, np.bool_), np.zeros(rows, f32), np.zeros(2 * rows, f32), np.zeros(slots * 2 * K * KP, f32),
+                np.zeros(BLOCK, np.int64))
 
 
-def launch_options(chunk_size: int, precision: str) -> dict:
-    """Launch options of both kernels; num_stages=1 because the chunk loop is too long to buffer its loads twice.
-
-    Float32 products spread over all warps alike; tensor core tiles have 16 rows, of which two warps cover a chunk.
-    """
-    return dict(num_warps=8 if chunk_size == 32 and precision == "ieee" else 4, num_stages=1)
-
-
-# The two kernels are registered as custom operators, so torch.compile takes each as one opaque node: no graph
-# break, and nothing to trace inside. Tensors arrive contiguous with their leading dims flattened to N.
+@njit(**JIT)
+def copy_state(source, i, source_row, target, j, target_row, K):
+    """Both states, from rows of `source_row` numbers to rows of `target_row`."""
+    for a in range(2 * K):
+        copy_row(source, i + a * source_row, target, j + a * target_row, K)
 
 
-@torch.library.custom_op("hierarchical_delta_rule::forward", mutates_args=())
-def _forward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, transition: torch.Tensor,
-    read: torch.Tensor, initial_state: Optional[torch.Tensor], output_final_state: bool, save_states: bool,
-    chunk_size: int, precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    (N, T, K), V = q.shape, v.shape[-1]
-    o, final_state, states = _forward_fake(q, k, v, beta, transition, read, initial_state, output_final_state,
-                                           save_states, chunk_size, precision)
-    chunks = triton.cdiv(T, chunk_size)
-    if N > 0:
-        with torch.cuda.device_of(q):
-            _forward_kernel[(N,)](
-                q, k, v, beta, transition, read, q if initial_state is None else initial_state,
-                o, final_state, states, T, chunks, K=K, V=V, C=chunk_size, LOG2_C=chunk_size.bit_length() - 1,
-                HAS_INITIAL=initial_state is not None, STATE_IN=initial_state is not None or chunks > 1,
-                STATE_OUT=output_final_state or chunks > 1, SAVE_STATES=save_states and chunks > 1,
-                SAVE_FINAL=output_final_state, PRECISION=precision, **launch_options(chunk_size, precision))
-    return o, final_state, states
+@njit(**JIT)
+def any_real(b, start, n, length, reverse, mask):
+    first = b * length + (length - start - n if reverse else start)
+    for token in range(first, first + n):
+        if mask[token]:
+            return True
+    return False
 
 
-@_forward_op.register_fake
-def _forward_fake(q, k, v, beta, transition, read, initial_state, output_final_state, save_states, chunk_size,
-                  precision):
-    (N, T, K), V = q.shape, v.shape[-1]
-    chunks = -(-T // chunk_size)
-    state = dict(dtype=torch.float32, device=q.device)
-    final_state = torch.empty((N, 2, K, V) if output_final_state else (0,), **state)
-    # A single chunk starts from the initial state, which is at hand.
-    states = torch.empty((N, chunks, 2, K, V) if save_states and chunks > 1 else (0,), **state)
-    return torch.empty_like(v), final_state, states
+@njit(**JIT)
+def forward(first, stride, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical, read_gates,
+            parameters, proj, mask, keep, initial, o, final, saved):
+    """Tasks first, first + stride, ...: a task is `per_task` heads of the sentences g, g + groups, ...; absent arrays are empty."""
+    KP = (K + WIDTH - 1) // WIDTH * WIDTH
+    w, size, blocks, each = new_work(K, KP, 1), 2 * K * KP, (length + BLOCK - 1) // BLOCK, (heads + per_task - 1) // per_task
+    line = np.zeros(KP, f32)
+    for task in range(first, groups * each, stride):
+        h0 = task % each * per_task
+        for b in range(task // each, batch, groups):
+            for h in range(h0, min(h0 + per_task, heads)):
+                p, reverse = of_head(parameters, h, KP), h >= reversed_from
+                w.states[:] = ZERO
+                if len(initial):
+                    copy_state(initial, (b * heads + h) * 2 * K * K, K, w.states, 0, KP, K)
+                for start in range(0, length, BLOCK):
+                    n = min(BLOCK, length - start)
+                    if start and len(saved):
+                        copy_row(w.states, 0, saved, ((b * heads + h) * (blocks - 1) + start // BLOCK - 1) * size, size)
+                    some = any_real(b, start, n, length, reverse, mask)
+                    for i in range(n):
+                        t = length - 1 - start - i if reverse else start + i
+                        for c in range(0, K, WIDTH):
+                            prefetch(o, ((b * length + t) * heads + h) * K + c)
+                    if some:
+                        ahead = K if start + n == length else BLOCK * row * (-1 if reverse else 1)
+                        prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates,
+                                row, proj, mask, keep, p, w)
+                        recur(n, 0, 0, K, w)
+                    for i in range(n):
+                        t = length - 1 - start - i if reverse else start + i
+                        real = some and w.real[i]
+                        scaled = inverse_rms(w.o, i, K) if real else ZERO
+                        for c in range(0, KP, WIDTH):
+                            store(line, c, mul(mul(load(w.o, i * KP + c), scaled), load(p.norm, c)) if real else splat(ZERO))
+                        copy_row(line, 0, o, ((b * length + t) * heads + h) * K, K)
+                if len(final):
+                    copy_state(w.states, 0, KP, final, (b * heads + h) * 2 * K * K, K, K)
 
 
-@torch.library.custom_op("hierarchical_delta_rule::backward", mutates_args=())
-def _backward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, transition: torch.Tensor,
-    read: torch.Tensor, initial_state: Optional[torch.Tensor], states: torch.Tensor, do: torch.Tensor,
-    dfinal: Optional[torch.Tensor], chunk_size: int, precision: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    (N, T, K), V = q.shape, v.shape[-1]
-    chunks = triton.cdiv(T, chunk_size)
-    has_initial = initial_state is not None
-    grads = _backward_fake(q, k, v, beta, transition, read, initial_state, states, do, dfinal, chunk_size, precision)
-    if N > 0:
-        with torch.cuda.device_of(q):
-            _backward_kernel[(N,)](
-                q, k, v, beta, transition, read, states if chunks > 1 else initial_state if has_initial else q,
-                do, q if dfinal is None else dfinal, *grads, T, chunks,
-                K=K, V=V, C=chunk_size, LOG2_C=chunk_size.bit_length() - 1,
-                HAS_DFINAL=dfinal is not None, STATE_IN=has_initial or chunks > 1,
-                STATE_OUT=dfinal is not None or chunks > 1, SAVE_DINITIAL=has_initial, PRECISION=precision,
-                **launch_options(chunk_size, precision))
-    return grads
+@njit(**JIT)
+def recur_backward(n, K, p, w, g):
+    """Gradients of q, k, v and `at` of the block's tokens from those of o, which stand in w.o, and of the states after it."""
+    KP = len(p.norm)
+    wide, size = 3 * KP, K * KP
+    for i in range(n - 1, -1, -1):
+        if not w.real[i]:
+            continue
+        old, q, k, v = w.slot[i] * 2 * size, i * wide, i * wide + KP, i * wide + 2 * KP
+        m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
+        beta, r0, r1, product = w.at[8 * i + 4], w.at[8 * i + 5], w.at[8 * i + 6], splat(ZERO)
+        for c in range(0, KP, WIDTH):
+            product = fma(load(w.z, q + c), load(w.z, k + c), product)
+        qk = total(product)
+        of = os = gb = g00 = g01 = g10 = g11 = splat(ZERO)
+        for c in range(0, KP, WIDTH):
+            gf = gs = splat(ZERO)  # gradients of what is written along k
+            for a in range(K):
+                ka = w.z[k + a]
+                gf, gs = fma(load(g.state, a * KP + c), ka, gf), fma(load(g.state, size + a * KP + c), ka, gs)
+            o = load(w.o, i * KP + c)
+            gf, gs = fma(o, r0 * qk, gf), fma(o, r1 * qk, gs)
+            kf, ks = load(w.k_state, 2 * i * KP + c), load(w.k_state, (2 * i + 1) * KP + c)
+            value = load(w.z, v + c)
+            ef, es = sub(value, fma(kf, m00, mul(ks, m01))), sub(value, fma(kf, m10, mul(ks, m11)))
+            of, os, gb = fma(o, ef, of), fma(o, es, os), fma(gf, ef, fma(gs, es, gb))
+            gf, gs = mul(gf, beta), mul(gs, beta)
+            store(g.z, v + c, add(gf, gs))
+            g00, g01, g10, g11 = fma(gf, kf, g00), fma(gf, ks, g01), fma(gs, kf, g10), fma(gs, ks, g11)  # subtracted below
+            store(g.rows, c, mul(ef, beta)), store(g.rows, KP + c, mul(es, beta))
+            store(g.rows, 2 * KP + c, fma(gf, m00, mul(gs, m10))), store(g.rows, 3 * KP + c, fma(gf, m01, mul(gs, m11)))
+        o_fast, o_slow = beta * total(of), beta * total(os)
+        g00, g01, g10, g11 = sub(ZERO, g00), sub(ZERO, g01), sub(ZERO, g10), sub(ZERO, g11)
+        read_fast = read_slow = ZERO
+        for a in range(K):
+            ka, qa, of, os, gk = w.z[k + a], w.z[q + a], splat(ZERO), splat(ZERO), splat(ZERO)
+            for c in range(0, KP, WIDTH):
+                f, s, o = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c), load(w.o, i * KP + c)
+                gf, gs = fma(o, r0 * qa, load(g.state, a * KP + c)), fma(o, r1 * qa, load(g.state, size + a * KP + c))
+                of, os = fma(f, o, of), fma(s, o, os)
+                gk = fma(gf, load(g.rows, c), fma(gs, load(g.rows, KP + c), gk))
+                gk = sub(gk, fma(f, load(g.rows, 2 * KP + c), mul(s, load(g.rows, 3 * KP + c))))
+            fast, slow = total(of), total(os)
+            fast, slow = m00 * fast + m01 * slow + ka * o_fast, m10 * fast + m11 * slow + ka * o_slow
+            read_fast, read_slow = read_fast + qa * fast, read_slow + qa * slow
+            g.z[q + a], g.z[k + a] = r0 * fast + r1 * slow, total(gk)
+        for c in range(0, KP, WIDTH):
+            o, uf, us = load(w.o, i * KP + c), load(g.rows, 2 * KP + c), load(g.rows, 3 * KP + c)
+            for a in range(K):
+                f, s, ka, qa = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c), w.z[k + a], w.z[q + a]
+                gf, gs = fma(o, r0 * qa, load(g.state, a * KP + c)), fma(o, r1 * qa, load(g.state, size + a * KP + c))
+                g00, g01, g10, g11 = fma(f, gf, g00), fma(s, gf, g01), fma(f, gs, g10), fma(s, gs, g11)
+                store(g.state, a * KP + c, sub(fma(gf, m00, mul(gs, m10)), mul(uf, ka)))
+                store(g.state, size + a * KP + c, sub(fma(gf, m01, mul(gs, m11)), mul(us, ka)))
+        g.at[8 * i], g.at[8 * i + 1], g.at[8 * i + 2], g.at[8 * i + 3] = total(g00), total(g01), total(g10), total(g11)
+        g.at[8 * i + 4], g.at[8 * i + 5], g.at[8 * i + 6] = total(gb), read_fast, read_slow
 
 
-@_backward_op.register_fake
-def _backward_fake(q, k, v, beta, transition, read, initial_state, states, do, dfinal, chunk_size, precision):
-    dinitial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
-    return tuple(torch.empty_like(x) for x in (q, k, v, beta, transition, read)) + (dinitial,)
+@njit(**JIT)
+def gate_backward(i, flux, coupling, hierarchical, read_gates, w, g, logits):
+    """Gradients of the gates' logits (5) from those of `at` of token i; returns the gradient of the logit of psi."""
+    beta, a_fast, a_slow = w.gates[i], w.gates[BLOCK + i], w.gates[2 * BLOCK + i]
+    g_fast, g_slow = w.gates[3 * BLOCK + i], w.gates[4 * BLOCK + i]
+    raw = w.gates[5 * BLOCK + i] if flux else f32(0.5)
+    psi = min(max(raw, f32(0.01)), f32(0.99))
+    coupled = coupling and hierarchical
+    kappa = f32(0.05) + f32(0.10) * psi if coupled else ZERO
+    fast_kept, slow_kept = ONE - f32(0.10) * psi, ONE - f32(0.05) * psi
+    f, s, alpha = a_fast * fast_kept, a_slow * slow_kept, f32(0.5) + f32(0.3) * psi
+    out_fast, out_slow = kappa * psi, kappa * (ONE - psi)
+    g_psi = f32(0.3) * g.at[8 * i + 5] * (g_fast if read_gates else ONE)
+    if hierarchical:
+        g_psi -= f32(0.3) * g.at[8 * i + 6] * (g_slow if read_gates else ONE)
+    gf = gs = gb = ZERO
+    if w.kept[i]:  # else the token's M and beta are constants
+        g00, g01, g10, g11 = g.at[8 * i], g.at[8 * i + 1], g.at[8 * i + 2], g.at[8 * i + 3]
+        gf, gs, gb = (ONE - out_fast) * g00 + out_fast * g01, out_slow * g10 + (ONE - out_slow) * g11, g.at[8 * i + 4]
+        g_psi -= f32(0.10) * a_fast * gf + f32(0.05) * a_slow * gs
+        if coupled:
+            g_out_fast, g_out_slow = f * (g01 - g00), s * (g10 - g11)
+            g_psi += kappa * (g_out_fast - g_out_slow) + f32(0.10) * (psi * g_out_fast + (ONE - psi) * g_out_slow)
+    logits[0] = gb * beta * (ONE - beta)
+    logits[1] = gf * fast_kept * a_fast * (ONE - a_fast)
+    logits[2] = gs * slow_kept * a_slow * (ONE - a_slow)
+    logits[3] = g.at[8 * i + 5] * alpha * g_fast * (ONE - g_fast) if read_gates else ZERO
+    logits[4] = g.at[8 * i + 6] * (ONE - alpha) * g_slow * (ONE - g_slow) if read_gates and hierarchical else ZERO
+    return g_psi * raw * (ONE - raw) if flux and f32(0.01) <= raw <= f32(0.99) else ZERO
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.output_final_state, _, ctx.chunk_size, ctx.precision = inputs
-    ctx.save_for_backward(*tensors, output[2])
+@njit(**JIT)
+def flux_backward(n, K, p, w, g):
+    """Add the flux's gradients of k and v, and of its parameters; the gradients of the tokens' psi logits stand in g.form."""
+    KP = len(p.norm)
+    wide, g_out, g_scale = 3 * KP, ZERO, ZERO
+    g_first, g_bias, g_last = load(g.small, 0), load(g.small, HIDDEN), load(g.small, 2 * HIDDEN)
+    n4 = (n + 3) // 4 * 4
+    for i in range(n4):
+        logit = g.form[i] if i < n else ZERO
+        if logit == ZERO:  # padding, or psi at its clamp
+            store(g.pre, i * HIDDEN, splat(ZERO))
+            g.form[i] = ZERO
+            continue
+        pre, hidden = load(w.pre, i * HIDDEN), load(w.hidden, i * HIDDEN)
+        g_out += logit
+        g_last = fma(mul(pre, hidden), logit, g_last)
+        g_pre = mul(mul(mul(load(p.small, 2 * HIDDEN), logit), hidden), fma(pre, sub(ONE, hidden), ONE))
+        store(g.pre, i * HIDDEN, g_pre)
+        g_bias, g_first = add(g_bias, g_pre), fma(g_pre, w.form[i] * p.numbers[0], g_first)
+        g_form = total(mul(g_pre, load(p.small, 0)))
+        g_scale += g_form * w.form[i]
+        g.form[i] = g_form * p.numbers[0]
+        k, v = i * wide + KP, i * wide + 2 * KP
+        for c in range(0, KP, WIDTH):
+            gk0 = gk1 = splat(ZERO)
+            for a in range(0, KP, 2):
+                gk0 = fma(load(p.bilinear_t, a * KP + c), w.z[v + a], gk0)
+                gk1 = fma(load(p.bilinear_t, (a + 1) * KP + c), w.z[v + a + 1], gk1)
+            gk, gv = fma(add(gk0, gk1), g.form[i], load(g.z, k + c)), fma(load(w.u, i * KP + c), g.form[i], load(g.z, v + c))
+            for m in range(HIDDEN):
+                unit = g.pre[i * HIDDEN + m]
+                gk, gv = fma(load(p.mlp, 2 * m * KP + c), unit, gk), fma(load(p.mlp, (2 * m + 1) * KP + c), unit, gv)
+            store(g.z, k + c, gk), store(g.z, v + c, gv)
+    store(g.small, 0, g_first), store(g.small, HIDDEN, g_bias), store(g.small, 2 * HIDDEN, g_last)
+    g.numbers[0] += g_scale
+    g.numbers[1] += g_out
+    for c in range(0, KP, WIDTH):
+        for a in range(0, KP, 4):  # four rows at a time: each v is read once for them
+            at = a * KP + c
+            s0, s1, s2, s3 = load(g.bilinear, at), load(g.bilinear, at + KP), load(g.bilinear, at + 2 * KP), load(g.bilinear, at + 3 * KP)
+            for i in range(n):
+                k, v = i * wide + KP + a, mul(load(w.z, i * wide + 2 * KP + c), g.form[i])
+                s0, s1, s2, s3 = fma(v, w.z[k], s0), fma(v, w.z[k + 1], s1), fma(v, w.z[k + 2], s2), fma(v, w.z[k + 3], s3)
+            store(g.bilinear, at, s0), store(g.bilinear, at + KP, s1)
+            store(g.bilinear, at + 2 * KP, s2), store(g.bilinear, at + 3 * KP, s3)
+    for c in range(0, 2 * KP, WIDTH):
+        for m in range(0, HIDDEN, 4):
+            at, two = 2 * m * KP + c, 2 * KP
+            s0, s1, s2, s3 = load(g.mlp, at), load(g.mlp, at + two), load(g.mlp, at + 2 * two), load(g.mlp, at + 3 * two)
+            for i in range(n):
+                u, z = i * HIDDEN + m, load(w.z, i * wide + KP + c)
+                s0, s1, s2, s3 = fma(z, g.pre[u], s0), fma(z, g.pre[u + 1], s1), fma(z, g.pre[u + 2], s2), fma(z, g.pre[u + 3], s3)
+            store(g.mlp, at, s0), store(g.mlp, at + two, s1), store(g.mlp, at + 2 * two, s2), store(g.mlp, at + 3 * two, s3)
+
+
+@njit(**JIT)
+def input_backward(n, convolution, p, w, g):
+    """From the gradients of q, k, v in g.z to those of the convolution's output (there) and input (in w.y)."""
+    KP = len(p.norm)
+    wide = 3 * KP
+    for i in range(n):
+        for part in range(2):
+            at, product, inverse = i * wide + part * KP, splat(ZERO), w.inverse[part * BLOCK + i]
+            for c in range(at, at + KP, WIDTH):
+                product = fma(load(w.z, c), load(g.z, c), product)
+            along = total(product)
+            for c in range(at, at + KP, WIDTH):
+                store(g.z, c, mul(sub(load(g.z, c), mul(load(w.z, c), along)), inverse))
+        for c in range(i * wide, (i + 1) * wide, WIDTH):
+            s = load(w.s, c)
+            store(g.z, c, mul(load(g.z, c), mul(s, fma(load(w.y, c), sub(ONE, s), ONE))) if w.real[i] else splat(ZERO))
+    for c in range(0, wide, WIDTH):
+        if not convolution:
+            for i in range(n):
+                store(w.y, i * wide + c, load(g.z, i * wide + c))
+            continue
+        w0, w1, w2, w3 = load(p.conv, c), load(p.conv, wide + c), load(p.conv, 2 * wide + c), load(p.conv, 3 * wide + c)
+        s0, s1, s2, s3 = load(g.conv, c), load(g.conv, wide + c), load(g.conv, 2 * wide + c), load(g.conv, 3 * wide + c)
+        for i in range(n):
+            y0, y1 = load(g.z, i * wide + c), load(g.z, (i + 1) * wide + c)
+            y2, y3 = load(g.z, (i + 2) * wide + c), load(g.z, (i + 3) * wide + c)
+            store(w.y, i * wide + c, fma(y0, w0, fma(y1, w1, fma(y2, w2, mul(y3, w3)))))
+            s0, s1 = fma(y0, load(w.x, (i + 3) * wide + c), s0), fma(y0, load(w.x, (i + 2) * wide + c), s1)
+            s2, s3 = fma(y0, load(w.x, (i + 1) * wide + c), s2), fma(y0, load(w.x, i * wide + c), s3)
+        store(g.conv, c, s0), store(g.conv, wide + c, s1), store(g.conv, 2 * wide + c, s2), store(g.conv, 3 * wide + c, s3)
+
+
+@njit(**JIT)
+def backward(first, stride, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical, read_gates,
+             parameters, proj, mask, keep, initial, saved, grad_o, grad_final, grad_proj, grad_initial, g_conv, g_bilinear, g_mlp, g_small,
+             g_norm, g_numbers):
+    """Gradients, tasks as in `forward`; those of parameters go to the rows (group, head) of g_conv and the others."""
+    KP = (K + WIDTH - 1) // WIDTH * WIDTH
+    w, each = new_work(K, KP, BLOCK + 1), (heads + per_task - 1) // per_task
+    wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
+    state, z, at, pre, form = np.zeros(size, f32), np.zeros((BLOCK + 3) * wide, f32), np.zeros(8 * BLOCK, f32), np.zeros(
+        BLOCK * HIDDEN, f32), np.zeros(BLOCK, f32)
+    rows, logits = np.zeros(4 * KP, f32), np.zeros(5, f32)
+    for task in range(first, groups * each, stride):
+        group, h0 = task // each, task % each * per_task
+        for b in range(group, batch, groups):
+            for h in range(h0, min(h0 + per_task, heads)):
+                p, reverse, at_sum = of_head(parameters, h, KP), h >= reversed_from, group * heads + h
+                g = Gradients(g_conv[at_sum * 4 * wide:(at_sum + 1) * 4 * wide], g_bilinear[at_sum * KP * KP:(at_sum + 1) * KP * KP],
+                              g_mlp[at_sum * 2 * KP * HIDDEN:(at_sum + 1) * 2 * KP * HIDDEN],
+                              g_small[at_sum * 3 * HIDDEN:(at_sum + 1) * 3 * HIDDEN], g_norm[at_sum * KP:(at_sum + 1) * KP],
+                              g_numbers[at_sum * 2:(at_sum + 1) * 2], state, z, at, pre, form, rows)
+                g.state[:] = ZERO
+                if len(grad_final):
+                    copy_state(grad_final, (b * heads + h) * 2 * K * K, K, g.state, 0, KP, K)
+                g.z[:] = ZERO
+                for start in range((blocks - 1) * BLOCK, -1, -BLOCK):
+                    n = min(BLOCK, length - start)
+                    some = any_real(b, start, n, length, reverse, mask)
+                    if some:
+                        if start:
+                            copy_row(saved, ((b * heads + h) * (blocks - 1) + start // BLOCK - 1) * size, w.states, 0, size)
+                        elif len(initial):
+                            copy_state(initial, (b * heads + h) * 2 * K * K, K, w.states, 0, KP, K)
+                        else:
+                            w.states[:size] = ZERO
+                        ahead = BLOCK * row * (1 if reverse else -1) if start else K
+                        prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates,
+                                row, proj, mask, keep, p, w)
+                        recur(n, 0, 1, K, w)
+                        for i in range(n):  # the output norm: w.o becomes the gradient of what was read
+                            if not w.real[i]:
+                                continue
+                            t, inverse, product = length - 1 - start - i if reverse else start + i, inverse_rms(w.o, i, K), splat(ZERO)
+                            copy_row(grad_o, ((b * length + t) * heads + h) * K, g.rows, 0, K)
+                            for c in range(0, KP, WIDTH):
+                                unit, grad = mul(load(w.o, i * KP + c), inverse), load(g.rows, c)
+                                store(g.norm, c, fma(grad, unit, load(g.norm, c)))
+                                grad = mul(grad, load(p.norm, c))
+                                store(g.rows, c, grad)
+                                product = fma(grad, unit, product)
+                            along = total(product) * inverse / f32(K)
+                            for c in range(0, KP, WIDTH):
+                                store(w.o, i * KP + c, mul(sub(load(g.rows, c), mul(load(w.o, i * KP + c), along)), inverse))
+                        recur_backward(n, K, p, w, g)
+                    else:
+                        for i in range(n):
+                            w.real[i] = False
+                    for i in range(n):
+                        t = length - 1 - start - i if reverse else start + i
+                        at_gate = (b * length + t) * row + 3 * K * heads + h
+                        form[i] = gate_backward(i, flux, coupling, hierarchical, read_gates, w, g, logits) if w.real[i] else ZERO
+                        for gate in range(5):
+                            grad_proj[at_gate + gate * heads] = logits[gate] if w.real[i] else ZERO
+                    if some and flux:
+                        flux_backward(n, K, p, w, g)
+                    if some:
+                        input_backward(n, convolution, p, w, g)
+                    else:
+                        g.z[:BLOCK * wide] = ZERO
+                    for i in range(n):
+                        t = length - 1 - start - i if reverse else start + i
+                        for part in range(3):
+                            to = (b * length + t) * row + (part * heads + h) * K
+                            if w.real[i]:
+                                copy_row(w.y, i * wide + part * KP, grad_proj, to, K)
+                            else:
+                                for c in range(to, to + K):
+                                    grad_proj[c] = ZERO
+                    for i in range(3):  # in the block before, these are three tokens later
+                        for c in range(0, wide, WIDTH):
+                            store(g.z, (BLOCK + i) * wide + c, load(g.z, i * wide + c))
+                if len(grad_initial):
+                    copy_state(g.state, 0, KP, grad_initial, (b * heads + h) * 2 * K * K, K, K)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GELU of the feed-forward layers: x Phi(x) = max(x, 0) - |x| Q(|x|), Q(z) = 1 - Phi(z) by Abramowitz and Stegun 7.1.26 (to 1e-7)
+
+
+@njit(**JIT)
+def upper_tail(z, density):
+    """1 - Phi(z) of z >= 0, given exp(-z^2 / 2)."""
+    t = div(ONE, fma(z, f32(0.3275911 / math.sqrt(2)), ONE))
+    tail = fma(t, f32(1.061405429 / 2), splat(f32(-1.453152027 / 2)))
+    tail = fma(tail, t, splat(f32(1.421413741 / 2)))
+    tail = fma(tail, t, splat(f32(-0.284496736 / 2)))
+    return mul(mul(fma(tail, t, splat(f32(0.254829592 / 2))), t), density)
+
+
+@njit(**JIT)
+def gelu_rows(first, stride, rows, width, x, bias, out):
+    """out = gelu(x + bias), rows of `width` numbers, a multiple of 16; shares as the tasks of `forward`."""
+    for row in range(first * rows // stride, (first + 1) * rows // stride):
+        for c in range(0, width, WIDTH):
+            value = add(load(x, row * width + c), load(bias, c))
+            size = largest(value, sub(ZERO, value))
+            tail = upper_tail(size, exp(mul(mul(value, value), f32(-0.5))))
+            store(out, row * width + c, sub(largest(value, splat(ZERO)), mul(size, tail)))
+
+
+@njit(**JIT)
+def gelu_backward_rows(first, stride, rows, width, x, bias, grad, out):
+    """out = gelu(x + bias), and grad becomes the gradient of x: times Phi(x) + x phi(x)."""
+    for row in range(first * rows // stride, (first + 1) * rows // stride):
+        for c in range(0, width, WIDTH):
+            at, value = row * width + c, add(load(x, row * width + c), load(bias, c))
+            size, density = largest(value, sub(ZERO, value)), exp(mul(mul(value, value), f32(-0.5)))
+            tail = upper_tail(size, density)
+            store(out, at, sub(largest(value, splat(ZERO)), mul(size, tail)))
+            half, sign = f32(0.5), div(value, largest(size, splat(f32(1e-30))))
+            phi = fma(sign, sub(half, tail), half)
+            store(grad, at, mul(load(grad, at), fma(mul(value, f32(1 / math.sqrt(2 * math.pi))), density, phi)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads: the tasks of a call are shared out over a pool of Python threads, which the kernel lets run at the same time
+
+GROUPS = 8  # sentences are summed in at most as many groups, however many threads there are
+pool: ThreadPoolExecutor | None = None
+pool_lock = threading.Lock()
+
+
+def forget_pool() -> None:
+    """In a forked process the threads are gone."""
+    global pool, pool_lock
+    pool, pool_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=forget_pool)
+
+
+def ready(kernel: Any, *args: Any) -> None:
+    """Compile `kernel` for these arguments, or load it from the cache on disk; says so if that takes long."""
+    if not kernel.signatures:
+        note = threading.Timer(2, print, ["note: compiling the CPU kernel, once; it is kept for later runs"], {"file": sys.stderr})
+        note.daemon = True
+        note.start()
+        kernel.compile(tuple(map(typeof, args)))
+        note.cancel()
+
+
+def in_threads(count: int, kernel: Callable, *args: Any) -> None:
+    """kernel(i, count, *args) for i below `count`, each in a thread, this one among them; safe for concurrent callers."""
+    global pool
+    others = []
+    ready(kernel, 0, count, *args)
+    if count > 1:
+        with pool_lock:
+            if pool is None or pool._max_workers < count - 1:
+                pool = ThreadPoolExecutor(count - 1, "mixer")
+            others = [pool.submit(kernel, i, count, *args) for i in range(1, count)]
+    kernel(0, count, *args)
+    for other in others:
+        other.result()
+
+
+def share_heads(kernel: Callable, batch: int, heads: int, *args: Any) -> None:
+    """`forward` or `backward` on as many threads as PyTorch uses; a task has fewer heads where there are more threads."""
+    groups, threads = max(1, min(batch, GROUPS)), torch.get_num_threads()
+    per_task = heads if threads == 1 else max(1, min(heads, groups * heads // (2 * threads)))
+    in_threads(min(threads, groups * -(-heads // per_task)), kernel, groups, per_task, batch, *args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operator
+
+
+def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """A tensor's numbers as a flat array; empty for None."""
+    return np.zeros(0, bool if dtype == torch.bool else f32) if tensor is None else tensor.detach().to(dtype).contiguous().view(-1).numpy()
+
+
+@torch.library.custom_op("deltanet::mixer", mutates_args=())
+def mixer(proj: Tensor, mask: Tensor, keep: Optional[Tensor], conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
+          flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
+          initial_state: Optional[Tensor], reverse_heads: int, convolution: bool, flux: bool, coupling: bool, hierarchical: bool,
+          read_gates: bool, output_final_state: bool, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    parameters = (conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm)
+    (batch, length, row), (_, _, heads, K) = proj.shape, conv_weight.shape
+    o, final, saved = outputs(proj, conv_weight, output_final_state, save_states)
+    share_heads(forward, batch, heads, length, row, K, heads, heads - reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
+               pack(K, -(-K // WIDTH) * WIDTH, *map(flat, parameters)), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool),
+               flat(initial_state), flat(o), flat(final), flat(saved))
+    return o, final, saved
+
+
+def outputs(proj: Tensor, conv_weight: Tensor, output_final_state: bool, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """o (B, T, H K), the final states (B, H, 2, K, K) or (0,), and those at the starts of all blocks but the first or (0,)."""
+    (batch, length, _), (_, _, heads, K) = proj.shape, conv_weight.shape
+    KP, blocks = -(-K // WIDTH) * WIDTH, -(-length // BLOCK)
+    new = proj.new_empty
+    return (new(batch, length, heads * K, dtype=torch.float32), new((batch, heads, 2, K, K) if output_final_state else 0, dtype=torch.float32),
+            new((batch, heads, blocks - 1, 2, K, KP) if save_states else 0, dtype=torch.float32))
+
+
+@torch.library.custom_op("deltanet::mixer_backward", mutates_args=())
+def mixer_backward(grad_o: Tensor, grad_final: Optional[Tensor], saved: Tensor, proj: Tensor, mask: Tensor, keep: Optional[Tensor],
+                   conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor, flux_in_weight: Tensor, flux_in_bias: Tensor,
+                   flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor, initial_state: Optional[Tensor], reverse_heads: int,
+                   convolution: bool, flux: bool, coupling: bool, hierarchical: bool, read_gates: bool) -> list[Tensor]:
+    parameters = (conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm)
+    (batch, length, row), (_, _, heads, K) = proj.shape, conv_weight.shape
+    groups, KP = min(batch, GROUPS), -(-K // WIDTH) * WIDTH
+    grad_proj, grad_initial = torch.zeros(proj.shape), torch.empty(0 if initial_state is None else initial_state.shape)
+    sums = [torch.zeros(groups, heads, *shape) for shape in ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))]
+    share_heads(backward, batch, heads, length, row, K, heads, heads - reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
+               pack(K, KP, *map(flat, parameters)), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool), flat(initial_state),
+               flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj), flat(grad_initial), *map(flat, sums))
+    conv, bilinear, mlp, small, norm, numbers = (x.sum(0) for x in sums)
+    mlp, small, numbers_sum = mlp.sum(0), small.sum(0), numbers.sum(0)
+    found = [grad_proj, conv[..., :K].permute(1, 2, 0, 3), bilinear[:, :K, :K], numbers[:, 0],
+             torch.cat([mlp[..., :K].flatten(1), small[0].unsqueeze(1)], 1), small[1], small[2], numbers_sum[1:], norm[:, :K]]
+    return [*(x.to(of.dtype, copy=True).contiguous() for x, of in zip(found, (proj, *parameters))), grad_initial]
+
+
+@mixer.register_fake
+def _(proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm,
+      initial_state, reverse_heads, convolution, flux, coupling, hierarchical, read_gates, output_final_state, save_states):
+    return outputs(proj, conv_weight, output_final_state, save_states)
+
+
+@mixer_backward.register_fake
+def _(grad_o, grad_final, saved, proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
+      flux_out_bias, o_norm, initial_state, *switches):
+    return [proj.new_empty(0, dtype=torch.float32) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (
+        proj, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm, initial_state)]
+
+
+def keep_inputs(ctx, inputs, output) -> None:
+    """What the backward pass needs: the inputs, and the states at the starts of blocks."""
+    ctx.save_for_backward(output[2], *inputs[:12])
+    ctx.switches, ctx.wants_final = inputs[12:18], inputs[18]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, dfinal, _):
-    q, k, v, beta, transition, read, initial_state, states = ctx.saved_tensors
-    do = torch.zeros_like(v) if do is None else do.contiguous()
-    dfinal = dfinal.contiguous() if ctx.output_final_state and dfinal is not None else None
-    *grads, dinitial = _backward_op(q, k, v, beta, transition, read, initial_state, states, do, dfinal,
-                                    ctx.chunk_size, ctx.precision)
-    return *grads, None if initial_state is None else dinitial, None, None, None, None
+def differentiate(ctx, grad_o, grad_final, _):
+    saved, proj, *others = ctx.saved_tensors
+    if grad_o is None:
+        grad_o = proj.new_zeros(*proj.shape[:2], others[9].numel())
+    grads = mixer_backward(grad_o.float(), grad_final if ctx.wants_final else None, saved, proj, *others, *ctx.switches)
+    return grads[0], None, None, *grads[1:-1], grads[-1] if others[-1] is not None else None, *[None] * 8
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+mixer.register_autograd(differentiate, setup_context=keep_inputs)
 
 
-def _check(tensors: dict[str, torch.Tensor], chunk_size: int | None, precision: str) -> None:
-    q, v = tensors["q"], tensors["v"]
-    if q.dim() < 2 or v.dim() < 2:
-        raise ValueError(f"q and v must be (..., T, K) and (..., T, V), got {tuple(q.shape)} and {tuple(v.shape)}")
-    (*lead, T, K), V = q.shape, v.shape[-1]
-    if T < 1 or K not in HEAD_DIMS or V not in HEAD_DIMS:
-        raise ValueError(f"need T >= 1 and K, V in {HEAD_DIMS}, got T={T}, K={K}, V={V}")
-    if chunk_size not in (None, *CHUNK_SIZES):
-        raise ValueError(f"chunk_size must be one of {CHUNK_SIZES} or None, got {chunk_size}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    shapes = dict(q=(*lead, T, K), k=(*lead, T, K), v=(*lead, T, V), beta=(*lead, T), transition=(*lead, T, 2, 2),
-                  read=(*lead, T, 2), initial_state=(*lead, 2, K, V))
-    for name, x in tensors.items():
-        if tuple(x.shape) != shapes[name]:
-            raise ValueError(f"{name} must have shape {shapes[name]} to fit q and v, got {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}")
-        if x.device != q.device or not (x.is_cuda or INTERPRETED.value):
-            raise ValueError(f"{name} is on {x.device}: all tensors must be on one CUDA device "
-                             "(on the CPU only with TRITON_INTERPRET=1 set before the import)")
+def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
+                       flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
+                       initial_state: Tensor | None = None, *, reverse_heads: int = 0, convolution: bool = True, flux: bool = True,
+                       coupling: bool = True, hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
+                       ) -> tuple[Tensor, Tensor | None]:
+    """The mixer of a layer, arguments and results as of `parallel_mixer` in the training script; computed in float32."""
+    inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm,
+              initial_state)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, final, _ = mixer(*inputs, reverse_heads, convolution, flux, coupling, hierarchical, read_gates, output_final_state, wanted)
+    return o, final if output_final_state else None
 
 
-def hierarchical_delta_rule_triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, beta: torch.Tensor, transition: torch.Tensor,
-    read: torch.Tensor, initial_state: torch.Tensor | None = None, output_final_state: bool = False,
-    chunk_size: int | None = None, precision: str = "ieee",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The hierarchical delta rule, differentiable (once) in every tensor argument.
+def gelu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """Exact GELU of x + bias into `out`, which may be x. x, out (N, F) float32, F a multiple of 16; bias (F)."""
+    in_threads(max(1, min(torch.get_num_threads(), len(x))), gelu_rows, *x.shape, flat(x), flat(bias), flat(out))
+    return out
 
-    Args:
-        q, k: (..., T, K) activated and L2-normalised queries and keys, K in {16, 32, 64}.
-        v: (..., T, V) values, V in {16, 32, 64}.
-        beta: (..., T) write strength in [0, 1]; 0 at padding.
-        transition: (..., T, 2, 2) the matrices M_t over (fast, slow), entries >= 0, row sums <= 1; I at padding.
-        read: (..., T, 2) the weights r_t of the two timescales.
-        initial_state: (..., 2, K, V), or None for zeros.
-        output_final_state: also return the state after the last token.
-        chunk_size: tokens per chunk, 16 or 32; by default 16 for T <= 16, else 32.
-        precision: of the matrix products. "ieee": float32, relative errors of about 1e-7. "tf32x3": three TF32 tensor
-            core products for each, about 1e-6; "tf32": one, about 1e-3. Where TF32 is not several times faster than
-            float32 (an L40 peaks at 90 TFLOPS in both), "tf32x3" has nothing to gain.
 
-    Returns:
-        o: (..., T, V) in the dtype of v; final_state: (..., 2, K, V) float32, or None.
-        Inputs may be float32, bfloat16 or float16 and are used in float32; a gradient has its input's dtype.
-
-    Raises:
-        ValueError: a shape, dtype, device, chunk size or precision that the kernels do not take.
-
-    Source: Yang et al. 2024, arXiv:2406.06484 (the chunked delta rule); the derivation is in the module docstring.
-    """
-    tensors = dict(q=q, k=k, v=v, beta=beta, transition=transition, read=read)
-    if initial_state is not None:
-        tensors["initial_state"] = initial_state
-    _check(tensors, chunk_size, precision)
-    lead, T = q.shape[:-2], q.shape[-2]
-    N = lead.numel()
-    flat = {name: x.reshape(N, *x.shape[len(lead):]).contiguous() for name, x in tensors.items()}
-    save_states = torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values())
-    o, final_state, _ = _forward_op(
-        flat["q"], flat["k"], flat["v"], flat["beta"], flat["transition"], flat["read"], flat.get("initial_state"),
-        output_final_state, save_states, chunk_size or (16 if T <= 16 else 32), precision)
-    return o.reshape(v.shape), final_state.reshape(*lead, *final_state.shape[1:]) if output_final_state else None
+def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
+    """gelu(x + bias) anew; `grad`, of that, becomes the gradient of x in place. x, grad (N, F)."""
+    out = torch.empty_like(x)
+    in_threads(max(1, min(torch.get_num_threads(), len(x))), gelu_backward_rows, *x.shape, flat(x), flat(bias), flat(grad), flat(out))
+    return out

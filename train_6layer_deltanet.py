@@ -157,8 +157,7 @@ config: dict[str, Any] = {
     # device
     "device": "auto",  # cuda if there is one, else cpu
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
-    "triton_kernel": False,  # run the delta rule in delta_kernel.py on CUDA; checked at start, its speed is unmeasured
-    "compile": "auto",  # torch.compile of what is elementwise, and of the teacher: true, false, or auto: on CUDA alone
+    "compile": "auto",  # torch.compile of student and teacher: true, false, or auto: on CUDA alone
     "threads": 0,  # CPU threads; 0: PyTorch's choice
     "peer_timeout": 25,  # seconds that a process waits for another one in a step, under torchrun; more than its longest micro-batch takes
 }
@@ -238,8 +237,7 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
 # Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
 # (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
-             "save_interval",
-             "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "triton_kernel", "compile", "best_model_split",
+             "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
              "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
 FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing on another machine
 
@@ -501,32 +499,6 @@ def chunk_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
 # Layer
 
 
-class ShortConvolution(torch.autograd.Function):
-    """Causal depthwise convolution along time: y_t = sum_i w_i x_{t-i}. x (..., T, K), w (taps, ..., 1, K) -> like x.
-
-    As shifted products: a grouped conv1d would need the channels first and costs several times as much on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        y = x * w[0]
-        for i in range(1, min(len(w), x.shape[-2])):
-            y[..., i:, :].addcmul_(x[..., :-i, :], w[i])
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        grad_x, grad_w = grad * w[0], torch.zeros_like(w)
-        dims = [d for d in range(x.dim()) if w.shape[d + 1] == 1]
-        grad_w[0] = (grad * x).sum(dims, keepdim=True)
-        for i in range(1, min(len(w), x.shape[-2])):
-            grad_x[..., :-i, :].addcmul_(grad[..., i:, :], w[i])
-            grad_w[i] = (grad[..., i:, :] * x[..., :-i, :]).sum(dims, keepdim=True)
-        return grad_x, grad_w
-
-
 def l2_normalise(x: Tensor) -> Tensor:
     """x * rsqrt(sum(x^2) + 1e-6) over the last axis."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
@@ -554,6 +526,104 @@ class DeltaNetConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
+                   flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
+                   initial_state: Tensor | None = None, reverse_heads: int = 0, convolution: bool = True, flux: bool = True,
+                   coupling: bool = True, hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
+                   delta_rule: Callable = chunk_hierarchical_delta_rule) -> tuple[Tensor, Tensor | None]:
+    """All between a layer's input and output projections, in PyTorch: the twin of the kernels' `hierarchical_mixer`.
+
+    Args:
+        proj: (B, T, R), for each token q (H, K), k (H, K), v (H, K), the logits of beta, a_fast, a_slow, g_fast, g_slow (H each),
+            and what fills the row.
+        mask: (B, T) bool, False at padding: the convolution reads zeros there, nothing is written, and o is 0.
+        keep: (B, T, H) bool or None, False where state dropout drops the write: the states pass, and are read.
+        conv_weight: (4, 3, H, K), tap i looks i tokens back. o_norm: (H, K).
+        flux_bilinear: (H, K, K), flux_scale: (H); flux_in_weight (16, 2 K + 1) and the others: the MLP of psi.
+        initial_state: (B, H, 2, K, K) or None for zeros. reverse_heads: the last heads, which read right to left.
+    Returns: o (B, T, H K), and the final states (B, H, 2, K, K), of each head in its own direction, or None.
+    """
+    (batch, length, _), (_, _, heads, channels) = proj.shape, conv_weight.shape
+
+    def orient(x: Tensor, turned: int = reverse_heads) -> Tensor:
+        """Turn time around for the last heads, x (H, B, T, ...) or (..., H, B, T, K); its own inverse."""
+        at = x.dim() - 4 if x.dim() > 4 else 0
+        if not turned:
+            return x
+        left, right = x.split([heads - turned, turned], at)
+        return torch.cat([left, right.flip(at + 2)], at)
+
+    qkv, gates, _ = proj.float().split([3 * heads * channels, 5 * heads, proj.shape[-1] - heads * (3 * channels + 5)], -1)
+    qkv = orient((qkv * mask.unsqueeze(-1)).view(batch, length, 3, heads, channels).permute(2, 3, 0, 1, 4))  # (3, H, B, T, K)
+    gates = torch.sigmoid(gates.view(batch, length, 5, heads).permute(3, 0, 1, 2))  # (H, B, T, 5)
+    beta, a_fast, a_slow, g_fast, g_slow = orient(gates).unbind(-1)
+    update = mask.expand(heads, -1, -1) if keep is None else (keep & mask.unsqueeze(-1)).permute(2, 0, 1)
+    update, real = orient(update), orient(mask.expand(heads, -1, -1))
+    if convolution:
+        padded = F.pad(qkv, (0, 0, 3, 0))
+        qkv = sum(padded[..., 3 - i:3 - i + length, :] * conv_weight[i, :, :, None, None] for i in range(4))
+    q, k, v = F.silu(qkv).unbind(0)
+    q, k = l2_normalise(q), l2_normalise(k)
+    psi = torch.full_like(beta, 0.5)
+    if flux:
+        form = ((k.flatten(1, 2) @ flux_bilinear).view_as(k) * v).sum(-1) * flux_scale[:, None, None]
+        hidden = F.silu(F.linear(torch.cat([k, v, form.unsqueeze(-1)], -1), flux_in_weight, flux_in_bias))
+        psi = torch.sigmoid(hidden @ flux_out_weight + flux_out_bias).clamp(0.01, 0.99)
+    if not read_gates:
+        g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
+    kappa = 0.05 + 0.10 * psi if coupling and hierarchical else 0.0 * psi
+    f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
+    out_fast, out_slow = kappa * psi, kappa * (1 - psi)
+    transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)], -1).unflatten(-1, (2, 2))
+    transition = torch.where(update[..., None, None], transition, torch.eye(2, device=proj.device))
+    read = torch.stack([alpha * g_fast, (1 - alpha) * g_slow if hierarchical else torch.zeros_like(alpha)], -1)
+    state = None if initial_state is None else initial_state.float().transpose(0, 1)
+    o, state = delta_rule(q, k, v, beta * update, transition, read, initial_state=state, output_final_state=output_final_state)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * o_norm[:, None, None] * real.unsqueeze(-1)
+    return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
+
+
+def load_kernel() -> Any:
+    """delta_kernel.py beside this file as a module, or None without the package numba.
+
+    It is run from a copy named after its content in the user's cache folder, so that it is compiled once for all saved models that
+    hold the same one, and is one module in a process that opens several. A folder that cannot be written is replaced by a temporary one.
+    """
+    if importlib.util.find_spec("numba") is None:
+        return None
+    source = Path(__file__).with_name("delta_kernel.py").read_bytes()
+    name = f"delta_kernel_{hashlib.sha256(source).hexdigest()[:12]}"
+    if name not in sys.modules:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet"
+        path, own = folder / f"{name}.py", folder / f".{name}.{os.getpid()}"
+        try:
+            if not path.is_file() or path.read_bytes() != source:
+                folder.mkdir(parents=True, exist_ok=True)
+                own.write_bytes(source)
+                os.replace(own, path)
+        except OSError:
+            path = Path(tempfile.mkdtemp()) / f"{name}.py"
+            path.write_bytes(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+kernel = load_kernel()
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the compiled kernel runs where `x` is; says once, on a CPU, if it is missing."""
+    if kernel is None and x.device.type == "cpu" and not has_kernel.told and not torch.compiler.is_compiling():
+        has_kernel.told = True
+        print("note: without the package numba this model is several times slower on a CPU: pip install numba", file=sys.stderr)
+    return kernel is not None and x.device.type == "cpu"
+
+
+has_kernel.told = False
+
+
 def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
     """Retention of each head's slow state at initialisation, (H,): 1 / (1 - retention) rises geometrically in a direction."""
     if not cfg.slow_decay_max:
@@ -564,7 +634,7 @@ def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
     return (1 - lost).repeat(directions)
 
 
-SEGMENT = 2048  # tokens of a longer text that are in work at a time
+PIECE = 16384  # tokens that are in work at once where memory is to be spared
 
 
 def frugal(module: nn.Module) -> bool:
@@ -578,7 +648,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
         self.cfg, heads, dim = cfg, cfg.num_heads, cfg.d_model
-        self.delta_rule = chunk_hierarchical_delta_rule
+        self.mixer: Callable | None = None  # in place of the kernel or `parallel_mixer`, with the same arguments
         channels = dim // heads
         self.qkv_proj = nn.Linear(dim, 3 * dim)
         self.gate_proj = nn.Linear(dim, 5 * heads)  # beta, a_fast, a_slow, g_fast, g_slow
@@ -611,102 +681,44 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         """The D x D weights of q, k, v and o, as views."""
         return [*self.qkv_proj.weight.chunk(3), self.o_proj.weight]
 
-    def orient(self, x: Tensor, heads_dim: int = 0) -> Tensor:
-        """Flip time for the second half of the heads, x (..., H, B, T, ...); its own inverse."""
-        if not self.cfg.bidirectional:
-            return x
-        forward, backward = x.chunk(2, heads_dim)
-        return torch.cat([forward, backward.flip(heads_dim + 2)], heads_dim)
+    def project(self, x: Tensor, part: slice) -> Tensor:
+        """q, k, v and the logits of the gates of the heads `part` by one matrix product: x (B, T, D) -> (B, T, R).
 
-    def flux(self, k: Tensor, v: Tensor) -> Tensor:
-        """Resonance flux psi in [0.01, 0.99]. k, v (H, B, T, K) -> (H, B, T)."""
-        heads, batch, length, channels = k.shape
-        bilinear = (k.reshape(heads, -1, channels) @ self.flux_bilinear).view_as(k)
-        u = (bilinear * v).sum(-1) * torch.exp(-self.flux_log_temperature)
-        wk, wv, wu = self.flux_in.weight.split([channels, channels, 1], 1)
-        hidden = F.silu(F.linear(k, wk, self.flux_in.bias) + F.linear(v, wv) + u.unsqueeze(-1) * wu.squeeze(1))
-        return torch.sigmoid(self.flux_out(hidden).squeeze(-1)).clamp(0.01, 0.99)
-
-    def project(self, x: Tensor, mask: Tensor, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """q, k, v before the convolution (3, H, B, T, K) and the logits of the gates (5, H, B, T) of the heads `part`."""
-        (batch, length, _), heads = x.shape, self.cfg.num_heads
-
-        def of_part(linear: nn.Linear, count: int) -> Tensor:
-            weight, bias = (w.unflatten(0, (count, heads, -1))[:, part].flatten(0, 2) for w in (linear.weight, linear.bias))
-            return F.linear(x, weight, bias).view(batch, length, count, -1, linear.out_features // count // heads)
-
-        qkv = of_part(self.qkv_proj, 3) * mask[..., None, None, None]
-        return qkv.float().permute(2, 3, 0, 1, 4), of_part(self.gate_proj, 5).float().squeeze(-1).permute(2, 3, 0, 1)
-
-    def prepare(self, qkv: Tensor, gates: Tensor, update: Tensor) -> tuple[Tensor, ...]:
-        """The recurrence's arguments q, k, v, beta, transition, read; elementwise but for the flux. Arguments as of `mix`."""
-        cfg = self.cfg
-        q, k, v = F.silu(qkv).unbind(0)
-        q, k = l2_normalise(q), l2_normalise(k)
-        beta, a_fast, a_slow, g_fast, g_slow = map(torch.sigmoid, gates.unbind(0))
-        if not cfg.read_gates:
-            g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
-        psi = self.flux(k, v) if cfg.resonance_flux else torch.full_like(beta, 0.5)
-        kappa = 0.05 + 0.10 * psi if cfg.cross_timescale_coupling and cfg.hierarchical_memory else 0.0 * psi
-        f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
-        out_fast, out_slow = kappa * psi, kappa * (1 - psi)
-        transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)])
-        eye = torch.eye(2, device=qkv.device).view(4, 1, 1, 1)
-        transition = torch.where(update, transition, eye).unflatten(0, (2, 2)).movedim((0, 1), (-2, -1))
-        read_slow = (1 - alpha) * g_slow if cfg.hierarchical_memory else torch.zeros_like(alpha)
-        return q, k, v, beta * update, transition, torch.stack([alpha * g_fast, read_slow]).movedim(0, -1)
-
-    def mix(self, qkv: Tensor, gates: Tensor, update: Tensor, **states: Any) -> tuple[Tensor, Tensor | None]:
-        """The recurrence of all heads, each in its own direction: as `project`, update (H, B, T) -> o (H, B, T, K), states."""
-        if self.training and self.cfg.state_dropout > 0:
-            update = update & (torch.rand_like(gates[0]) >= self.cfg.state_dropout)
-        o, state = self.delta_rule(*self.prepare(qkv, gates, update), **states)
-        return o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.o_norm, state
+        R is a multiple of 16: other rows cost a third more on a CPU.
+        """
+        sizes, fill = ((self.qkv_proj, 3), (self.gate_proj, 5)), -(part.stop - part.start) * (3 * self.o_norm.shape[-1] + 5) % 16
+        weight, bias = (torch.cat([*(getattr(linear, name).unflatten(0, (rows, self.cfg.num_heads, -1))[:, part].flatten(0, 2)
+                                     for linear, rows in sizes), x.new_zeros(fill, *size, dtype=self.o_norm.dtype)])
+                        for name, size in (("weight", (x.shape[-1],)), ("bias", ())))
+        return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (H, B, 2, K, V) or None."""
-        if frugal(self) and x.shape[1] > SEGMENT:
-            return self.forward_long(x, mask)
-        qkv, gates = self.project(x, mask)
-        update = mask.bool().expand(self.cfg.num_heads, -1, -1)  # where states are written
+        """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
+        heads, channels = self.cfg.num_heads, self.o_norm.shape[-1]
+        if frugal(self) and x[..., 0].numel() > PIECE and not output_final_state:  # some heads at a time: their projections take the most room
+            out, some = torch.empty_like(x), max(1, heads * PIECE // x[..., 0].numel())
+            for first in range(0, heads, some):
+                part = slice(first, min(first + some, heads))
+                out[..., first * channels:part.stop * channels] = self.mix(x, mask, part)[0]
+            return self.o_proj(out), None
+        o, state = self.mix(x, mask, slice(0, heads), output_final_state)
+        return self.o_proj(o.to(x.dtype)), state
+
+    def mix(self, x: Tensor, mask: Tensor, part: slice, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What the heads `part` read, before the output projection (B, T, heads K), and their final states or None."""
+        cfg, heads, channels, keep = self.cfg, self.cfg.num_heads, self.o_norm.shape[-1], None
+        if self.training and cfg.state_dropout > 0:
+            keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
+        reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
+        proj = self.project(x, part)
         with torch.autocast(x.device.type, enabled=False):
-            qkv = self.orient(qkv, 1)
-            if self.cfg.short_convolution:
-                qkv = ShortConvolution.apply(qkv, self.conv_weight)
-            o, state = self.mix(qkv, self.orient(gates, 1), self.orient(update), output_final_state=output_final_state)
-            o = self.orient(o).permute(1, 2, 0, 3).flatten(2)
-        return self.o_proj(o), state
-
-    def forward_long(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` without gradients, segment by segment with carried states: little memory beside x and the result.
-
-        The heads that read right to left take the segments from the end; both halves go through the recurrence together.
-        """
-        heads, out, state, edge = self.cfg.num_heads, torch.empty_like(x), None, None
-        turned = [False, True] if self.cfg.bidirectional else [False]
-        halves = [slice(i * heads // len(turned), (i + 1) * heads // len(turned)) for i in range(len(turned))]
-        turn = lambda y, back: y.flip(1) if back else y  # noqa: E731
-        for start in range(0, x.shape[1], SEGMENT):
-            end = min(start + SEGMENT, x.shape[1])
-            spans = [slice(x.shape[1] - end, x.shape[1] - start) if back else slice(start, end) for back in turned]
-            masks = [turn(mask[:, span], back) for span, back in zip(spans, turned)]
-            parts = [self.project(turn(x[:, span], back), m, half)
-                     for span, back, m, half in zip(spans, turned, masks, halves)]
-            qkv, gates = (torch.cat(pieces, 1) for pieces in zip(*parts))
-            update = torch.cat([m.bool().expand(heads // len(turned), -1, -1) for m in masks])
-            with torch.autocast(x.device.type, enabled=False):
-                if self.cfg.short_convolution:
-                    context = qkv if edge is None else torch.cat([edge, qkv], 3)
-                    edge = qkv[..., -3:, :].clone()
-                    qkv = ShortConvolution.apply(context, self.conv_weight)[..., context.shape[3] - qkv.shape[3]:, :]
-                o, state = self.mix(qkv, gates, update, initial_state=state, output_final_state=True)
-            for span, back, half in zip(spans, turned, halves):
-                part = turn(o[half].permute(1, 2, 0, 3).flatten(2), back).to(x.dtype)
-                width = part.shape[2]
-                out[:, span, half.start * width // (half.stop - half.start):][..., :width] = part
-        for piece in out.split(SEGMENT, 1):
-            piece.copy_(self.o_proj(piece))
-        return out, state
+            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x) else parallel_mixer))(
+                proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part], self.flux_bilinear[part],
+                torch.exp(-self.flux_log_temperature.view(heads)[part]), self.flux_in.weight, self.flux_in.bias,
+                self.flux_out.weight.view(-1), self.flux_out.bias, self.o_norm.view(heads, channels)[part],
+                reverse_heads=reverse, convolution=cfg.short_convolution, flux=cfg.resonance_flux,
+                coupling=cfg.cross_timescale_coupling, hierarchical=cfg.hierarchical_memory, read_gates=cfg.read_gates,
+                output_final_state=output_final_state)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -768,15 +780,45 @@ def pad_batch(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
+class RecomputedFeedForward(torch.autograd.Function):
+    """Linear, exact GELU, linear on a CPU, x (N, D) -> (N, D); keeps (N, F) numbers for its backward pass, where autograd would twice that."""
+
+    @staticmethod
+    def forward(ctx, x, up, up_bias, down, down_bias):
+        hidden = x @ up.T
+        ctx.save_for_backward(x, hidden, up, up_bias, down)
+        return F.linear(kernel.gelu(hidden, up_bias, torch.empty_like(hidden)), down, down_bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, hidden, up, up_bias, down = ctx.saved_tensors
+        grad_hidden = grad @ down
+        activated = kernel.gelu_backward(hidden, up_bias, grad_hidden)  # grad_hidden becomes that of `hidden`
+        return grad_hidden @ up, grad_hidden.T @ x, grad_hidden.sum(0), grad.T @ activated, grad.sum(0)
+
+
 class FeedForward(nn.Module):
     """The teacher's FFN: linear, exact GELU, linear. (B, T, D) -> (B, T, D)."""
+
+    ROWS = 1024  # tokens in work at once where no gradient is wanted: what a CPU's caches hold
 
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
         self.up, self.down = nn.Linear(cfg.d_model, cfg.ffn_size), nn.Linear(cfg.ffn_size, cfg.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+        up, down = self.up, self.down
+        if not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
+                or up.out_features % 16:
+            return down(F.gelu(up(x)))
+        if torch.is_grad_enabled():
+            return RecomputedFeedForward.apply(x.flatten(0, -2), up.weight, up.bias, down.weight, down.bias).view_as(x)
+        rows, out = x.flatten(0, -2), torch.empty_like(x).flatten(0, -2)
+        hidden = x.new_empty(min(len(rows), self.ROWS), up.out_features)
+        for piece, result in zip(rows.split(self.ROWS), out.split(self.ROWS)):
+            part = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
+            torch.addmm(down.bias, kernel.gelu(part, up.bias, part), down.weight.T, out=result)
+        return out.view_as(x)
 
 
 class DeltaNetStudent(PreTrainedModel):
@@ -808,39 +850,30 @@ class DeltaNetStudent(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def blocks(self, input_ids: Tensor, mask: Tensor, output_final_state: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The output of one block after the other, (B, T, D), and the final states of its mixer or None."""
-        positions = self.position_embeddings.weight
+    def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False, last_alone: bool = False,
+                      ) -> tuple[list[Tensor], Tensor | None]:
+        """The output of every block, or of the last alone, (B, T, D) each, and the mean state overlap or None.
+
+        The overlap: see `state_overlap`; 0 without a slow state.
+        """
+        positions, states, overlaps = self.position_embeddings.weight, [], []
         if self.config.learned_positions:
             if input_ids.shape[1] > len(positions):
                 raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
             positions = positions[:input_ids.shape[1]]
         drop = lambda x: F.dropout(x, self.config.dropout, self.training)  # noqa: E731
-        embed = lambda ids: drop(self.embedding_norm(self.word_embeddings(ids) + positions))  # noqa: E731
-        long = frugal(self) and input_ids.shape[1] > SEGMENT
-        x = torch.cat([embed(piece) for piece in input_ids.split(SEGMENT, 1)], 1) if long else embed(input_ids)
+        add = lambda x, y: x + y if torch.is_grad_enabled() else y.add_(x)  # noqa: E731  a long text needs the room
+        wanted = output_state_overlap and self.config.hierarchical_memory
+        x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
-            mixed, final = mixer(x, mask, output_final_state)
-            if long:  # little memory beside x and the result, which takes mixed's place
-                out = mixed if mixed.dtype == x.dtype else torch.empty_like(x)
-                for residual, piece, result in zip(*(y.split(SEGMENT, 1) for y in (x, mixed, out))):
-                    piece = norm(residual + piece)
-                    result.copy_(ffn_norm(piece + ffn(piece)))
-                x = out
-                del mixed, out
-            else:
-                x = norm(x + drop(mixed))
-                x = ffn_norm(x + drop(ffn(x)))
-            yield x, final
-
-    def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False,
-                      ) -> tuple[list[Tensor], Tensor | None]:
-        """The output of every block, (B, T, D) each, and the mean state overlap (see `state_overlap`; 0 without a slow state) or None."""
-        wanted = output_state_overlap and self.config.hierarchical_memory
-        states, finals = zip(*self.blocks(input_ids, mask, wanted))
-        overlap = torch.stack([state_overlap(f) for f in finals]).mean() if wanted else states[-1].new_zeros(())
-        return list(states), overlap if output_state_overlap else None
+            mixed, final = mixer(x, mask, wanted)
+            x = norm(add(x, drop(mixed)))
+            x = ffn_norm(add(x, drop(ffn(x))))
+            states = [x] if last_alone else [*states, x]
+            overlaps += [state_overlap(final)] if wanted else []
+        overlap = torch.stack(overlaps).mean() if wanted else x.new_zeros(())
+        return states, overlap if output_state_overlap else None
 
     def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """`hidden` (B, T, D) times each token's weight over its text's mean weight: its plain mean is the weighted mean."""
@@ -852,7 +885,7 @@ class DeltaNetStudent(PreTrainedModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D); a large batch a few texts at a time."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if frugal(self) and len(input_ids) > (rows := max(1, 8 * SEGMENT // input_ids.shape[1])):
+        if frugal(self) and len(input_ids) > (rows := max(1, PIECE // input_ids.shape[1])):
             out = None
             for start in range(0, len(input_ids), rows):
                 part = mask[start:start + rows]
@@ -861,9 +894,7 @@ class DeltaNetStudent(PreTrainedModel):
                 out = x.new_zeros(*input_ids.shape, x.shape[-1]) if out is None else out
                 out[start:start + rows, :length] = x
             return BaseModelOutput(last_hidden_state=out)
-        for x, _ in self.blocks(input_ids, mask):
-            pass
-        return BaseModelOutput(last_hidden_state=self.weigh(x, mask))
+        return BaseModelOutput(last_hidden_state=self.weigh(self.hidden_states(input_ids, mask, last_alone=True)[0][0], mask))
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
         """`encode` with this model; the tokenizer is by default the one saved beside it, the length what it was trained on."""
@@ -880,40 +911,38 @@ def state_overlap(state: Tensor) -> Tensor:
 
 def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any], device: torch.device,
                    log: Callable[[str], None] = print, backend: str | Callable = "inductor") -> bool:
-    """torch.compile of the mixers' `prepare`, the FFNs and the teacher, as the config's `compile` says; True if it was done.
+    """torch.compile of the whole student and teacher, as the config's `compile` says; True if it was done.
 
-    Sizes are symbolic, so a few graphs (with and without gradients, one sentence, several) serve all layers and lengths. The
-    recurrence is left out: its block sizes follow the length, so that each of them would be compiled anew. `prepare`, an FFN and all
-    their gradients are compared with the uncompiled ones; where they differ or nothing can be compiled, one line says why, and
-    everything runs as it is. `auto` leaves several processes alone, of which none must wait
-    for another one's compiler, and deterministic runs, as a resumed run may be compiled from other first shapes.
+    Sizes are symbolic, so a few graphs (with and without gradients, one sentence, several) serve all lengths. The compiled student's
+    hidden states and gradients are compared with the uncompiled one's; where they differ or nothing can be compiled, one line says why,
+    and everything runs as it is. `auto` leaves several processes alone, of which none must wait for another one's compiler, and
+    deterministic runs, as a resumed run may be compiled from other first shapes.
     """
     alone = device.type == "cuda" and not cfg["deterministic"] and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if cfg["compile"] == "false" or (cfg["compile"] == "auto" and not alone):
         return False
-    prepare, mixer, ffn = torch.compile(EnhancedHierarchicalDeltaNet.prepare, dynamic=True, backend=backend), *(
-        layers[0] for layers in (student.deltanet_layers, student.deltanet_ffns))
-    heads, width = student.config.num_heads, student.config.d_model // student.config.num_heads
-    qkv, gates, x = (torch.rand(*size, device=device).sub_(0.5).requires_grad_() for size in (
-        (3, heads, 5, 24, width), (5, heads, 5, 24), (5, 24, student.config.d_model)))
-    update, found = torch.arange(24, device=device).expand(heads, 5, 24) < 20, []
-    inputs = [qkv, gates, x, *(p for part in (mixer, ffn) for p in part.parameters())]
+    compiled = torch.compile(DeltaNetStudent.hidden_states, dynamic=True, fullgraph=True, backend=backend)
+    generator, found, weights = torch.Generator().manual_seed(0), [], [p for p in student.parameters() if p.requires_grad]
+    ids = torch.randint(student.config.vocab_size, (3, 24), generator=generator).to(device)
+    mask = (torch.arange(24) < torch.tensor([24, 20, 9])[:, None]).long().to(device)
+    was_training, precision = student.training, torch.get_float32_matmul_precision()
+    student.eval()
     try:
-        for functions in ((EnhancedHierarchicalDeltaNet.prepare, ffn), (prepare, torch.compile(ffn, dynamic=True, backend=backend))):
-            outputs = [*functions[0](mixer, qkv, gates, update), functions[1](x)]
-            total = sum((y * torch.linspace(-1, 1, y.shape[-1], device=device)).sum() for y in outputs)
-            found.append([*outputs, *(g for g in torch.autograd.grad(total, inputs, allow_unused=True) if g is not None)])
+        for function in (DeltaNetStudent.hidden_states, compiled):
+            states = function(student, ids, mask)[0]
+            total = sum((x * torch.linspace(-1, 1, x.shape[-1], device=device) * mask.unsqueeze(-1)).sum() for x in states)
+            found.append([*states, *torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)])
         error = max(float((x - y).detach().abs().max() / (1 + x.detach().abs().max())) for x, y in zip(*found, strict=True))
-        if not error < 1e-3:  # seen with PyTorch 2.13 on a CPU, where one sigmoid over all five gates gave a wrong gradient
+        if not error < (1e-3 if precision == "highest" or device.type == "cpu" else 1e-2):  # TF32 rounds in another order
             raise ArithmeticError(f"error: compiled results are off by {error:.1e}")
     except Exception as error:  # a missing compiler, header or GPU feature: PyTorch has a type of its own for each
         reason = next((line for line in reversed(str(error).splitlines()) if "rror" in line or "ompiler" in line), type(error).__name__)
         log(f"note: compile: PyTorch cannot compile here ({reason.strip()[:200]}); running without")
         return False
+    finally:
+        student.train(was_training)
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs at DDP's buckets
-    for mixer, ffn in zip(student.deltanet_layers, student.deltanet_ffns):
-        mixer.prepare = MethodType(prepare, mixer)  # bound anew in a copy
-        ffn.compile(dynamic=True, backend=backend)
+    student.hidden_states = MethodType(compiled, student)
     teacher.compile(dynamic=True, backend=backend)
     return True
 
@@ -2225,8 +2254,14 @@ def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teac
 MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; generated from train_6layer_deltanet.py, not edited by hand."""
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import math
-from typing import Any, Iterator
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -2236,22 +2271,26 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+
+if False:  # transformers copies a file that is named like this
+    from .delta_kernel import hierarchical_mixer
 '''
 
 
 # Read with the code that it is the source of: `inspect.getsource` reads the file again, which may be edited during a run.
-SOURCE = Path(__file__).read_text(encoding="utf-8")
+SOURCE, KERNEL_SOURCE = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, "delta_kernel.py"))
 
 
 def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
     nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
-    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, ShortConvolution, l2_normalise,
-             DeltaNetConfig, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens,
-             tokenise, pad_batch, FeedForward, state_overlap, DeltaNetStudent)
+    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig, parallel_mixer,
+             load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise,
+             pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    return MODELLING_HEADER + f"\nSEGMENT = {SEGMENT}\n" + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    code = MODELLING_HEADER + f"\nPIECE = {PIECE}\n" + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    return code.replace("class EnhancedH", "kernel, has_kernel.told = load_kernel(), False\n\n\nclass EnhancedH", 1)
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
@@ -2268,7 +2307,8 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
         "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
         "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
-    write_atomic(folder / "modeling_deltanet.py", lambda file: file.write(modelling_source().encode()))
+    for name, code in (("modeling_deltanet.py", modelling_source()), ("delta_kernel.py", KERNEL_SOURCE)):
+        write_atomic(folder / name, lambda file: file.write(code.encode()))  # noqa: B023  called at once
     write_json(folder / "config.json", architecture)
     write_json(folder / "modules.json", [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -2575,32 +2615,43 @@ def gather_sides(parts: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
     return torch.cat([side[i] for i in range(3) for side in sides])
 
 
-def check_parallel_form(device: torch.device, delta_rule: Callable = chunk_hierarchical_delta_rule) -> float:
-    """Largest difference of `delta_rule` from the sequential reference on `device`; UserError above 1e-3.
+def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batch: int = 2, length: int = 70) -> list[Tensor]:
+    """Random inputs of a mixer with padding and dropped writes, `proj` to `initial_state`; those of floats want gradients."""
+    generator, bilinear = torch.Generator().manual_seed(0), channels ** -0.5
+    rand = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    mask, keep = torch.ones(batch, length, dtype=torch.bool), torch.rand(batch, length, heads, generator=generator) > 0.1
+    mask[0, length - length // 4:], mask[-1, length // 3:length // 2] = False, False
+    floats = [rand(batch, length, -(-heads * (3 * channels + 5) // 16) * 16), rand(4, 3, heads, channels) / 2, bilinear * rand(heads, channels, channels),
+              torch.rand(heads, generator=generator), rand(16, 2 * channels + 1) / 4, rand(16) / 4, rand(16), rand(1), rand(heads, channels),
+              rand(batch, heads, 2, channels, channels) / 4]
+    proj, *parameters = (x.to(device).requires_grad_() for x in floats)
+    return [proj, mask.to(device), keep.to(device), *parameters]
 
-    Outputs, final states and all gradients, of one chunk and of several; a difference is divided by 1 + the largest entry.
+
+def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None) -> float:
+    """Largest difference of the mixers that `device` has from the sequential reference; UserError above 1e-3.
+
+    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry.
     """
-    generator = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    if mixers is None:
+        mixers = {"parallel form": parallel_mixer} | ({"kernel": kernel.hierarchical_mixer} if has_kernel(torch.empty(0, device=device)) else {})
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32's rounding would hide a wrong result
-    q, k = (l2_normalise(rand(2, 3, 70, 32) - 0.3) for _ in range(2))
-    m = rand(2, 3, 70, 2, 2)
-    inputs = [x.to(device).requires_grad_() for x in (
-        q, k, rand(2, 3, 70, 32), rand(2, 3, 70), m / m.sum(-1, keepdim=True), rand(2, 3, 70, 2))]
+    inputs, worst = mixer_example(device), 0.0
 
     def results(form: Callable, **options: Any) -> list[Tensor]:
-        found = form(*inputs, output_final_state=True, **options)
-        return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), inputs)]
+        found = form(*inputs, reverse_heads=2, output_final_state=True, **options)
+        return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
 
-    expected = results(recurrent_hierarchical_delta_rule)
-    difference = max(((a - b).abs().max() / (1 + a.abs().max())).item()
-                     for size in (32, None) for a, b in zip(expected, results(delta_rule, chunk_size=size)))
+    expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
+    for name, form in mixers.items():
+        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, results(form), strict=True))
+        if not difference < 1e-3:
+            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch "
+                            "or Numba, or this device computes wrongly; try --device cpu, or other versions")
+        worst = max(worst, difference)
     torch.set_float32_matmul_precision(precision)
-    if not difference < 1e-3:
-        raise UserError(f"the parallel delta rule differs from its reference by {difference:.1e} on {device}: this build "
-                        "of PyTorch or this device computes wrongly; try --device cpu or another PyTorch")
-    return difference
+    return worst
 
 
 class RunLock:
@@ -2796,19 +2847,12 @@ class Run:
         self.device = choose_device(cfg, int(os.environ["LOCAL_RANK"]) if processes.count > 1 else None)
         processes.connect(self.device, cfg["peer_timeout"])
         self.teacher, self.tokenizer, origin = load_teacher(cfg)
-        print(f"teacher: {origin}\ndevice: {self.device}; parallel form against the reference: "
-              f"{check_parallel_form(self.device):.1e}")
+        print(f"teacher: {origin}\ndevice: {self.device}; {'kernel and ' if has_kernel(torch.empty(0, device=self.device)) else ''}parallel form "
+              f"against the sequential reference: {check_mixers(self.device):.1e}")
         self.student = build_student(cfg, self.teacher).to(self.device)
-        if cfg["triton_kernel"]:
-            if self.device.type != "cuda":
-                raise UserError("triton_kernel is true, but the device is the CPU: set --triton_kernel false")
-            from delta_kernel import hierarchical_delta_rule_triton
-            print(f"Triton kernel against the reference: {check_parallel_form(self.device, hierarchical_delta_rule_triton):.1e}")
-            for mixer in self.student.deltanet_layers:
-                mixer.delta_rule = hierarchical_delta_rule_triton
         self.teacher.to(self.device)
         if compile_models(self.student, self.teacher, cfg, self.device):
-            print("compile: mixers' elementwise parts, FFNs and teacher, at their first steps")
+            print("compile: student and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
         self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics

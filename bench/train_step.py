@@ -9,13 +9,13 @@ A step is the teacher's forward pass, the student's forward and backward pass, a
 AdamW, on batches that are already in memory (see bench/data.py for them). On a mix, the batches are `--batches` of the first
 window, spread evenly over it by their number of tokens; at a fixed length every token is real.
 
-- Nothing is compiled, and the delta rule is the PyTorch form, on CUDA too.
+- Nothing is compiled by torch.compile; the mixers run in the kernel that the device has.
 - attention: the same loop with a student of the teacher's own architecture (random, its embeddings frozen).
-- reference: the same student with `mixer.delta_rule` replaced by the token-by-token recurrence, few pairs.
+- reference: the same student with the token-by-token recurrence in PyTorch, few pairs.
 - floor: the matrix products of the step alone, with torch.mm and torch.bmm into given memory: those of every linear layer of
-  the teacher (1 each) and of the student (3 each: forward, gradients of input and weight; 2 where the input needs none), the
-  teacher's attention, the flux's bilinear form, and the delta rule's in its parallel form. Not in it: the triangular solve,
-  the losses' products, everything elementwise. `linear` is the part of it without attention, flux form and delta rule.
+  the teacher (1 each) and of the student (3 each: forward, gradients of input and weight; 2 where the input needs none), and the
+  teacher's attention. Not in it: the mixers' kernel, the losses' products, everything elementwise. `linear` is the part of it
+  without attention.
 - parts: where a step's time goes, from marks at module borders in the forward and, by identity nodes, in the backward pass of
   further steps that are not timed otherwise; every moment belongs to one part. On CUDA the marks are events on the stream.
 - peak memory: of two steps on the largest batch, in a fresh process: models and step, above what the imports take.
@@ -26,6 +26,7 @@ import argparse
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator
@@ -96,7 +97,7 @@ def make_loop(kind: str, cfg: dict[str, Any], teacher: BertModel) -> Loop:
     student = script.build_student(cfg, teacher)
     if kind == "reference":
         for mixer in student.deltanet_layers:
-            mixer.delta_rule = script.recurrent_hierarchical_delta_rule
+            mixer.mixer = partial(script.parallel_mixer, delta_rule=script.recurrent_hierarchical_delta_rule)
     return Loop(student, teacher, cfg)
 
 
@@ -202,25 +203,6 @@ def step_parts(loop: Loop, batches: list[Batch]) -> Counter:
 # The floor
 
 
-def delta_rule_products(length: int, width: int, final_state: bool) -> Iterator[tuple[int, int, int]]:
-    """(m, k, n) of the products of one head's parallel form, forward and backward, (m x k) by (k x n)."""
-    c = length if length <= 80 else 32  # as `chunk_hierarchical_delta_rule` cuts
-    count = -(-length // c)
-    for _ in range(count):
-        yield from [(c, width, c)] * 4  # K K^T and Q K^T; backward K K^T again and dO V^T
-        yield from [(c, c, c)] * 3  # W = tril(Q K^T) X; backward G X^T and W^T G
-        yield from [(c, c, width)] * 5  # O = (c * A) V; backward of V, Q and two of K
-        forward = []
-        if count > 1 or final_state:
-            yield from [(c, c, c)] * 2  # backward of X
-            # X^T K, what is written to the two states, what a write takes from them
-            forward += [(c, c, width), *[(width, c, width)] * 3, *[(width, width, width)] * 2]
-        if count > 1:
-            forward += [(c, c, width), *[(c, width, width)] * 2]  # A K, and what is read of the two states
-        for m, k, n in forward:
-            yield from ((m, k, n), (m, n, k), (k, m, n))
-
-
 class Floor:
     """The matrix products of a step, to be run on memory of the right shapes; nothing is allocated when they run."""
 
@@ -249,9 +231,9 @@ class Floor:
             yield torch.mm, a, b, out, 2 * rows * fan_in * fan_out
 
     def products(self, batch: Batch) -> tuple[list[tuple], list[tuple]]:
-        """(function, a, b, out, FLOP) of the linear layers, and of everything else."""
+        """(function, a, b, out, FLOP) of the linear layers, and of the teacher's attention; the mixers' kernel has none."""
         s, t, linear, other = self.student, self.teacher, [], []
-        d, heads, width = s.d_model, s.num_heads, s.d_model // s.num_heads
+        d, projected = s.d_model, -(-(3 * s.d_model + 5 * s.num_heads) // 16) * 16
         forward = "ff" if len(batch) > 1 else "f"  # gradient-cached: the student goes forward twice
         for n, length in (ids.shape for micro in batch for ids, _ in micro["groups"]):
             rows, h = n * length, t.num_attention_heads
@@ -262,16 +244,9 @@ class Floor:
                     other.append(self.product(n * h, *shape, self.dtype))
             for layer in range(s.num_layers):
                 first = forward + ("w" if layer == 0 and not self.cfg["train_embeddings"] else "iw")
-                linear += [*self.linear(rows, d, 3 * d, first), *self.linear(rows, d, 5 * heads, first)]
+                linear += self.linear(rows, d, projected, first)
                 for fan_in, fan_out in ((d, d), (d, s.ffn_size), (s.ffn_size, d)):
                     linear += self.linear(rows, fan_in, fan_out, forward + "iw")
-                if s.resonance_flux:
-                    for fan_in, fan_out in ((width, 16), (width, 16), (16, 1)):
-                        linear += self.linear(heads * rows, fan_in, fan_out, forward + "iw", torch.float32)
-                    form = [(rows, width, width)] * (len(forward) + 1) + [(width, rows, width)]
-                    other += [self.product(heads, *shape) for shape in form]
-                core = delta_rule_products(length, width, bool(self.cfg["ortho_state_reg_weight"]))
-                other += [self.product(n * heads, *shape) for shape in core]
         return linear, other
 
 

@@ -80,27 +80,16 @@ def test_float32_is_close_to_the_float64_reference(case):
     assert max((a - b.double()).abs().max() for a, b in zip(expected[:2], got[:2])) < 5e-6
 
 
-def test_start_up_check_sees_a_wrong_gradient():
-    def wrong(q, k, v, *rest, **options):  # the values are right, the gradient of v is 1% off
-        return script.chunk_hierarchical_delta_rule(q, k, v.detach() + 1.01 * (v - v.detach()), *rest, **options)
+@pytest.mark.parametrize("name", ["parallel_mixer", "hierarchical_mixer"])
+def test_start_up_check_sees_a_wrong_gradient(name):
+    mixer = script.parallel_mixer if name == "parallel_mixer" else script.kernel.hierarchical_mixer
 
-    assert script.check_parallel_form(torch.device("cpu")) < 1e-5
-    with pytest.raises(script.UserError, match="differs from its reference"):
-        script.check_parallel_form(torch.device("cpu"), wrong)
+    def wrong(proj, *rest, **options):  # the values are right, the gradient of the projections is 1% off
+        return mixer(proj.detach() + 1.01 * (proj - proj.detach()), *rest, **options)
 
-
-def test_short_convolution_equals_conv1d():
-    x = torch.randn(3, 4, 2, 11, 8, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(4, 3, 4, 1, 1, 8, dtype=torch.float64, requires_grad=True)
-    y = script.ShortConvolution.apply(x, w)
-    channels_first = x.permute(2, 0, 1, 4, 3).reshape(2, -1, 11)
-    kernel = w.flip(0).permute(1, 2, 5, 0, 3, 4).reshape(-1, 1, 4)
-    expected = torch.nn.functional.conv1d(torch.nn.functional.pad(channels_first, (3, 0)), kernel, groups=96)
-    expected = expected.view(2, 3, 4, 8, 11).permute(1, 2, 0, 4, 3)
-    torch.testing.assert_close(y, expected)
-    grad = torch.randn_like(y)
-    for a, b in zip(torch.autograd.grad(y, (x, w), grad), torch.autograd.grad(expected, (x, w), grad)):
-        torch.testing.assert_close(a, b)
+    assert script.check_mixers(torch.device("cpu")) < 1e-5
+    with pytest.raises(script.UserError, match="kernel .* differs from its reference"):
+        script.check_mixers(torch.device("cpu"), {"kernel": wrong})
 
 
 def written_out(mixer, p: dict, x: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -150,18 +139,21 @@ def written_out(mixer, p: dict, x: torch.Tensor, mask: torch.Tensor, keep: torch
 
 @pytest.mark.parametrize("switch", ["", "bidirectional", "hierarchical_memory", "cross_timescale_coupling", "resonance_flux",
                                     "short_convolution", "read_gates", "state_dropout"])
-def test_layer_equals_its_definition(switch, monkeypatch):
+@pytest.mark.parametrize("form", ["parallel_mixer", "hierarchical_mixer"])
+def test_layer_equals_its_definition(switch, form, monkeypatch):
     dropped = switch == "state_dropout"
     mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(
         d_model=16, num_heads=4, state_dropout=0.4 if dropped else 0.0, **({switch: False} if switch and not dropped else {})))
+    mixer.mixer = script.parallel_mixer if form == "parallel_mixer" else script.kernel.hierarchical_mixer
     generator = torch.Generator().manual_seed(1)
     for parameter in mixer.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     x, mask = torch.randn(2, 7, 16, generator=generator), torch.ones(2, 7)
     mask[1, 4:] = 0
-    draws = torch.rand(4, 2, 7, generator=generator)
-    monkeypatch.setattr(torch, "rand_like", lambda _: draws)
-    keep = draws >= 0.4 if dropped else torch.ones_like(draws, dtype=torch.bool)
+    draws = torch.rand(2, 7, 4, generator=generator)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: draws)
+    keep = (draws >= 0.4 if dropped else torch.ones_like(draws, dtype=torch.bool)).permute(2, 0, 1).clone()
+    keep[2:] = keep[2:].flip(2) if switch != "bidirectional" else keep[2:]  # `written_out` counts in the head's own direction
     weights = torch.randn(2, 7, 16, generator=generator) * mask[..., None]  # what stands at padding is nobody's
     leaves = {name: p.detach().double().requires_grad_() for name, p in mixer.named_parameters()}
     y, expected = mixer(x, mask)[0], written_out(mixer, leaves, x.double(), mask, keep)

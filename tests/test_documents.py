@@ -141,9 +141,9 @@ def test_documents_that_are_missing_or_too_few_are_one_line(cfg, models, corpus,
 # ---- training
 
 
-@pytest.mark.parametrize("segment", [2048, 64])
-def test_cached_gradients_of_a_long_batch_equal_one_backward_with_dropout(cfg, models, data, segment, monkeypatch):
-    monkeypatch.setattr(script, "SEGMENT", segment)  # without gradients, too, dropout must not be drawn piece by piece
+@pytest.mark.parametrize("piece", [16384, 64])
+def test_cached_gradients_of_a_long_batch_equal_one_backward_with_dropout(cfg, models, data, piece, monkeypatch):
+    monkeypatch.setattr(script, "PIECE", piece)  # without gradients, too, dropout must not be drawn piece by piece
     student, teacher, _ = models
     student.train()
     batch, found = lambda: data.documents.batch(2), {}
@@ -272,11 +272,11 @@ def test_a_large_batch_is_read_a_few_texts_at_a_time(models, monkeypatch):
     mask[5] = 0  # a row of padding alone
     with torch.inference_mode():
         expected = student(ids, mask).last_hidden_state
-        monkeypatch.setattr(script, "SEGMENT", 26)  # two texts of 104 tokens, four pieces of each
+        monkeypatch.setattr(script, "PIECE", 60)  # one text of 104 tokens, half of the heads
         found, seen, embed = student(ids, mask).last_hidden_state, [], student.word_embeddings.forward
         monkeypatch.setattr(student.word_embeddings, "forward", lambda x: seen.append(x.numel()) or embed(x))
         student(ids, mask)
-    assert max(seen) <= 2 * 26 and len(seen) > 6
+    assert max(seen) <= 104 and len(seen) == 6
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
 
 

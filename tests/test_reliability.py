@@ -507,13 +507,13 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
     assert not script.checkpoint_steps(run.folder)
 
 
-def wrong_parallel_form() -> None:
-    check, rule = script.check_parallel_form, script.chunk_hierarchical_delta_rule
-    script.check_parallel_form = lambda device: check(device, lambda *a, **k: tuple(x + 0.01 for x in rule(*a, **k)))
+def wrong_kernel() -> None:
+    check, mixer = script.check_mixers, script.parallel_mixer
+    script.check_mixers = lambda device: check(device, {"kernel": lambda *a, **k: tuple(x + 0.01 for x in mixer(*a, **k))})
 
 
-def test_wrong_parallel_form_stops_the_run(tiny, tmp_path):
-    run = Process(tiny, tmp_path / "run", wrong_parallel_form)
+def test_wrong_kernel_stops_the_run(tiny, tmp_path):
+    run = Process(tiny, tmp_path / "run", wrong_kernel)
     assert run.wait() == 2 and "differs from its reference" in run.text()
 
 

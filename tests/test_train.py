@@ -98,25 +98,6 @@ def test_student_copies_the_teacher(teacher_and_tokenizer):
     assert tensors == {id(p) for p in student.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_long_texts_in_segments_give_the_same(teacher_and_tokenizer, monkeypatch, bidirectional):
-    """Beyond SEGMENT tokens the mixer carries its states, and FFNs work piece by piece: lengths 1 past, 3 past and ragged."""
-    student = script.build_student(small_config(bidirectional=bidirectional), teacher_and_tokenizer[0]).eval()
-    with torch.no_grad():
-        for p in student.deltanet_layers.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    for length in (65, 67, 192, 300):
-        ids = torch.randint(1000, 30000, (2, length))
-        mask = (torch.arange(length) < torch.tensor([[length], [length // 2]])).long()
-        monkeypatch.setattr(script, "SEGMENT", 10_000)
-        whole = student(ids, mask).last_hidden_state.detach()
-        monkeypatch.setattr(script, "SEGMENT", 64)
-        with torch.inference_mode():
-            pieces = student(ids, mask).last_hidden_state
-        assert ((pieces - whole) * mask.unsqueeze(-1)).abs().max() < 1e-4  # hidden states have a norm of about 8
-        assert (script.mean_pool(pieces, mask) - script.mean_pool(whole, mask)).abs().max() < 1e-5
-
-
 def test_encode_sorts_and_restores_the_order(teacher_and_tokenizer):
     teacher, tokenizer = teacher_and_tokenizer
     student = script.build_student(small_config(), teacher)
@@ -186,9 +167,9 @@ def test_compiled_parts_give_the_same_with_few_graphs(compilable):
     for call in (lambda: student.hidden_states(*batches[0]), lambda: script.teacher_states(teacher, *batches[0])):
         call()
         counts.append(counter.frame_count)
-    assert counts[1] <= 3 and counts[2] == counts[1] + 1  # prepare and FFN of all layers; the teacher
+    assert counts[1] <= 3 and counts[2] == counts[1] + 1  # the student, with and without gradients; the teacher
     for batch, values in zip(batches, expected):
-        torch.testing.assert_close(step(*batch), values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(step(*batch), values, rtol=1e-3, atol=5e-5)
     assert counter.frame_count <= 16
     twin = script.copy.deepcopy(student)
     with torch.no_grad():
@@ -532,12 +513,16 @@ def test_bf16_autocast_trains_and_keeps_the_core_in_float32(corpus, tiny_teacher
     assert run.returncode == 0, run.stderr
     last = json.loads((tmp_path / "bf16" / "checkpoint_2.json").read_text())
     assert last["step"] == 2 and all(np.isfinite(v) for v in last["losses"].values())
-    mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(d_model=32, num_heads=2))
-    seen, rule = [], mixer.delta_rule
-    mixer.delta_rule = lambda *inputs, **kwargs: seen.extend(inputs) or rule(*inputs, **kwargs)
+    mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(d_model=32, num_heads=2)).eval()
+    seen, x, mask = [], torch.randn(2, 5, 32), torch.ones(2, 5)
+    mixer.mixer = lambda *inputs, **kw: script.parallel_mixer(
+        *inputs, **kw, delta_rule=lambda *a, **k: seen.extend(a) or script.chunk_hierarchical_delta_rule(*a, **k))
     with torch.autocast("cpu", torch.bfloat16):
-        out, _ = mixer(torch.randn(2, 5, 32), torch.ones(2, 5))
-    assert out.dtype == torch.bfloat16 and {x.dtype for x in seen} == {torch.float32}
+        out, _ = mixer(x, mask)
+        mixer.mixer = None
+        kernel, _ = mixer(x, mask)
+    assert out.dtype == kernel.dtype == torch.bfloat16 and {x.dtype for x in seen} == {torch.float32}
+    torch.testing.assert_close(kernel, out, rtol=0.02, atol=1e-3)
 
 
 def tiny_trainer(generated, tiny_teacher, **changes):
