@@ -376,8 +376,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     rows, keys = result.get("lengths", []), result.get("passkey", [])
-    for way, label in WAYS.items():
-        style = {"marker": "o", "ls": "-" if way in ("whole", "teacher_windows") else "--", "label": label}
+    for number, (way, label) in enumerate(WAYS.items()):
+        style = {"marker": "o", "color": f"C{number}", "ls": "-" if way in ("whole", "teacher_windows") else "--", "label": label}
         if rows and way in rows[0]:
             axes[0].plot([max(256, r["from"]) for r in rows], [r[way] for r in rows], **style)
         if keys and way in keys[0]:
