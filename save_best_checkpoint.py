@@ -124,7 +124,7 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
     names = [f"{n} ({HUB_SOURCES[n][0]})" if n in HUB_SOURCES else n for n in info["sources"] or ()]
     data = f"Sentence pairs of {len(names)} sources: {', '.join(names)}" if names else "The training sources were not recorded"
     if cfg["long_share"]:
-        data += f". {cfg['long_share']:.0%} of the steps were of documents of up to {cfg['long_length']:,} tokens, each with a query"
+        data += f". {cfg['long_share']:.0%} of the steps were of documents of up to {cfg['long_length']:,} tokens, with a query each"
     unmeasured = "other languages were" if cfg["long_share"] else "retrieval, long documents and other languages were"
     parts = [f"{key.replace('_', ' ')}: {'yes' if getattr(c, key) else 'no'}" for key in ARCHITECTURE_KEYS[3:]]
     return f"""---
@@ -170,8 +170,8 @@ Width {c.d_model}, {c.num_heads} heads, FFN {c.ffn_size}; {', '.join(parts)}.
 
 ## Limits
 
-English only. Trained on texts of at most {script.longest_read(cfg, info['init'])} tokens, and `SentenceTransformer` cuts texts there. Similarities are
-those of general sentences; {unmeasured} not measured. What is unfair in the
+English only. Trained on texts of at most {script.longest_read(cfg, info['init'])} tokens, and `SentenceTransformer` cuts texts there.
+Similarities are those of general sentences; {unmeasured} not measured. What is unfair in the
 teacher's and the data's view of people is copied too.
 
 ## Licence

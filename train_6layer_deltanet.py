@@ -80,7 +80,7 @@ config: dict[str, Any] = {
     "num_layers": 6,  # blocks, one for each of the teacher's
     "fast_decay_init": 0.30,  # retention of the fast state at initialisation, per token
     "slow_decay_init": 0.85,  # retention of the slow state at initialisation, per token
-    "slow_decay_max": 0.0,  # that of a direction's slowest head; the others' memory spans rise to it geometrically; 0: all alike
+    "slow_decay_max": 0.0,  # that of a direction's slowest head, to which memory spans rise geometrically; 0: all alike
     "bidirectional": True,  # half of the heads read right to left; False: all read left to right
     "hierarchical_memory": True,  # a slow state beside the fast one
     "cross_timescale_coupling": True,  # the two states exchange through the 2 x 2 transition
@@ -140,7 +140,7 @@ config: dict[str, Any] = {
     "joined_share": 0.0,  # share of the pairs that are joined with those that follow them into longer texts; fewer where these would overlap
     "joined_length": 512,  # tokens that such texts reach at most; their lengths are log-uniform from 32
     "long_share": 0.0,  # share of the steps that are of long documents, each with a query: data_dir/long/*.jsonl.gz
-    "long_length": 8192,  # tokens a long document is cut at; in half of its batches earlier, at a length drawn log-uniformly from 256
+    "long_length": 8192,  # tokens a document is cut at; in half of its batches earlier, log-uniformly from 256
     "long_tokens": 16384,  # tokens of documents in a step; more give each query more negatives
     "long_contrastive_weight": 1.0,  # weight of the guided contrastive loss between queries and documents
     "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
@@ -318,8 +318,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
                "0, or at least slow_decay_init and below 1")]
     rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
     rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
-              ("long_share", cfg["long_share"] <= 1, "at most 1"), ("long_length", cfg["long_length"] >= 4, "at least 4"),
-              ("long_tokens", cfg["long_tokens"] >= 1, "at least 1"),
+              ("long_share", cfg["long_share"] <= 1, "at most 1"),
+              ("long_length", cfg["long_length"] >= 4, "at least 4"), ("long_tokens", cfg["long_tokens"] >= 1, "at least 1"),
               ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
                "above 0, or another loss than the two regularisations"),
               ("spearman_temperature", cfg["spearman_temperature"] > 0, "above 0"),
@@ -625,11 +625,12 @@ has_kernel.told = False
 
 
 def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
-    """Retention of each head's slow state at initialisation, (H,): 1 / (1 - retention) rises geometrically within a direction."""
+    """Retention of each head's slow state at initialisation, (H,): 1 / (1 - retention) rises geometrically in a direction."""
     if not cfg.slow_decay_max:
         return torch.full((cfg.num_heads,), cfg.slow_decay_init)
     directions = 2 if cfg.bidirectional else 1
-    lost = torch.logspace(*(math.log10(1 - x) for x in (cfg.slow_decay_init, cfg.slow_decay_max)), cfg.num_heads // directions)
+    ends = (math.log10(1 - x) for x in (cfg.slow_decay_init, cfg.slow_decay_max))
+    lost = torch.logspace(*ends, cfg.num_heads // directions)
     return (1 - lost).repeat(directions)
 
 
@@ -637,7 +638,7 @@ PIECE = 16384  # tokens that are in work at once where memory is to be spared
 
 
 def frugal(module: nn.Module) -> bool:
-    """Whether long texts may go through `module` piece by piece; not in training, where dropout is to be drawn for the whole."""
+    """Whether long texts may go through `module` piece by piece; not in training, whose dropout is drawn for the whole."""
     return not (module.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
 
 
@@ -748,9 +749,10 @@ def encode_tokens(model: PreTrainedModel, tokens: list[list[int]], batch_size: i
     """`encode` of texts given as token ids with [CLS] and [SEP]: (N, D) on the CPU."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    order, done, most = np.argsort([-len(t) for t in tokens], kind="stable"), 0, 16384 if device.type == "cuda" else 2048
-    out = torch.empty(len(tokens), model.config.hidden_size)
-    with tqdm(total=sum(map(len, tokens)), unit="token", unit_scale=True, delay=10, leave=False, disable=None) as bar:  # of long work alone
+    order, done = np.argsort([-len(t) for t in tokens], kind="stable"), 0
+    out, most = torch.empty(len(tokens), model.config.hidden_size), 16384 if device.type == "cuda" else 2048
+    options = {"delay": 10, "leave": False, "disable": None}  # a bar for long work alone
+    with tqdm(total=sum(map(len, tokens)), unit="token", unit_scale=True, **options) as bar:
         while done < len(order):
             chosen = order[done:done + max(1, min(batch_size, most // len(tokens[order[done]])))]
             ids, mask = (x.to(device) for x in pad_batch([tokens[i] for i in chosen]))
@@ -838,7 +840,7 @@ class DeltaNetStudent(PreTrainedModel):
         self.deltanet_ffns = nn.ModuleList(FeedForward(config) for _ in range(config.num_layers))
         self.ffn_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
         if config.learned_pooling:
-            self.pooling = nn.Linear(dim, 1, bias=False)  # the logarithm of a token's weight; a bias would be the same for all
+            self.pooling = nn.Linear(dim, 1, bias=False)  # log of a token's weight; a bias would be the same for all
             nn.init.zeros_(self.pooling.weight)
         self.post_init()
 
@@ -874,20 +876,20 @@ class DeltaNetStudent(PreTrainedModel):
         return states, overlap if output_state_overlap else None
 
     def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """`hidden` (B, T, D) times each token's weight over the mean weight of its text: anybody's mean pooling is then the weighted mean."""
+        """`hidden` (B, T, D) times each token's weight over its text's mean weight: its plain mean is the weighted mean."""
         if not self.config.learned_pooling:
             return hidden
         weights = self.pooling(hidden).float().masked_fill(mask.unsqueeze(-1) == 0, -1e9).softmax(1)
         return hidden * (weights * mask.sum(1)[:, None, None]).to(hidden.dtype)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D); of a large batch a few texts at a time."""
+        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D); a large batch a few texts at a time."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if frugal(self) and len(input_ids) > (rows := max(1, PIECE // input_ids.shape[1])):
             out = None
             for start in range(0, len(input_ids), rows):
                 part = mask[start:start + rows]
-                length = max(1, int((part.any(0) * torch.arange(1, part.shape[1] + 1, device=part.device)).max()))  # the rest is padding
+                length = max(1, int((part.any(0) * torch.arange(1, part.shape[1] + 1, device=part.device)).max()))
                 x = self(input_ids[start:start + rows, :length], part[:, :length]).last_hidden_state
                 out = x.new_zeros(*input_ids.shape, x.shape[-1]) if out is None else out
                 out[start:start + rows, :length] = x
@@ -1003,31 +1005,35 @@ def load_teacher(cfg: dict[str, Any]) -> tuple[PreTrainedModel, Any, str]:
     return teacher.eval().requires_grad_(False), tokenizer, origin
 
 
-TEACHER_WHOLE, TEACHER_WINDOW = 512, 256  # tokens of the texts that the teacher reads whole, and of its windows on longer ones
+TEACHER_WHOLE, TEACHER_WINDOW = 512, 256  # tokens that the teacher reads whole, and of its windows on longer texts
 
 
 def window_table(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """How the teacher reads a text of `length` tokens that begins with [CLS] and ends with [SEP]: windows that overlap by half.
+    """How the teacher reads a text of `length` tokens, from [CLS] to [SEP]: in windows that overlap by half.
 
-    Returns: positions in the text of each window's tokens (windows, width), [CLS] and [SEP] around every window; and for every
-    token of the text the place of its state among those of all windows (length,): that of the window in which it stands most centrally.
+    Returns: positions in the text of each window's tokens (windows, width), [CLS] and [SEP] around every window; and
+    for every token of the text the place of its state among those of all windows (length,): that of the window in
+    which it stands most centrally.
     """
     if length <= TEACHER_WHOLE:
         return np.arange(length)[None], np.arange(length)
     inner = TEACHER_WINDOW - 2
-    starts = np.append(np.arange(0, length - TEACHER_WINDOW, inner // 2), length - TEACHER_WINDOW)  # the last window ends the text
+    last = length - TEACHER_WINDOW  # this window ends the text
+    starts = np.append(np.arange(0, last, inner // 2), last)
     positions = np.pad(1 + starts[:, None] + np.arange(inner), ((0, 0), (1, 1)))
     positions[:, -1] = length - 1
     token = np.arange(length - 2)
-    window = np.searchsorted((starts[1:] + starts[:-1] + inner - 1) / 2, token)  # halfway between the centres of two windows
+    window = np.searchsorted((starts[1:] + starts[:-1] + inner - 1) / 2, token)  # halfway between two windows' centres
     place = window * TEACHER_WINDOW + 1 + token - starts[window]
     return positions, np.concatenate([[0], place, [positions.size - 1]])
 
 
 @torch.inference_mode()
 def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
-    """The teacher's hidden state after each layer, a list of (B, T, D); of texts longer than it reads, window by window (`window_table`)."""
-    read = lambda ids, mask: teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]  # noqa: E731
+    """The teacher's hidden state after each layer, a list of (B, T, D); of long texts by windows (see `window_table`)."""
+    def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
+
     if input_ids.shape[1] <= TEACHER_WHOLE:
         return list(read(input_ids, mask))
     windows, places, count, most = [], [], 0, 64 if input_ids.is_cuda else 8
@@ -1295,7 +1301,7 @@ def read_pairs(path: Path) -> Iterator[Row]:
 
 
 def kept_aside(keys: np.ndarray) -> np.ndarray:
-    """Which documents of a source training leaves for development: those of the smallest keys of their queries. (N,) int64 -> bool.
+    """Which documents of a source training leaves for development: of the smallest keys of their queries. (N,) -> bool.
 
     Keys are hashes (`text_key`), so this is a random tenth, at least 64 and at most a third, and the same everywhere.
     """
@@ -1773,7 +1779,7 @@ class PairData:
         Each is a dict: `pairs`, the number n of pairs; `sources` (n,), their sources by number; `keys` (2 n + m,) text
         keys of anchors, positives and the m hard negatives, in this order; `groups`, these sentences sorted by length
         as a few (ids, mask) pairs, each (N, T) with its own padded length; `restore`, the index that puts the sorted
-        sentences back in the order of the keys. With a `long_share`, some steps are of long documents: see `LongData.batch`.
+        sentences back in the order of the keys. With a `long_share`, some steps are of documents: see `LongData.batch`.
         """
         cfg = self.cfg
         before, until = (math.floor(number * cfg["long_share"]) for number in (step - 1, step))
@@ -1807,18 +1813,20 @@ class PairData:
 class LongData:
     """Long documents with a query each, and the batch of the n-th step of such as a pure function of (seed, n).
 
-    An epoch is each source's seeded permutation, cut into batches of `long_tokens` tokens, all in a seeded order. A batch is of
-    one source, whose documents are the hardest negatives of one another. In half of the batches the documents are cut
-    at a length drawn log-uniformly from 256 to `long_length`. The documents that `kept_aside` names are never drawn.
+    An epoch is each source's seeded permutation, cut into batches of `long_tokens` tokens, all in a seeded order. A
+    batch is of one source, whose documents are the hardest negatives of one another. In half of the batches the
+    documents are cut at a length drawn log-uniformly from 256 to `long_length`. Those `kept_aside` are never drawn.
     """
 
-    def __init__(self, cfg: dict[str, Any], tokenizer: Any, recipe: str, banned: set[bytes], log: Callable[[str], None] = print):
+    def __init__(self, cfg: dict[str, Any], tokenizer: Any, recipe: str, banned: set[bytes],
+                 log: Callable[[str], None] = print):
         import pyarrow.compute as pc
         self.cfg, self.tables, self.rows, self.lengths, self.fingerprints = cfg, [], [], [], {}
         self.ends, self.cached = [0], (-1, [])  # batches until the end of each epoch; the newest epoch
         self.least = max(2, cfg["gradient_accumulation_steps"])  # documents of a batch
         forbidden = [int.from_bytes(key, "little", signed=True) for key in banned]
-        for file in tqdm(sorted(Path(cfg["data_dir"]).glob("long/*.jsonl.gz")), desc="documents", unit="source", leave=False, disable=None):
+        files = sorted(Path(cfg["data_dir"]).glob("long/*.jsonl.gz"))
+        for file in tqdm(files, desc="documents", unit="source", leave=False, disable=None):
             name = file.name.removesuffix(".jsonl.gz")
             digest = hashlib.sha256(f"{recipe} {cfg['long_length']} {file_sha256(file)}".encode()).hexdigest()[:16]
             data, meta = tokenise_source(partial(read_pairs, file), tokenizer, cfg["long_length"], set(),
@@ -1826,15 +1834,16 @@ class LongData:
             keys = data.data["key_anchor"].to_numpy()
             rows = np.flatnonzero(~kept_aside(keys) & ~np.isin(keys, forbidden))
             if len(rows) < self.least:
-                raise UserError(f"{file}: has {len(rows)} documents to train on, fewer than the {self.least} of a batch; remove it")
+                raise UserError(f"{file}: has {len(rows)} documents to train on, a batch {self.least}; remove it")
             self.tables.append(data.with_format("arrow"))
             self.rows.append(rows)
             self.lengths.append(pc.list_value_length(data.data["positive"]).to_numpy()[rows])
             self.fingerprints[f"long/{name}"] = meta["sha256"][:16]
-        if not self.tables:
-            raise UserError(f"long_share is {cfg['long_share']}, but there is no {Path(cfg['data_dir']) / 'long'}/*.jsonl.gz")
-        log(f"long documents: {sum(map(len, self.rows)):,} from {len(self.rows)} sources, {sum(x.sum() for x in self.lengths):,} tokens, "
-            f"{self.epoch_end(0):,} batches; {sum(len(t) - len(r) for t, r in zip(self.tables, self.rows)):,} documents are kept aside")
+        if not files:
+            raise UserError(f"long_share is {cfg['long_share']}, but there is no {cfg['data_dir']}/long/*.jsonl.gz")
+        kept, every = (sum(map(len, x)) for x in (self.rows, self.tables))
+        log(f"long documents: {kept:,} from {len(files)} sources, {sum(x.sum() for x in self.lengths):,} tokens, "
+            f"{self.epoch_end(0):,} batches; {every - kept:,} documents are kept aside")
 
     def epoch(self, number: int) -> list[tuple[int, np.ndarray, int]]:
         """The batches of epoch `number`: source, rows, and the length their documents are cut at."""
@@ -1862,8 +1871,8 @@ class LongData:
     def batch(self, number: int) -> list[dict[str, Any]]:
         """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
 
-        Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of one:
-        `long_tokens` over `gradient_accumulation_steps`, or the longest document's. Texts are padded to similar lengths.
+        Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of
+        one: `long_tokens` over `gradient_accumulation_steps`, or the longest document's. Groups are of similar lengths.
         """
         epoch = 0
         while self.epoch_end(epoch) < number:
@@ -1894,7 +1903,8 @@ class LongData:
             groups.append(pad_batch([ids[i] for i in members]))
             start += len(members)
         keys = torch.from_numpy(np.concatenate([texts[f"key_{side}"][part] for side in ("anchor", "positive")]))
-        return {"pairs": len(part), "keys": keys, "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable")), "long": True}
+        return {"pairs": len(part), "keys": keys, "groups": groups, "long": True,
+                "restore": torch.from_numpy(np.argsort(order, kind="stable"))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2284,7 +2294,7 @@ def modelling_source() -> str:
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
-    """Tokens of the longest text that a student of this config was trained on, or the one that it started from (see `recorded_init`)."""
+    """Tokens of the longest text that a student of this config, or the one that it started from, was trained on."""
     earlier = longest_read(recorded_config(init.get("config"), Path("init")), recorded_init(init)) if init else 0
     return max(longest_text(cfg), earlier)
 
@@ -2351,7 +2361,7 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling, which start untrained."""
+    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -2441,7 +2451,8 @@ class Trainer:
     def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any],
                  processes: Processes | None = None):
         self.student, self.teacher, self.cfg, self.processes = student, teacher, cfg, processes or Processes()
-        self.long_cfg = cfg | {"contrastive_weight": cfg["long_contrastive_weight"], "guided_contrastive": True}  # of steps of documents
+        # Of the steps of long documents:
+        self.long_cfg = cfg | {"contrastive_weight": cfg["long_contrastive_weight"], "guided_contrastive": True}
         self.device = next(student.parameters()).device
         self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
@@ -2793,7 +2804,8 @@ def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrai
     found, heads = student_from(state, theirs, info["file"], teacher), cfg["num_heads"]
     with torch.no_grad():
         for mixer in found.deltanet_layers:
-            mixer.gate_proj.bias[2 * heads:3 * heads] += torch.logit(slow_retentions(student.config)) - torch.logit(slow_retentions(found.config))
+            ours, own = (torch.logit(slow_retentions(x.config)) for x in (student, found))
+            mixer.gate_proj.bias[2 * heads:3 * heads] += ours - own
     student.load_state_dict(found.state_dict(), strict=False)
     return {"file": Path(info["file"]).name, **{key: info[key] for key in ("sha256", "step", "init")},
             "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
@@ -3108,9 +3120,10 @@ class Run:
         self.distances.copy_(distances / 2)
 
     def log_line(self, bar: tqdm, done: int, pairs: int, seconds: float, waited: float) -> None:
-        """A line in metrics.jsonl; speeds are of the `done` steps, of `pairs` pairs, that this process has taken in `seconds`."""
+        """A line in metrics.jsonl; speeds are of the `done` steps, of `pairs` pairs, taken in `seconds`."""
         cfg, steps, long_steps = self.cfg, self.sums.pop("steps", 1), self.sums.pop("long_steps", 1)
-        self.means = means = {key: value / (long_steps if key.startswith("long/") else steps) for key, value in self.sums.items()}
+        self.means = means = {key: value / (long_steps if key.startswith("long/") else steps)
+                              for key, value in self.sums.items()}
         self.sums = {}
         speed = pairs / seconds
         pace = {"speed/pairs_per_s": round(speed, 2), "speed/data_wait": round(waited / seconds, 4)}

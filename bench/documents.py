@@ -1,26 +1,27 @@
-"""Retrieval of long documents: is one pass of the student better than a document's pieces, averaged, as its teacher needs?
+"""Retrieval of long documents: is one pass of the student better than the average of a document's pieces?
 
     python bench/documents.py --data_dir DIR --threads 1 --json results/documents.json --plot results/documents.png
     python bench/documents.py --data_dir DIR --checkpoint runs/first --parts quality
 
 Quality: nDCG@10 x 100 of every query among its source's documents, for every DATA_DIR/long/NAME.jsonl.gz (a JSON list
 ["query", "document"] a line; each query has one right document). The documents are those that training leaves aside
-(`kept_aside` of the training script: the smallest text keys of their queries, a tenth of a source, at least 64, at most a third), of
-each source the first by that key, up to `--documents` or `--tokens`, but at least 16. Ways to a document's vector:
+(`kept_aside` of the training script: the smallest text keys of their queries, a tenth of a source, at least 64, at most
+a third), of each source the first by that key, up to `--documents` or `--tokens`, but at least 16. Ways to a vector:
 - BM25 (bm25s, English stop words), the yardstick; it has no vector;
 - teacher or student at 256 or 512 tokens: the text is cut there;
 - windows: pieces of 256 tokens that do not overlap, each read alone, the mean of their unit vectors;
-- target (`--parts target`): what the student is trained to give, the teacher's windows overlapping by half, mean over tokens (see
-  `window_table`);
-- whole: one pass of the student; late chunking (arXiv:2409.04701): the same pass, means over the same pieces, the best one counts.
-Standard errors are over queries. Vectors are kept in --cache_dir by model, code and text: an interrupted run goes on where it was,
-and another student's run reads the teacher's from there.
+- target (`--parts target`): what the student is trained to give, the teacher's windows overlapping by half, mean over
+  tokens (see `window_table`);
+- whole: one pass of the student; late chunking (arXiv:2409.04701): the same pass, means over the same pieces, of which
+  the best counts.
+Standard errors are over queries. Vectors are kept in --cache_dir by model, code and text: an interrupted run goes on
+where it was, and another student's run reads the teacher's from there.
 
-Passkey: as LongEmbed makes it (arXiv:2404.12096), a name's key at a random place among filler sentences; share of the queries
-whose document comes first among `--passkeys` of the same length.
+Passkey: as LongEmbed makes it (arXiv:2404.12096), a name's key at a random place among filler sentences; share of the
+queries whose document comes first among `--passkeys` of the same length.
 
-Speed: tokens of the document over seconds, interleaved; memory: peak above the loaded model. The last row is a document of
-100,000 words of the vocabulary, read once in a fresh process.
+Speed: tokens of the document over seconds, interleaved; memory: peak above the loaded model, in a fresh process. The
+last row is a document of 100,000 words of one token each, read once.
 """
 from __future__ import annotations
 
@@ -34,13 +35,13 @@ from typing import Any, Callable
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
-from common import (configure, find_data, fresh, growth, headline, interleaved, machine, mib, note, parser, rate, ratio, run, script,
-                    shown, spread, table, timed)
+from common import (configure, find_data, fresh, growth, headline, interleaved, machine, mib, note, parser, rate, ratio,
+                    run, script, shown, spread, table, timed)
 
 WINDOW = 256
-WAYS = {"bm25": "BM25", "teacher_256": "teacher at 256", "teacher_512": "teacher at 512", "teacher_windows": "teacher's windows",
-        "target": "target", "student_256": "student at 256", "student_windows": "student's windows", "late": "late chunking",
-        "whole": "student whole"}
+WAYS = {"bm25": "BM25", "teacher_256": "teacher at 256", "teacher_512": "teacher at 512",
+        "teacher_windows": "teacher's windows", "target": "target", "student_256": "student at 256",
+        "student_windows": "student's windows", "late": "late chunking", "whole": "student whole"}
 DIFFERENCES = {"student whole less teacher's windows": ("whole", "teacher_windows"),
                "student whole less its target": ("whole", "target"), "student whole less BM25": ("whole", "bm25"),
                "student at 256 less teacher at 256": ("student_256", "teacher_256")}
@@ -59,7 +60,8 @@ Vectors = dict[str, np.ndarray]
 
 def pieces(ids: list[int], width: int = WINDOW) -> list[list[int]]:
     """A text's tokens as texts of at most `width` tokens that do not overlap, each between [CLS] and [SEP]."""
-    return [[ids[0], *ids[i:i + width - 2][:len(ids) - 1 - i], ids[-1]] for i in range(1, max(2, len(ids) - 1), width - 2)]
+    inner, room = ids[1:-1], width - 2
+    return [[ids[0], *inner[i:i + room], ids[-1]] for i in range(0, max(1, len(inner)), room)]
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -74,7 +76,7 @@ def averaged(vectors: np.ndarray, counts: list[int]) -> np.ndarray:
 
 @torch.inference_mode()
 def whole_and_pieces(model: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """One pass over a document: its vector (D,), and those of its pieces (P, D), means over the piece's states alone."""
+    """One pass over a document: its vector (D,), and those of its pieces (P, D), each the mean of its own states."""
     hidden = model(input_ids=torch.tensor([ids], device=model.device)).last_hidden_state[0].float()
     mean = lambda x: torch.nn.functional.normalize(x.mean(0), dim=0).cpu().numpy()  # noqa: E731
     return mean(hidden), np.stack([mean(x) for x in hidden.split(WINDOW - 2)])
@@ -87,7 +89,7 @@ def target(teacher: Any, ids: list[int]) -> np.ndarray:
 
 
 def window_vectors(name: str, model: Any, queries: list[list[int]], documents: list[list[int]]) -> Vectors:
-    """Vectors of queries (cut at 512 tokens), of documents as the mean of their pieces, and of each one's first piece."""
+    """Vectors of queries (cut at 512 tokens), of documents as means of their pieces, and of their first pieces."""
     cut = [pieces(d) for d in documents]
     windows, counts = script.encode_tokens(model, sum(cut, [])).numpy(), [len(c) for c in cut]
     return {f"{name}_query": script.encode_tokens(model, [pieces(q, 512)[0] for q in queries]).numpy(),
@@ -102,7 +104,8 @@ def whole_vectors(student: Any, documents: list[list[int]]) -> Vectors:
 
 def kept(folder: Path, model: str, tokens: list[list[int]], call: Callable[[], Vectors]) -> Vectors:
     """`call()`, or what it returned for the same model (a digest) and texts in an earlier run."""
-    digest = hashlib.sha256(model.encode() + b"".join(np.array(t, np.int32).tobytes() + b"|" for t in tokens)).hexdigest()
+    text = b"".join(np.array(t, np.int32).tobytes() + b"|" for t in tokens)
+    digest = hashlib.sha256(model.encode() + text).hexdigest()
     path = folder / f"documents-{digest[:24]}.npz"
     if path.is_file():
         with np.load(path) as file:
@@ -216,7 +219,8 @@ def passkeys(args: argparse.Namespace, read: Callable[..., Vectors], tokenizer: 
         queries, documents = passkey_texts(tokenizer, length, args.passkeys)
         scores = {"bm25": bm25_scores(*([tokenizer.decode(x[1:-1]) for x in side] for side in (queries, documents))),
                   **all_scores(read(queries, documents))}
-        rows.append({"length": length, **{way: float((s.argmax(1) == np.arange(len(s))).mean()) for way, s in scores.items()}})
+        first = {way: s.argmax(1) == np.arange(len(s)) for way, s in scores.items()}
+        rows.append({"length": length, **{way: float(found.mean()) for way, found in first.items()}})
         note(f"passkey, {length} tokens: " + ", ".join(f"{WAYS[way]} {rows[-1][way]:.2f}" for way in scores))
     return rows
 
@@ -227,12 +231,13 @@ def passkeys(args: argparse.Namespace, read: Callable[..., Vectors], tokenizer: 
 
 def random_words(tokenizer: Any, count: int) -> list[int]:
     """A text of `count` words of one token each."""
-    words = sorted(i for w, i in tokenizer.get_vocab().items() if w.isascii() and w.isalpha() and w.islower() and len(w) > 2)
+    vocabulary = tokenizer.get_vocab().items()
+    words = sorted(i for w, i in vocabulary if w.isascii() and w.isalpha() and w.islower() and len(w) > 2)
     cls, sep = script.tokenise(tokenizer, [""], None)[0]
     return [cls, *np.random.default_rng(0).choice(words, count).tolist(), sep]
 
 
-def speed(args: argparse.Namespace, teacher: Any, student: Any, tokenizer: Any, checkpoint: str) -> list[dict[str, Any]]:
+def speed(args: argparse.Namespace, teacher: Any, student: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Tokens a second and peak memory of each way on one document of several lengths."""
     rows = []
     ways = ways_to_read(teacher, student)
@@ -240,14 +245,14 @@ def speed(args: argparse.Namespace, teacher: Any, student: Any, tokenizer: Any, 
         document = random_words(tokenizer, length - 2)
         note(f"speed, {length:,} tokens")
         seconds = interleaved(ways, [document], args.repeats)
-        rows.append({"tokens": length, "speed_against_teacher_windows": ratio(seconds["teacher_windows"], seconds["whole"]), **{
-            way: {"tokens_per_s": rate(length, s)} for way, s in seconds.items()}})
+        rows.append({"tokens": length, **{way: {"tokens_per_s": rate(length, s)} for way, s in seconds.items()},
+                     "speed_against_teacher_windows": ratio(seconds["teacher_windows"], seconds["whole"])})
     words = 2000 if args.quick else 100_000
     note(f"one document of {words:,} words")
     rows.append({"tokens": words + 2, "speed_against_teacher_windows": None, "whole": {}})
     for way in ["whole"] if args.quick else ways:
         lengths = [r["tokens"] for r in rows if way in r]
-        found = fresh(__file__, way=way, checkpoint=checkpoint, lengths=lengths, threads=args.threads)
+        found = fresh(__file__, way=way, checkpoint=str(args.checkpoint), lengths=lengths, threads=args.threads)
         for row, peak in zip(rows, found["growth"]):
             row[way]["peak_bytes"] = peak
         if way == "whole":
@@ -257,8 +262,8 @@ def speed(args: argparse.Namespace, teacher: Any, student: Any, tokenizer: Any, 
 
 def ways_to_read(teacher: Any, student: Any) -> dict[str, Callable[[list[int]], Any]]:
     """What is timed: from a document's token ids to its vector or vectors."""
-    return {"teacher_windows": lambda d: script.encode_tokens(teacher, pieces(d)), "target": lambda d: target(teacher, d),
-            "student_windows": lambda d: script.encode_tokens(student, pieces(d)),
+    return {"teacher_windows": lambda d: script.encode_tokens(teacher, pieces(d)),
+            "target": lambda d: target(teacher, d), "student_windows": lambda d: script.encode_tokens(student, pieces(d)),
             "whole": lambda d: script.encode_tokens(student, [d])}
 
 
@@ -271,7 +276,8 @@ def worker(way: str, checkpoint: str, lengths: list[int], threads: int) -> dict[
     read(random_words(tokenizer, 16))
     for length in lengths:
         document = random_words(tokenizer, length - 2)
-        peaks.append(growth(lambda: seconds.append(timed(lambda: read(document))), device))  # noqa: B023  called at once
+        once = partial(read, document)
+        peaks.append(growth(lambda: seconds.append(timed(once)), device))  # noqa: B023  called at once
     return {"growth": peaks, "seconds": seconds}
 
 
@@ -290,7 +296,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.plot and not args.plot.absolute().parent.is_dir():
         raise script.UserError(f"--plot {args.plot}: no such folder")
     if not args.data_dir:
-        raise script.UserError("--data_dir must name a folder with long/*.jsonl.gz: there is no generated set of documents")
+        raise script.UserError("--data_dir must name a folder with long/*.jsonl.gz: no documents are generated")
     data, name = find_data(args, folder, 2000)
     cfg = configure(args, **data)
     device = script.choose_device(cfg)
@@ -304,7 +310,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         """Vectors of both models; `more`: the teacher's at 512 tokens and the target too."""
         of_teacher, of_student, found = f"teacher {weights}", f"student {info['sha256']} {code}", {}
         for name, model, of_model in (("teacher", teacher, of_teacher), ("student", student, of_student)):
-            found |= kept(cache, f"{of_model} windows", queries + documents, partial(window_vectors, name, model, queries, documents))
+            found |= kept(cache, f"{of_model} windows", queries + documents,
+                          partial(window_vectors, name, model, queries, documents))
         found |= kept(cache, f"{of_student} whole", documents, lambda: whole_vectors(student, documents))
         if more:
             found |= kept(cache, f"{of_teacher} 512", documents, lambda: {
@@ -322,7 +329,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if "passkey" in args.parts:
         result["passkey"] = passkeys(args, partial(read, more=False), tokenizer)
     if "speed" in args.parts:
-        result["speed"] = speed(args, teacher, student, tokenizer, str(args.checkpoint))
+        result["speed"] = speed(args, teacher, student, tokenizer)
     if args.plot:
         plot(result, args.plot)
     return result
@@ -331,13 +338,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def page(result: dict[str, Any]) -> str:
     """The result for people."""
     s = result["settings"]
-    lines = headline(f"Documents: student {s['checkpoint']}, step {s['step']}; {s['data']}, {s['documents']} documents or "
-                     f"{s['tokens']:,} tokens a source", result)
-    ways = lambda form, row: {label: lambda r, way=way: shown(r[way], form) for way, label in WAYS.items() if way in row}  # noqa: E731
+    lines = headline(f"Documents: student {s['checkpoint']}, step {s['step']}; {s['data']}, {s['documents']} documents "
+                     f"or {s['tokens']:,} tokens a source", result)
+    there = lambda row: [(way, label) for way, label in WAYS.items() if way in row]  # noqa: E731
+    ways = lambda form, row: {label: lambda r, way=way: shown(r[way], form) for way, label in there(row)}  # noqa: E731
     if "sources" in result:
-        lines += table("nDCG@10 x 100 of each source's queries among its documents; median tokens of a document", result["sources"], {
-            "source": lambda r: r["source"], "documents": lambda r: str(r["documents"]), "tokens": lambda r: shown(r["tokens"], ",.0f"),
-            **ways(".1f", result["sources"][0])})
+        title = "nDCG@10 x 100 of each source's queries among its documents; median tokens of a document"
+        lines += table(title, result["sources"], {
+            "source": lambda r: r["source"], "documents": lambda r: str(r["documents"]),
+            "tokens": lambda r: shown(r["tokens"], ",.0f"), **ways(".1f", result["sources"][0])})
         lines += table("differences of nDCG@10 x 100, mean over sources", result["differences"], {
             "": lambda r: r["difference"], "mean": lambda r: shown(r["mean"], "+.1f"),
             "standard error": lambda r: shown(r["standard_error"], ".1f")})
@@ -348,14 +357,15 @@ def page(result: dict[str, Any]) -> str:
         lines += table(f"passkey: share found among {s['passkeys']} documents", result["passkey"], {
             "tokens": lambda r: f"{r['length']:,}", **ways(".2f", result["passkey"][0])})
     if "speed" in result:
-        cells = {label: lambda r, way=way: shown(r.get(way) and r[way]["tokens_per_s"], ",.0f") for way, label in WAYS.items()
-                 if way in result["speed"][0]}
+        timed_ways = there(result["speed"][0])
+        cells = {label: lambda r, way=way: shown(r.get(way) and r[way]["tokens_per_s"], ",.0f")
+                 for way, label in timed_ways}
         lines += table("tokens a second, one document at a time", result["speed"], {
             "tokens": lambda r: f"{r['tokens']:,}", **cells,
             "whole x teacher's windows": lambda r: shown(r["speed_against_teacher_windows"], ".2f")})
         lines += table("peak MiB above the models", result["speed"], {"tokens": lambda r: f"{r['tokens']:,}", **{
             label: lambda r, way=way: mib(r.get(way, {}).get("peak_bytes"))
-            for way, label in WAYS.items() if way in result["speed"][0]}})
+            for way, label in timed_ways}})
     return "\n".join(lines)
 
 
@@ -366,13 +376,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     rows, keys = result.get("lengths", []), result.get("passkey", [])
-    for way, label in WAYS.items():
-        style = {"marker": "o", "ls": "-" if way in ("whole", "teacher_windows") else "--", "label": label}
+    for number, (way, label) in enumerate(WAYS.items()):
+        style = {"marker": "o", "color": f"C{number}", "ls": "-" if way in ("whole", "teacher_windows") else "--", "label": label}
         if rows and way in rows[0]:
             axes[0].plot([max(256, r["from"]) for r in rows], [r[way] for r in rows], **style)
         if keys and way in keys[0]:
             axes[1].plot([r["length"] for r in keys], [r[way] for r in keys], **style)
-    axes[0].set(xscale="log", xlabel="tokens of the right document, at least", ylabel="nDCG@10 x 100", title="documents")
+    axes[0].set(xscale="log", xlabel="tokens of the right document, at least", ylabel="nDCG@10 x 100",
+                title="documents")
     axes[1].set(xscale="log", xlabel="tokens of a document", ylabel="share found", title="passkey")
     for axis, ticks in ((axes[0], [max(256, r["from"]) for r in rows]), (axes[1], [r["length"] for r in keys])):
         axis.set_xticks(ticks, [f"{t:,}" for t in ticks], fontsize=7), axis.minorticks_off(), axis.grid(alpha=0.3)
@@ -387,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--checkpoint", default="results/best", help="a checkpoint, model folder or exported student")
     p.add_argument("--documents", type=int, default=64, help="documents of every source at most")
-    p.add_argument("--tokens", type=int, default=30_000, help="tokens of all documents of a source, if these are at least 16")
+    p.add_argument("--tokens", type=int, default=30_000, help="tokens of all documents of a source, if at least 16")
     p.add_argument("--passkeys", type=int, default=10, help="documents and queries of every length")
     p.add_argument("--parts", nargs="+", default=["quality", "passkey", "speed"], help="what to measure")
     p.add_argument("--plot", type=Path, help="write quality over length as a PNG too")

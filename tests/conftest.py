@@ -38,9 +38,10 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def documents(corpus, tmp_path_factory) -> Path:
-    """The generated corpus with long/: 75 documents of 15 and of 50 sentences, each with its first one as the query; a third is kept aside."""
+    """The generated corpus with long/: 75 documents of 15 and of 50 sentences, the first one their query; a third is aside."""
     folder = tmp_path_factory.mktemp("documents")
-    texts = [*{json.loads(line)[1]: 0 for file in sorted((corpus / "train").glob("*.gz")) for line in gzip.open(file, "rt")}]
+    lines = [line for file in sorted((corpus / "train").glob("*.gz")) for line in gzip.open(file, "rt")]
+    texts = [*dict.fromkeys(json.loads(line)[1] for line in lines)]
     (folder / "long").mkdir()
     for name in ("train", "sts"):
         (folder / name).symlink_to(corpus / name)
