@@ -76,12 +76,15 @@ def random_teacher(cfg: dict[str, Any]) -> BertModel:
 def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[str, float]:
     """Peak bytes of a training step in which every text has max_length tokens, by part, and their `total`.
 
-    Floats kept for the backward pass, per layer, with width D, H heads, FFN width F = 4 D:
+    Floats kept for the backward pass by the CPU's kernel, per layer, with width D, H heads, FFN width F = 4 D:
+      per token 8 D (input and output of the mixer, its projections, sums and norms), F (FFN), 5 H (gates), D for the distance to the
+      teacher; 2 D (D / H) a block of 32 tokens but the first, for the states.
+    On CUDA, by the parallel form in PyTorch:
       per token 20 D (mixer, norms) + 2 F (FFN), 60 H + 384 (gates, flux, transitions), 8 H a doubling of the decay products,
       D for the distance to the teacher; in bf16 6 D less; with the states' loss 4 D more, and 2 D (D / H) a sentence;
       per sentence 5 H T^2: the decay products c, the attention A, their product, and X and W of the triangular solve.
-    While one layer runs backwards it holds further 3 H T^2 a sentence. The teacher's hidden states are kept for all
-    micro-batches, the rest for one. A CUDA kernel that keeps no T x T matrices needs less than this.
+      While one layer runs backwards it holds further 3 H T^2 a sentence.
+    The teacher's hidden states are kept for all micro-batches, the rest for one.
     """
     d, heads, layers, length = cfg["d_model"], cfg["num_heads"], cfg["num_layers"], cfg["max_length"]
     bf16, parts = cfg["precision"] == "bf16", cfg["gradient_accumulation_steps"]
@@ -98,6 +101,9 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
         per_token += 4 * d + 2 * d * (d // heads) / length
     square = heads * length * (length if length <= 80 else 32)  # chunks as in chunk_hierarchical_delta_rule
     per_token += (8 * d * d // heads // 32 if length > 80 else 0)  # two states a chunk of 32, and what is made of them
+    if cfg["device"] != "cuda":
+        square, per_token = 0, 12 * d + 5 * heads + (d if cfg["layer_distill_weight"] else 0)
+        per_token += 2 * d * (d // heads) * ((length - 1) // 32) / length
     found = {"parameters": 4.0 * (trained + frozen), "teacher": 4.0 * teacher, "gradients": 4.0 * trained,
              "optimizer": 8.0 * trained, "teacher_states": 4.0 * sentences * length * layers * d,
              "activations": 4.0 * part * layers * (length * per_token + 5 * square), "backward": 4.0 * part * 3 * square}
