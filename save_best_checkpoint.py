@@ -5,8 +5,10 @@
     python save_best_checkpoint.py results/best --output_dir out              the full folder of a compact export
     python save_best_checkpoint.py best --export_trained results/best         the compact form: trained tensors in float16
     python save_best_checkpoint.py A --average B C --output_dir soup          the mean of several students' weights
-    python save_best_checkpoint.py best --onnx                                also onnx/model.onnx (needs requirements-eval.txt)
-    python save_best_checkpoint.py best --int8 --data_dir DIR                 also onnx/model_qint8.onnx, checked on STS-B dev
+    python save_best_checkpoint.py best --onnx                                also onnx/model.onnx
+    python save_best_checkpoint.py best --int8 --data_dir DIR                 also onnx/model_qint8.onnx, checked on STS-B
+
+--onnx and --int8 need requirements-eval.txt; how they are built and how fast they are: docs/speed.md.
 """
 from __future__ import annotations
 
@@ -225,14 +227,15 @@ def export_trained(folder: Path, student: DeltaNetStudent, cfg: dict[str, Any], 
 
 
 ONNX_LENGTHS = (1, 5, 37, 128, 512, 2048)  # at which an export is compared with its student
-EXAMPLES = ["A man is eating food.", "Someone is eating a meal.", "The cat sleeps on a red sofa.", "Stocks fell sharply on Monday.",
-            "How do I learn to play the guitar?", "The committee will publish its report on water quality next week."]
+EXAMPLES = ["A man is eating food.", "Someone is eating a meal.", "The cat sleeps on a red sofa.",
+            "Stocks fell sharply on Monday.", "How do I learn to play the guitar?",
+            "The committee will publish its report on water quality next week."]
 
 
 class OnnxGraph:
     """Nodes of an ONNX graph in the making: `graph.MatMul(a, b)` adds a node and returns the name of its output.
 
-    Arrays and numbers among the inputs become constants, each stored once. Bodies of If and Scan read what stands outside them.
+    Arrays and numbers among the inputs become constants, each stored once. Bodies of If and Scan see what is outside.
     """
 
     def __init__(self) -> None:
@@ -247,7 +250,8 @@ class OnnxGraph:
     def body(self, inputs: list[str], outputs: list[str]) -> Any:
         """The nodes as a body whose inputs and outputs are float tensors."""
         from onnx import TensorProto, helper
-        infos = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names] for names in (inputs, outputs)]
+        infos = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+                 for names in (inputs, outputs))
         return helper.make_graph(self.nodes, f"body{next(self.names)}", *infos)
 
     def choose(self, condition: str, then: Callable[[Any], str], otherwise: Callable[[Any], str]) -> str:
@@ -292,15 +296,16 @@ class OnnxGraph:
 
 
 BLOCK, MERGES = 16, 2  # tokens of a block at most; a chunk of a longer text is up to 2**MERGES blocks
+SIZES = [1 << bit for bit in range(BLOCK.bit_length() - 1)]  # 1, 2, 4, ... BLOCK / 2
 
 
 class StudentGraph(OnnxGraph):
     """The student's ONNX graph: the parallel form of `chunk_hierarchical_delta_rule`, of standard operators (opset 23).
 
-    A text is cut into equal blocks of at most BLOCK tokens: one, or chunks of 2 or 4. Attention inside a block comes from block
-    substitution, neighbouring blocks are merged to a chunk, and only the states of chunks go through a Scan. Every head reads its
-    tokens left to right: a Gather turns time around where it has to. Sequences lie as (chunks, B, H, blocks, C, K), C tokens
-    of a block; a scalar of each token as (BLOCK, N), N = chunks * B * H * blocks.
+    A text is cut into equal blocks of at most BLOCK tokens: one, or chunks of 2 or 4. Attention inside a block comes
+    from block substitution, neighbouring blocks are merged to a chunk, and only the states of chunks go through a Scan.
+    Every head reads its tokens left to right: a Gather turns time around where it has to. Sequences lie as
+    (chunks, B, H, blocks, C, K), C tokens of a block; a scalar of each token as (BLOCK, N), N = chunks * B * H * blocks.
     """
 
     def __init__(self, student: DeltaNetStudent):
@@ -321,28 +326,28 @@ class StudentGraph(OnnxGraph):
         def norm(x: str, layer: nn.LayerNorm, shift: Tensor) -> str:
             return self.LayerNormalization(x, layer.weight, layer.bias + shift, axis=-1, epsilon=layer.eps)
 
-        # Each norm also adds the bias of the residual branch that follows it; the branch's first layer takes it off again.
+        # Each norm also adds the bias of the residual branch after it; that branch's first layer takes it off again.
         mixers = [mixer.o_proj.bias for mixer in s.deltanet_layers] + [torch.zeros(self.cfg.d_model)]
         x = norm(x, s.embedding_norm, mixers[0])
         for i, (mixer, ffn) in enumerate(zip(s.deltanet_layers, s.deltanet_ffns)):
             x = norm(self.Add(x, self.mixer(x, mixer, i, mixers[i])), s.deltanet_norms[i], ffn.down.bias)
-            up = self.Add(self.MatMul(x, ffn.up.weight.T, name=f"linear/{i}/up"), ffn.up.bias - ffn.up.weight @ ffn.down.bias)
+            up = self.MatMul(x, ffn.up.weight.T, name=f"linear/{i}/up")
+            up = self.Add(up, ffn.up.bias - ffn.up.weight @ ffn.down.bias)
             down = self.MatMul(self.Gelu(up), ffn.down.weight.T, name=f"linear/{i}/down")
             x = norm(self.Add(x, down), s.ffn_norms[i], mixers[i + 1])
         mean = self.Squeeze(self.MatMul(self.Unsqueeze(mask, [1]), x), [1])
         mean = self.Div(mean, self.Max(self.ReduceSum(mask, [1]), 1e-9))
         unit = self.Div(mean, self.Max(self.ReduceL2(mean, [1]), 1e-12))
-        outputs = {"last_hidden_state": (x, ["batch", "length", self.cfg.d_model]), "sentence_embedding": (unit, ["batch", self.cfg.d_model])}
-        self.nodes += [helper.make_node("Identity", [value], [name]) for name, (value, _) in outputs.items()]
-        graph = helper.make_graph(
-            self.nodes, "student",
-            [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask")],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, (_, shape) in outputs.items()],
-            list(self.constants.values()))
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11, producer_name="save_best_checkpoint.py")
+        names = ("last_hidden_state", "sentence_embedding")
+        self.nodes += [helper.make_node("Identity", [value], [name]) for name, value in zip(names, (x, unit))]
+        rows, info = ["batch", "length"], helper.make_tensor_value_info
+        inputs = [info(name, TensorProto.INT64, rows) for name in ("input_ids", "attention_mask")]
+        outputs = [info(name, TensorProto.FLOAT, [*dims, self.cfg.d_model]) for name, dims in zip(names, (rows, rows[:1]))]
+        graph = helper.make_graph(self.nodes, "student", inputs, outputs, list(self.constants.values()))
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
 
     def prepare(self, mask: str) -> str:
-        """What all layers share: sizes as tensors of one number, indices, constants of a block; returns the mask as numbers."""
+        """What all layers share: sizes as tensors of one number, indices, constants; returns the mask as numbers."""
         size, number = self.Shape(mask), lambda x: self.Squeeze(x, [0])
         up = lambda a, b: self.Div(self.Sub(self.Add(a, b), [1]), b)  # noqa: E731  a / b rounded up
         self.batch, self.length = self.Slice(size, [0], [1]), self.Slice(size, [1], [2])
@@ -354,9 +359,13 @@ class StudentGraph(OnnxGraph):
         self.one_block, self.one_chunk = (number(self.Equal(x, [1])) for x in (self.blocks, self.chunks))
 
         # Rows of (B, tokens * ways, ...): own direction, then whatever fills the last block; and back.
-        time, last = self.Range(0, number(self.Mul(self.Mul(self.chunks, self.blocks), self.tokens)), 1), self.Sub(self.length, [1])
-        rows = lambda *ways: self.view(self.Concat(*(self.Unsqueeze(self.Add(self.Mul(t, [self.ways]), [i]), [1])  # noqa: E731
-                                                     for i, t in enumerate(ways[:self.ways])), axis=1), -1)
+        whole, last = self.Mul(self.Mul(self.chunks, self.blocks), self.tokens), self.Sub(self.length, [1])
+
+        def rows(*ways: str) -> str:
+            ways = [self.Add(self.Mul(t, [self.ways]), [i]) for i, t in enumerate(ways[:self.ways])]
+            return self.view(self.Concat(*(self.Unsqueeze(t, [1]) for t in ways), axis=1), -1)
+
+        time = self.Range(0, number(whole), 1)
         self.turn = rows(self.Min(time, last), self.Max(self.Sub(last, time), [0]))
         place = self.Range(0, number(self.length), 1)
         self.turn_back = rows(place, self.Sub(last, place))
@@ -365,15 +374,16 @@ class StudentGraph(OnnxGraph):
         self.mask = self.Unsqueeze(mask, [2])
         real = self.view(self.turned(self.Tile(self.mask, [1, 1, self.ways]), 1), self.batch, -1, self.ways)
         real = self.Mul(real, self.Cast(self.Unsqueeze(self.Less(time, self.length), [1]), to=1))
-        real = self.Tile(self.view(real, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 1), [1, 1, 1, 1, 1, self.side])
-        self.real = self.fill(self.view(self.Transpose(real, perm=[3, 1, 0, 4, 5, 2]), self.tokens, -1), 0)  # (BLOCK, N)
+        real = self.view(real, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 1)
+        real = self.Transpose(self.Tile(real, [1, 1, 1, 1, 1, self.side]), perm=[3, 1, 0, 4, 5, 2])
+        self.real = self.fill(self.view(real, self.tokens, -1), 0)  # (BLOCK, N)
         self.is_real = self.Cast(self.real, to=9)
 
         i, j = np.indices((BLOCK, BLOCK))
-        cut = lambda x: self.Slice(x.astype(np.float32), [0, 0], self.Concat(self.tokens, self.tokens, axis=0), [0, 1])  # noqa: E731
-        self.eye, self.lower = cut(i == j), cut(j <= i)
-        # Where the right half of a pair of sizes 1, 2, 4, ... meets the left one, with the minus of the substitution.
-        self.levels = [cut(-1.0 * ((i // n % 2 == 1) & (i // n - 1 == j // n))) for n in (1 << b for b in range(BLOCK.bit_length() - 1))]
+        square = lambda x: self.cut(self.constant(1.0 * x), 0, 1)  # noqa: E731
+        self.eye, self.lower = square(i == j), square(j <= i)
+        # Where the second block of a pair meets the first, with the minus of the substitution.
+        self.levels = [square(-1.0 * ((i // n % 2 == 1) & (i // n - 1 == j // n))) for n in SIZES]
         return mask
 
     def turned(self, x: str, width: int) -> str:
@@ -392,7 +402,7 @@ class StudentGraph(OnnxGraph):
         return self.view(x, self.chunks, self.batch, self.heads, self.blocks, *last)
 
     def mixer(self, x: str, layer: nn.Module, index: int, shift: Tensor) -> str:
-        """One layer's mixing of x (B, T, D), which is `shift` above the layer's input; the bias of o_proj is left out."""
+        """A layer's mixing of x (B, T, D), which is `shift` above the layer's input; without the bias of o_proj."""
         # A column of ones carries the biases, so that the mask zeroes all that the convolution reads at padding.
         x = self.Concat(self.Mul(x, self.mask), self.mask, axis=2)
         q, k, v = self.project(x, layer, index, shift)
@@ -401,7 +411,8 @@ class StudentGraph(OnnxGraph):
         c, left, right, whole = self.decay_products(transition, read)
         c = self.sequences(self.Transpose(c, perm=[2, 0, 1]), self.tokens, self.tokens)
 
-        # A = tril(Q K^T D) (I + tril(K K^T D, -1))^-1, D = diag(beta): X is exact on diagonal blocks of size 1, 2, 4, ... in turn.
+        # A = tril(Q K^T D) (I + tril(K K^T D, -1))^-1, D = diag(beta). Block substitution: the inverse is exact on
+        # diagonal blocks of size 1, 2, 4, ... in turn, and n is K K^T D times what it is so far.
         weighted = self.Mul(k, self.sequences(self.Transpose(self.cut(beta, 0), perm=[1, 0]), self.tokens, 1))
         keys = self.Transpose(weighted, perm=[0, 1, 2, 3, 5, 4])
         n, inverse = self.MatMul(k, keys), None
@@ -414,8 +425,8 @@ class StudentGraph(OnnxGraph):
         inner = self.Mul(a, c)
 
         def merged(g: Any) -> str:
-            parts = {"o": g.MatMul(inner, v), "q": g.Sub(q, g.MatMul(a, k)), "k": k, "end": g.MatMul(keys, inverse), "v": v,
-                     "left": g.sequences(g.Transpose(left, perm=[2, 1, 0]), g.tokens, 2),
+            parts = {"o": g.MatMul(inner, v), "q": g.Sub(q, g.MatMul(a, k)), "k": k, "end": g.MatMul(keys, inverse),
+                     "v": v, "left": g.sequences(g.Transpose(left, perm=[2, 1, 0]), g.tokens, 2),
                      "right": g.sequences(g.Transpose(right, perm=[2, 0, 1]), 2, g.tokens),
                      "whole": g.sequences(g.Transpose(whole, perm=[2, 0, 1]), 2, 2)}
             return g.merge(parts, 1)
@@ -436,7 +447,7 @@ class StudentGraph(OnnxGraph):
         """q, k (normalised) and v."""
         qkv = self.MatMul(x, self.columns(layer.qkv_proj, 3, shift), name=f"linear/{index}/qkv")
         qkv = self.turned(qkv, 3 * self.side * self.width)
-        if self.cfg.short_convolution:  # as an image of height 1 with the channels last, whose transpositions onnxruntime fuses
+        if self.cfg.short_convolution:  # of an image of height 1, channels last: onnxruntime fuses the transpositions
             taps = layer.conv_weight.flip(0)[:, :, :, 0, 0].unflatten(2, (self.ways, self.side)).permute(2, 1, 3, 4, 0)
             qkv = self.Transpose(self.view(qkv, self.batch, 1, -1, 3 * self.cfg.d_model), perm=[0, 3, 1, 2])
             qkv = self.Conv(qkv, taps.reshape(-1, 1, 1, len(layer.conv_weight)), group=3 * self.cfg.d_model,
@@ -446,9 +457,8 @@ class StudentGraph(OnnxGraph):
         qkv = self.view(qkv, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 3, self.side, self.width)
         qkv = self.Split(self.Transpose(qkv, perm=[5, 1, 0, 4, 6, 2, 3, 7]), axis=0, num_outputs=3, outputs=3)
         q, k, v = (self.sequences(y, self.tokens, self.width) for y in qkv)
-        # x * rsqrt(sum(x^2) + 1e-6) as a norm by the mean
-        q, k = (self.RMSNormalization(y, np.full(self.width, self.width ** -0.5), axis=-1, epsilon=1e-6 / self.width) for y in (q, k))
-        return [q, k, v]
+        unit = {"axis": -1, "epsilon": 1e-6 / self.width}  # x * rsqrt(sum(x^2) + 1e-6), by the mean instead of the sum
+        return [*(self.RMSNormalization(y, np.full(self.width, self.width ** -0.5), **unit) for y in (q, k)), v]
 
     def flux(self, k: str, v: str, layer: nn.Module) -> str:
         """Resonance flux psi (BLOCK, N)."""
@@ -456,20 +466,22 @@ class StudentGraph(OnnxGraph):
         pair = self.Mul(self.MatMul(k, (layer.flux_bilinear * torch.exp(-layer.flux_log_temperature)).unsqueeze(1)), v)
         hidden = self.Add(self.MatMul(k, wk.T), self.MatMul(v, wv.T))
         hidden = self.Add(hidden, self.MatMul(pair, wu.expand(-1, self.width).T))
-        hidden = self.Add(hidden, self.cut(self.constant(layer.flux_in.bias.expand(BLOCK, -1)), 0))  # long rows are fast
+        bias = layer.flux_in.bias.expand(BLOCK, -1)  # longer rows are faster
+        hidden = self.Add(hidden, self.cut(self.constant(bias), 0))
         hidden = self.Mul(hidden, self.Sigmoid(hidden))
         psi = self.Sigmoid(self.Add(self.MatMul(hidden, layer.flux_out.weight.T), layer.flux_out.bias))
-        return self.fill(self.Transpose(self.view(self.Clip(psi, np.float32(0.01), np.float32(0.99)), -1, self.tokens), perm=[1, 0]), 0)
+        return self.fill(self.Transpose(self.view(self.Clip(psi, 0.01, 0.99), -1, self.tokens), perm=[1, 0]), 0)
 
     def gates(self, x: str, layer: nn.Module, shift: Tensor) -> list[str]:
         """beta, a_fast, a_slow, g_fast, g_slow, each (BLOCK, N)."""
         gates = self.turned(self.MatMul(x, self.columns(layer.gate_proj, 5, shift)), 5 * self.side)
         gates = self.view(gates, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 5, self.side)
         gates = self.view(self.Transpose(gates, perm=[5, 3, 1, 0, 4, 6, 2]), 5, self.tokens, -1)
-        return [self.view(y, BLOCK, -1) for y in self.Split(self.fill(self.Sigmoid(gates), 1), axis=0, num_outputs=5, outputs=5)]
+        gates = self.Split(self.fill(self.Sigmoid(gates), 1), axis=0, num_outputs=5, outputs=5)
+        return [self.view(y, BLOCK, -1) for y in gates]
 
     def coefficients(self, gates: list[str], psi: str) -> tuple[str, str, str]:
-        """beta (BLOCK, N), transition (2, 2, BLOCK, N), read (2, BLOCK, N), as `EnhancedHierarchicalDeltaNet` has them."""
+        """beta (BLOCK, N), transition (2, 2, BLOCK, N), read (2, BLOCK, N), as in `EnhancedHierarchicalDeltaNet`."""
         beta, a_fast, a_slow, g_fast, g_slow = gates
         line = lambda slope, start: self.Add(self.Mul(psi, slope), start)  # noqa: E731
         f = self.Where(self.is_real, self.Mul(a_fast, line(-0.10, 1.0)), 1.0)
@@ -479,16 +491,21 @@ class StudentGraph(OnnxGraph):
         out_fast = self.Mul(kappa, psi)
         out_fast, out_slow = self.Mul(f, out_fast), self.Mul(s, self.Sub(kappa, out_fast))
         transition = self.Concat(self.Sub(f, out_fast), out_fast, out_slow, self.Sub(s, out_slow), axis=0)
-        read = [line(0.3, 0.5), line(-0.3, 0.5) if self.cfg.hierarchical_memory else self.constant(np.zeros((1, 1)))]
-        read = [self.Mul(r, g if self.cfg.read_gates else self.Expand(1.0, self.Shape(g))) for r, g in zip(read, (g_fast, g_slow))]
-        return self.Mul(beta, self.real), self.view(transition, 2, 2, BLOCK, -1), self.view(self.Concat(*read, axis=0), 2, BLOCK, -1)
+        if not self.cfg.read_gates:
+            g_fast = g_slow = self.Expand(1.0, self.Shape(g_fast))
+        read_slow = self.Mul(g_slow, line(-0.3, 0.5) if self.cfg.hierarchical_memory else 0.0)
+        read = self.view(self.Concat(self.Mul(g_fast, line(0.3, 0.5)), read_slow, axis=0), 2, BLOCK, -1)
+        return self.Mul(beta, self.real), self.view(transition, 2, 2, BLOCK, -1), read
 
     def decay_products(self, m: str, r: str) -> tuple[str, str, str, str]:
-        """`decay_products` of a block: m (2, 2, BLOCK, N), r (2, BLOCK, N) -> c (C, C, N), left, right (2, C, N), whole (2, 2, N)."""
+        """The script's `decay_products` of a block, by doubling.
+
+        m (2, 2, BLOCK, N), r (2, BLOCK, N) -> c (C, C, N), left (2, C, N), right (2, C, N), whole (2, 2, N).
+        """
         total = lambda x, axis: self.ReduceSum(x, [axis], keepdims=0)  # noqa: E731
         left, c = total(self.Mul(self.Unsqueeze(r, [1]), m), 0), total(r, 0)
         right = self.Expand(1.0, self.Shape(r))
-        for size in (1 << b for b in range(BLOCK.bit_length() - 1)):
+        for size in SIZES:
             pairs = BLOCK // (2 * size)
             left1, left2 = self.halves(self.view(left, 2, pairs, 2, size, -1), 2)  # (2, pairs, 1, size, N)
             right1, right2 = self.halves(self.view(right, 2, pairs, 2, size, -1), 2)
@@ -505,10 +522,10 @@ class StudentGraph(OnnxGraph):
         return self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), left, right, self.view(m, 2, 2, -1)
 
     def merge(self, parts: dict[str, str], count: int) -> str:
-        """o (chunks, B, H, tokens, V) of chunks whose blocks, `count` of the first ones each, become twice as large until they are one.
+        """o (chunks, B, H, tokens, V): neighbouring blocks, `count` of the first ones each, are merged to one a chunk.
 
-        parts: o, what a block says of itself; q, its queries as they reach what was before it (rows H_1 ... H_t q_t); k; end, its
-        writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; and its decays left, right and whole.
+        parts: o, what a block reads of itself; q, its queries as they reach what is before it (rows H_1 ... H_t q_t);
+        k; end, its writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; its decays left, right, whole.
         """
         size = self.Mul(self.tokens, [count])
         rows = {"end": self.width, "right": 2, "whole": 2}
@@ -525,8 +542,10 @@ class StudentGraph(OnnxGraph):
         shape = (self.chunks, self.batch, self.heads, self.Mul(size, [2]), self.width)
 
         def further(g: Any) -> str:
-            k1, k2, end2, m1, m2 = first("k", g), second("k", g), second("end", g), first("whole", g), second("whole", g)
-            new = {"o": own(g), "q": g.Concat(first("q", g), g.Sub(q2, g.MatMul(across, k1)), axis=5), "k": pair["k"], "v": pair["v"],
+            k1, m1 = first("k", g), first("whole", g)
+            k2, end2, m2 = second("k", g), second("end", g), second("whole", g)
+            new = {"o": own(g), "k": pair["k"], "v": pair["v"],
+                   "q": g.Concat(first("q", g), g.Sub(q2, g.MatMul(across, k1)), axis=5),
                    "end": g.Concat(g.Sub(end1, g.MatMul(end2, g.MatMul(k2, end1))), end2, axis=6),
                    "left": g.Concat(first("left", g), g.MatMul(left2, m1), axis=5),
                    "right": g.Concat(g.MatMul(m2, right1), second("right", g), axis=6), "whole": g.MatMul(m2, m1)}
@@ -539,7 +558,7 @@ class StudentGraph(OnnxGraph):
         """o of the chunks, one block each now (as in `merge`), with what they read of the chunks before them."""
         view = lambda name, *last: self.view(parts[name], self.chunks, self.batch, self.heads, *last)  # noqa: E731
         width, both = self.width, 2 * self.width
-        q = self.view(self.Mul(view("q", size, 1, width), view("left", size, 2, 1)), self.chunks, self.batch, self.heads, size, both)
+        parts = parts | {"q": self.Mul(view("q", size, 1, width), view("left", size, 2, 1))}
         written = self.Mul(view("right", 2, size, 1), view("v", 1, size, width))
         start = self.Expand(0.0, self.Concat(self.batch, [self.heads], [2], [width], [width], axis=0))
         step = self.inside()
@@ -547,13 +566,16 @@ class StudentGraph(OnnxGraph):
         read = step.MatMul(at[0], step.view(state, 0, 0, both, width))
         mixed = step.view(step.MatMul(at[4], step.view(state, 0, 0, 2, width * width)), 0, 0, 2, width, width)
         new = step.Add(mixed, step.MatMul(at[2], step.Sub(at[3], step.MatMul(at[1], mixed))))
-        _, carried = self.Scan(start, q, view("k", 1, size, width), view("end", 1, width, size), written, view("whole", 2, 2),
-                               body=step.body(names, [new, read]), num_scan_inputs=5, outputs=2)
+        each = view("q", size, both), view("k", 1, size, width), view("end", 1, width, size), written, view("whole", 2, 2)
+        _, carried = self.Scan(start, *each, body=step.body(names, [new, read]), num_scan_inputs=len(each), outputs=2)
         return self.Add(view("o", size, width), carried)
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file as a model that `encode` takes: (input_ids, attention_mask) -> last_hidden_state. `threads` 0: all cores."""
+    """An ONNX file as a model that `encode` takes: (input_ids, attention_mask) -> last_hidden_state.
+
+    threads: of a session; 0: all cores.
+    """
 
     def __init__(self, path: Path, threads: int = 0):
         import onnxruntime
@@ -589,7 +611,7 @@ def write_onnx(student: DeltaNetStudent, path: Path) -> None:
 
 @torch.no_grad()
 def export_onnx(student: DeltaNetStudent, path: Path, scratch: Path) -> dict[str, float]:
-    """Write `path`; returns by how much onnxruntime differs from the student at each length, at most 1e-4, else UserError."""
+    """Write `path`; returns by how much onnxruntime differs from the student at each length; UserError from 1e-4 on."""
     need("onnx", "onnxruntime")
     temporary = scratch / path.name
     write_onnx(student, temporary)
@@ -601,8 +623,9 @@ def export_onnx(student: DeltaNetStudent, path: Path, scratch: Path) -> dict[str
         mask = (torch.arange(length) < torch.tensor([[length], [max(1, length // 2)], [length]])).long()
         hidden = student(ids, mask).last_hidden_state
         found, embedding = model.run(ids, mask)
-        result[f"onnx_error_{length}"] = max((found - hidden)[mask.bool()].abs().max().item(),  # what stands at padding is nobody's
-                                             (embedding - script.mean_pool(hidden, mask)).abs().max().item())
+        # What stands at padding is nobody's.
+        differences = (found - hidden)[mask.bool()], embedding - script.mean_pool(hidden, mask)
+        result[f"onnx_error_{length}"] = max(x.abs().max().item() for x in differences)
     if not max(result.values()) < 1e-4:
         raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; nothing was written")
     path.parent.mkdir(exist_ok=True)
@@ -610,27 +633,28 @@ def export_onnx(student: DeltaNetStudent, path: Path, scratch: Path) -> dict[str
     return result
 
 
-def quantise_onnx(source: Path, path: Path, layers: Callable[[str], bool] = lambda name: name.startswith("linear/")) -> None:
-    """The weights of the products whose node names `layers` accepts as int8, a scale a column; activations when it runs.
+def quantise_onnx(source: Path, path: Path, prefix: str = "linear/") -> None:
+    """The weights of the products named `prefix`... in int8, a scale a column; their inputs are quantised when it runs.
 
-    One bit less than int8 has: processors without VNNI add two products in 16 bits, which 8-bit weights overflow.
+    The weights are 7 bits wide: processors without VNNI add two products in 16 bits, which 8 bits overflow.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     model, level = onnx.load(source), logging.getLogger().level
-    names = [node.name for node in model.graph.node if node.op_type == "MatMul" and layers(node.name)]
+    names = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.name.startswith(prefix)]
     logging.getLogger().setLevel(logging.ERROR)  # of a pre-processing that changes nothing here
     try:
-        quantize_dynamic(model, path, nodes_to_quantize=names, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8,
-                         per_channel=True, reduce_range=True)
+        quantize_dynamic(model, path, nodes_to_quantize=names, op_types_to_quantize=["MatMul"],
+                         weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     finally:
         logging.getLogger().setLevel(level)
 
 
-def export_int8(tokenizer: Any, source: Path, path: Path, scratch: Path, cfg: dict[str, Any], given: bool) -> dict[str, float]:
-    """Write `path`, the file `source` in int8; returns the lowest cosine to float32 over a few sentences, and both dev Spearmans.
+def export_int8(tokenizer: Any, source: Path, path: Path, scratch: Path, cfg: dict[str, Any],
+                given: bool) -> dict[str, float]:
+    """Write `path`, the file `source` in int8; returns the lowest cosine to float32 over EXAMPLES, both dev Spearmans.
 
-    Dev is what `cfg` names, with a data_dir that was `given` or is at hand. UserError if STS-B dev loses more than 0.004.
+    Dev is what `cfg` names, if its data_dir was `given` or is at hand. UserError if STS-B dev loses more than 0.004.
     """
     temporary = scratch / path.name
     quantise_onnx(source, temporary)
@@ -640,12 +664,14 @@ def export_int8(tokenizer: Any, source: Path, path: Path, scratch: Path, cfg: di
     name = script.evaluation_name(cfg)
     if given or (Path(cfg["data_dir"]) / "sts" / f"{name}-dev.tsv.gz").is_file():
         rows = script.load_sts(cfg, "dev")
-        result |= {f"{kind}_dev_spearman": script.evaluate_sts(model, tokenizer, rows)["spearman"] for kind, model in models.items()}
+        for kind, model in models.items():
+            result[f"{kind}_dev_spearman"] = script.evaluate_sts(model, tokenizer, rows)["spearman"]
         lost = result["onnx_dev_spearman"] - result["int8_dev_spearman"]
         if name == "stsb" and not lost <= 0.004:
-            raise UserError(f"{path}: int8 loses {lost:.4f} of Spearman on STS-B dev, more than 0.004; it was not written")
+            raise UserError(f"{path}: loses {lost:.4f} of Spearman on STS-B dev, more than 0.004; it was not written")
     else:
-        print(f"note: no {name} dev set at hand (set --data_dir): int8 was compared with float32 on a few sentences alone", file=sys.stderr)
+        print(f"note: no {name} dev set at hand (set --data_dir); int8 was checked on {len(EXAMPLES)} sentences alone",
+              file=sys.stderr)
     write_atomic(path, lambda file: file.write(temporary.read_bytes()))
     return result
 
@@ -680,7 +706,7 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     if args.onnx or args.int8:
         need("onnx", "onnxruntime")
     lock = RunLock(folder, lambda line: None) if (folder / ".lock").exists() else None  # a training writes its best model here
-    onnx, int8 = (folder / "onnx" / name for name in ("model.onnx", "model_qint8.onnx"))  # where sentence-transformers looks
+    onnx, int8 = folder / "onnx" / "model.onnx", folder / "onnx" / "model_qint8.onnx"  # sentence-transformers' places
     try:
         for file in (onnx, int8):
             file.unlink(missing_ok=True)  # of other weights
@@ -714,7 +740,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", nargs="+", type=float, help="of CHECKPOINT and of each of --average (default: equal)")
     parser.add_argument("--onnx", action="store_true", help="also write onnx/model.onnx, checked with onnxruntime")
     parser.add_argument("--int8", action="store_true", help="also write onnx/model_qint8.onnx, and onnx/model.onnx")
-    parser.add_argument("--data_dir", help="folder with sts/stsb-dev.tsv.gz, for --int8's check (default: the training's)")
+    parser.add_argument("--data_dir", help="folder with sts/stsb-dev.tsv.gz for --int8 (default: the training's)")
     parser.add_argument("--force", action="store_true", help="overwrite a better model")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     args = parser.parse_args(argv)

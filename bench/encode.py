@@ -1,6 +1,7 @@
-"""Speed of `encode`: against SentenceTransformer with the teacher's weights, then on texts longer than it reads.
+"""Speed of `encode`: against SentenceTransformer with the teacher's weights, both in onnxruntime too, then on long texts.
 
     python bench/encode.py                          16 to 512 tokens against MiniLM; 2,048 to 32,768 against its architecture
+    python bench/encode.py --long                   16 to 512 tokens alone
     python bench/encode.py --threads 2 --json results/bench/encode.json --plot results/bench/throughput.png
     python bench/encode.py --quick                  does it work? under a minute
 
@@ -8,6 +9,9 @@ Both encoders get the same list of texts, tokenise them and return numpy vectors
 were more tokens than the student's `encode` puts into a batch (2,048 on a CPU, 16,384 on CUDA). A text of N tokens is N - 2
 words of the vocabulary, of one token each, between [CLS] and [SEP]. The student has the teacher's projections and no training:
 its speed does not depend on the weights.
+
+On a CPU, onnxruntime takes its turns on the same texts: the student's `--onnx` and `--int8` files, and the teacher's own, exported
+by PyTorch and quantised in the same way.
 
 Long texts are encoded one at a time. The attention architecture is a random BERT of the teacher's shapes whose position table
 is as long as the text, with PyTorch's scaled_dot_product_attention. Memory: peak of one text above the loaded, used model, in a
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,9 @@ from common import (configure, fresh, growth, headline, interleaved, machine, mi
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from detect_hardware import find_hardware
+from save_best_checkpoint import OnnxModel, need, quantise_onnx, write_onnx
 
-LENGTHS = (16, 64, 128, 256, 512)
+LENGTHS = (16, 32, 64, 128, 256, 512)
 LONG = (2048, 8192, 32768)
 SHORT = 512  # tokens; what the time per token of long texts is compared with
 
@@ -69,6 +75,41 @@ def load_student(cfg: dict[str, Any]) -> tuple[Any, Any]:
     return script.build_student(cfg, teacher).to(device).eval(), tokenizer
 
 
+class Hidden(torch.nn.Module):
+    """The teacher as a function of two tensors."""
+
+    def __init__(self, teacher: PreTrainedModel):
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.teacher(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden, script.mean_pool(hidden, attention_mask)
+
+
+@torch.no_grad()
+def write_teacher(teacher: PreTrainedModel, path: Path) -> None:
+    """The teacher as an ONNX file of dynamic batch and length, by PyTorch's exporter."""
+    inputs, outputs = ("input_ids", "attention_mask"), ("last_hidden_state", "sentence_embedding")
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    example = torch.full((3, 21), 1000), torch.ones(3, 21, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, of its own
+        torch.onnx.export(Hidden(teacher).eval(), example, dynamo=True, verbose=False, input_names=inputs, output_names=outputs,
+                          dynamic_shapes=dict.fromkeys(inputs, dims)).save(path, external_data=False)
+
+
+def onnx_models(cfg: dict[str, Any], student: Any, folder: Path) -> dict[str, OnnxModel]:
+    """Student and teacher in onnxruntime with PyTorch's number of threads, in float32 and in int8."""
+    need("onnx", "onnxruntime", "onnxscript")
+    files = {name: folder / f"{name}.onnx" for name in ("student_onnx", "teacher_onnx", "student_int8", "teacher_int8")}
+    note("exporting to ONNX")
+    write_onnx(student, files["student_onnx"]), write_teacher(script.load_teacher(cfg)[0], files["teacher_onnx"])
+    quantise_onnx(files["student_onnx"], files["student_int8"])
+    quantise_onnx(files["teacher_onnx"], files["teacher_int8"], prefix="")
+    return {name: OnnxModel(path, torch.get_num_threads()) for name, path in files.items()}
+
+
 def long_shapes(cfg: dict[str, Any], positions: int) -> PretrainedConfig:
     """The teacher's config with a table of `positions`, a multiple of 8 as `encode` pads."""
     shapes = AutoConfig.from_pretrained(script.find_teacher(cfg["teacher_model"])[0], local_files_only=True)
@@ -91,24 +132,33 @@ def attention_gib(shapes: PretrainedConfig, length: int) -> float:
     return 4 * (weights + length * (10 * d + 2 * shapes.intermediate_size)) / 2**30
 
 
-def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """The student's `encode` and SentenceTransformer's on the same texts."""
+def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, tokenizer: Any,
+               scratch: Path) -> list[dict[str, Any]]:
+    """The student's `encode` and SentenceTransformer's on the same texts, and on a CPU `encode` with the ONNX files."""
     folder, rows = script.find_teacher(cfg["teacher_model"])[0], []
     minilm = sentence_transformer(folder, next(student.parameters()).device)
+    models = onnx_models(cfg, student, scratch) if minilm.device.type == "cpu" else {}
     for length in args.lengths:
         count = max(2, args.tokens // length)
         texts = make_texts(tokenizer, length, count)
         batch = min(args.batch_size, max(1, (16384 if minilm.device.type == "cuda" else 2048) // length))
         note(f"{count} texts of {length} tokens")
-        cases = {"student": lambda x: script.encode(student, tokenizer, x, batch_size=batch, max_length=512),  # noqa: B023  called at once
-                 "minilm": lambda x: minilm.encode(x, batch_size=batch, show_progress_bar=False)}  # noqa: B023
+        ours = lambda model: lambda x: script.encode(model, tokenizer, x, batch_size=batch, max_length=512)  # noqa: B023, E731
+        cases = {"student": ours(student),  # called at once
+                 "minilm": lambda x: minilm.encode(x, batch_size=batch, show_progress_bar=False),  # noqa: B023
+                 **{name: ours(model) for name, model in models.items()}}
         shapes = {name: case(texts[:2]).shape for name, case in cases.items()}
         if len(set(shapes.values())) > 1 or len(minilm.tokenizer(texts[0])["input_ids"]) != length:
             raise script.UserError(f"the two encoders do not read the same {length} tokens: {shapes}")
         seconds = interleaved(cases, [texts], args.repeats)
         rows.append({"length": length, "texts": count, "batch_size": batch, **{
             name: {"seconds": spread(s), "sentences_per_s": rate(count, s), "tokens_per_s": rate(count * length, s)}
-            for name, s in seconds.items()}, "speed_against_minilm": ratio(seconds["minilm"], seconds["student"])})
+            for name, s in seconds.items()}, "speed_against_minilm": ratio(seconds["minilm"], seconds["student"]),
+            **{f"{name}_against_minilm": ratio(seconds["minilm"], seconds[name]) for name in models}})
+        if models:
+            rows[-1] |= {"onnx_against_teacher_onnx": ratio(seconds["teacher_onnx"], seconds["student_onnx"]),
+                         "int8_against_onnx": ratio(seconds["student_onnx"], seconds["student_int8"]),
+                         "int8_against_teacher_int8": ratio(seconds["teacher_int8"], seconds["student_int8"])}
     return rows
 
 
@@ -173,7 +223,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cfg = configure(args)
     student, tokenizer = load_student(cfg)
     result = {"machine": machine(next(student.parameters()).device)}
-    short = short_rows(args, cfg, student, tokenizer) if args.lengths else []
+    short = short_rows(args, cfg, student, tokenizer, folder) if args.lengths else []
     result |= {"settings": {"repeats": args.repeats, "long_repeats": args.long_repeats, "batch_size": args.batch_size,
                             "short_texts": args.short_texts, "time_limit": args.time_limit},
                "rows": short, "long": long_rows(args, cfg, student, tokenizer) if args.long else []}
@@ -193,6 +243,14 @@ def page(result: dict[str, Any]) -> str:
         "MiniLM: sentences/s": lambda r: shown(r["minilm"]["sentences_per_s"]),
         "its tokens/s": lambda r: shown(r["minilm"]["tokens_per_s"], ",.0f"),
         "x MiniLM": lambda r: shown(r["speed_against_minilm"], ".2f")})
+    if any("student_onnx" in row for row in result["rows"]):
+        against = lambda name: lambda r: shown(r[f"{name}_against_minilm"], ".2f")  # noqa: E731
+        lines += table("the same texts in onnxruntime, as a multiple of MiniLM's speed in PyTorch; then one against the other", result["rows"], {
+            "tokens": lambda r: str(r["length"]), "student ONNX": against("student_onnx"), "teacher ONNX": against("teacher_onnx"),
+            "student int8": against("student_int8"), "teacher int8": against("teacher_int8"),
+            "student / teacher ONNX": lambda r: shown(r["onnx_against_teacher_onnx"], ".2f"),
+            "student int8 / ONNX": lambda r: shown(r["int8_against_onnx"], ".2f"),
+            "student / teacher int8": lambda r: shown(r["int8_against_teacher_int8"], ".2f")})
     lines += table(f"long texts, one at a time, {s['long_repeats']} repeats, beside {s['short_texts']} texts of {SHORT} tokens, "
                    "also one at a time; peak memory above the model", result["long"], {
         "tokens": lambda r: f"{r['length']:,}", "seconds": lambda r: shown(r["seconds"]),

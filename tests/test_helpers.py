@@ -197,13 +197,136 @@ def test_real_export_is_small(teacher_and_tokenizer):
     assert 2 * sum(t.numel() for t in script.trainable_state(student).values()) < 25e6
 
 
-def test_onnx(copy, tmp_path):
-    pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
-    out = json.loads(run("save_best_checkpoint.py", "last", "--run_dir", copy, "--output_dir", tmp_path / "o", "--onnx", "--json"))
-    assert set(out["onnx"]) == {f"onnx_error_{n}" for n in (5, 37, 128, 512)} and max(out["onnx"].values()) < 1e-4
+@pytest.fixture(scope="module")
+def onnx_run(tiny_run, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A folder saved with --int8, and what the command printed of its ONNX files."""
+    pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    folder = tmp_path_factory.mktemp("onnx")
+    out = run("save_best_checkpoint.py", "last", "--run_dir", tiny_run, "--output_dir", folder, "--int8", "--json")
+    return folder, json.loads(out)["onnx"]
+
+
+def test_onnx_and_int8(onnx_run, tiny_run, tmp_path):
     import onnx
-    shape = onnx.load(tmp_path / "o" / "model.onnx").graph.input[0].type.tensor_type.shape
-    assert all(d.dim_param for d in shape.dim)
+    folder, out = onnx_run
+    assert max(out[f"onnx_error_{n}"] for n in (1, 5, 37, 128, 512, 2048)) < 1e-4
+    assert 0.98 < out["int8_cosine"] < 1 and abs(out["onnx_dev_spearman"] - out["int8_dev_spearman"]) < 0.05
+    files = folder / "onnx" / "model.onnx", folder / "onnx" / "model_qint8.onnx"
+    for path in files:
+        graph = onnx.load(path).graph
+        assert all(d.dim_param for x in graph.input for d in x.type.tensor_type.shape.dim)
+        assert {node.domain for node in graph.node} <= {"", "com.microsoft"} and len(graph.input) == 2
+    # q, k and v, o, up and down of both layers; not the products of the delta rule
+    assert sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in graph.node) == 8
+    student, tokenizer, _ = opened(folder)
+    models = [save_best_checkpoint.OnnxModel(path, 1) for path in files]
+    expected, found, small = (script.encode(model, tokenizer, SENTENCES, max_length=256) for model in (student, *models))
+    assert np.abs(found - expected).max() < 1e-4 and (small * expected).sum(1).min() > 0.98
+    assert np.abs(small - expected).max() > 1e-5  # it is another model
+    run("save_best_checkpoint.py", tiny_run / "checkpoint_2.pt", "--output_dir", folder, "--force")
+    assert not any(path.exists() for path in files)  # they were of other weights
+
+
+def test_int8_that_loses_too_much_is_refused(onnx_run, tmp_path, monkeypatch, capsys):
+    folder, tokenizer = tmp_path / "out", opened(tiny := onnx_run[0])[1]
+    folder.mkdir()
+    (source := folder / "model.onnx").write_bytes(written_onnx(opened(tiny)[0]))
+    scores = iter([{"spearman": 0.8}, {"spearman": 0.7959}, {"spearman": 0.8}, {"spearman": 0.7961}])
+    monkeypatch.setattr(script, "evaluate_sts", lambda *_: next(scores))
+    monkeypatch.setattr(script, "load_sts", lambda *_: [])
+    arguments = tokenizer, source, folder / "small.onnx", tmp_path, {"data_dir": "", "sts_name": "stsb"}
+    with pytest.raises(script.UserError, match="0.0041"):
+        save_best_checkpoint.export_int8(*arguments, True)
+    assert not (folder / "small.onnx").exists()
+    assert save_best_checkpoint.export_int8(*arguments, True)["int8_dev_spearman"] == 0.7961 and (folder / "small.onnx").exists()
+    assert set(save_best_checkpoint.export_int8(*arguments, False)) == {"int8_cosine"} and "no stsb dev set" in capsys.readouterr().err
+
+
+def written_onnx(student: Any) -> bytes:
+    with torch.no_grad():
+        return save_best_checkpoint.StudentGraph(student.eval()).model().SerializeToString()
+
+
+SWITCHES = ("bidirectional", "hierarchical_memory", "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates")
+
+
+@pytest.mark.parametrize("off", ["", *SWITCHES, "learned_positions", "all"])
+def test_onnx_of_every_architecture(off, tmp_path):
+    """Random students with strong gates at lengths around those of blocks and chunks; padding anywhere, repeated tokens."""
+    pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    switches = {name: off not in (name, "all") for name in SWITCHES} | {"learned_positions": off == "learned_positions"}
+    student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=24, num_heads=4, num_layers=2, ffn_size=32, vocab_size=50,
+                                                           max_positions=300, **switches)).eval()
+    for name, parameter in student.named_parameters():
+        torch.nn.init.normal_(parameter, std=2.0 if "gate" in name else 0.5)
+    (tmp_path / "model.onnx").write_bytes(written_onnx(student))
+    model = save_best_checkpoint.OnnxModel(tmp_path / "model.onnx", 1)
+    for length in (1, 2, 5, 15, 16, 17, 32, 33, 63, 64, 65, 130, 300):
+        ids = torch.randint(50, (6, length))
+        ids[3], mask = 7, torch.ones(6, length, dtype=torch.int64)
+        mask[1, length // 2 + 1:], mask[2, :length // 3], mask[4, length // 3:length // 2] = 0, 0, 0
+        mask[5] = 0
+        with torch.no_grad():
+            hidden = student(ids, mask).last_hidden_state
+        found, embedding = model.run(ids, mask)
+        assert torch.isfinite(found).all() and torch.isfinite(embedding).all()
+        assert (found - hidden)[mask.bool()].abs().max() < 1e-4, length
+        assert (embedding - script.mean_pool(hidden, mask)).abs().max() < 1e-4, length
+
+
+def test_onnx_is_stable_on_repeated_tokens(tmp_path):
+    """Equal keys, all written with beta near 1 and kept: a power series would blow up. Against float64, 9,000 tokens."""
+    pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=16, num_heads=2, num_layers=1, ffn_size=16, vocab_size=50)).eval()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        student.deltanet_layers[0].gate_proj.weight.zero_()
+        student.deltanet_layers[0].gate_proj.bias.fill_(12.0)  # beta, retentions and read gates 1 - 6e-6
+    (tmp_path / "model.onnx").write_bytes(written_onnx(student))
+    ids = torch.full((1, 9000), 7)
+    ids[0, 4000:4100] = torch.arange(100) % 50
+    found = save_best_checkpoint.OnnxModel(tmp_path / "model.onnx", 1).run(ids, torch.ones_like(ids))[0]
+    with torch.no_grad():
+        expected = student(ids, torch.ones_like(ids)).last_hidden_state
+    assert (found - expected).abs().max() < 1e-4
+
+
+ONNXRUNTIME_ALONE = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = sys.modules["sentence_transformers"] = None
+import numpy as np, onnxruntime
+from tokenizers import Tokenizer
+folder, out, *sentences = sys.argv[1:]
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+tokenizer.enable_truncation(256), tokenizer.enable_padding()
+session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx", providers=["CPUExecutionProvider"])
+batch = tokenizer.encode_batch(sentences)
+inputs = {"input_ids": np.array([x.ids for x in batch]), "attention_mask": np.array([x.attention_mask for x in batch])}
+np.save(out, session.run(["sentence_embedding"], inputs)[0])
+"""
+
+
+def test_onnx_of_the_real_model_and_onnxruntime_alone(teacher_and_tokenizer, tmp_path):
+    """The lines of docs/speed.md, on a student of the real size."""
+    pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    teacher, tokenizer = teacher_and_tokenizer
+    student = script.build_student(script.config, teacher).eval()
+    assert max(save_best_checkpoint.export_onnx(student, tmp_path / "onnx" / "model.onnx", tmp_path).values()) < 1e-4
+    tokenizer.save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", ONNXRUNTIME_ALONE, tmp_path, tmp_path / "out.npy", *SENTENCES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.load(tmp_path / "out.npy") - script.encode(student, tokenizer, SENTENCES, max_length=256)).max() < 1e-4
+
+
+def test_onnx_without_its_package_is_one_line(copy, monkeypatch, capsys):
+    monkeypatch.setattr(save_best_checkpoint.importlib.util, "find_spec", lambda name: None)
+    before = (copy / "pytorch_model.bin").read_bytes()
+    assert save_best_checkpoint.main(["1", "--run_dir", str(copy), "--force", "--onnx"]) == 2
+    assert "requirements-eval.txt" in capsys.readouterr().err and (copy / "pytorch_model.bin").read_bytes() == before
 
 
 # test_checkpoints.py
