@@ -66,6 +66,9 @@ class AttentionStudent(nn.Module):
         self.deltanet_layers = [SimpleNamespace(projections=lambda a=layer.attention: [
             x.weight for x in (a.self.query, a.self.key, a.self.value, a.output.dense)]) for layer in self.bert.encoder.layer]
 
+    def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return hidden
+
     def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False) -> tuple[list[Tensor], None]:
         """The output of every block; there are no states that could overlap."""
         return list(self.bert(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]), None
