@@ -18,6 +18,15 @@ import torch  # noqa: E402
 torch.set_flush_denormal(True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernel() -> None:
+    """The CPU kernel is compiled once, before tests that count their seconds."""
+    import train_6layer_deltanet as script
+    script.check_mixers(torch.device("cpu"))
+    x, bias = torch.randn(2, 16), torch.randn(16)
+    script.kernel.gelu(x, bias, x), script.kernel.gelu_backward(x, bias, x.clone())
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder with STS-B and training pairs: $STSB_DATA_DIR, else ../shared/data beside the repository."""
