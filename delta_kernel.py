@@ -932,14 +932,40 @@ def differentiate(ctx, grad_o, grad_final, _):
 mixer.register_autograd(differentiate, setup_context=keep_inputs)
 
 
+def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int) -> None:
+    """ValueError if an argument of the mixer does not fit the others: the kernel reads memory by these shapes."""
+    proj, mask, keep, conv, *_ = inputs
+    if proj.dim() != 3 or conv.dim() != 4:
+        raise ValueError(f"need proj (B, T, R) and conv_weight (4, 3, H, K), got {tuple(proj.shape)}, {tuple(conv.shape)}")
+    (batch, length, row), (_, _, heads, K) = proj.shape, conv.shape
+    if row < heads * (3 * K + 5) or not 0 <= reverse_heads <= heads:
+        raise ValueError(f"need proj's rows of at least {heads * (3 * K + 5)} numbers and reverse_heads in 0..{heads}, "
+                         f"got {row} and {reverse_heads}")
+    shapes = {"mask": (batch, length), "keep": (batch, length, heads), "conv_weight": (4, 3, heads, K),
+              "flux_bilinear": (heads, K, K), "flux_scale": (heads,), "flux_in_weight": (HIDDEN, 2 * K + 1),
+              "flux_in_bias": (HIDDEN,), "flux_out_weight": (HIDDEN,), "flux_out_bias": (1,), "o_norm": (heads, K),
+              "initial_state": (batch, heads, 2, K, K)}
+    for (name, shape), x in zip(shapes.items(), inputs[1:]):
+        flags = name in ("mask", "keep")
+        if x is None and name in ("keep", "initial_state"):
+            continue
+        if tuple(x.shape) != shape or x.device != proj.device or (x.dtype == torch.bool) != flags:
+            raise ValueError(f"{name} must be {'bool' if flags else 'numbers'} of shape {shape} on {proj.device}, "
+                             f"got {x.dtype} of {tuple(x.shape)} on {x.device}")
+
+
 def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
                        flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
                        initial_state: Tensor | None = None, *, reverse_heads: int = 0, convolution: bool = True, flux: bool = True,
                        coupling: bool = True, hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
                        ) -> tuple[Tensor, Tensor | None]:
-    """The mixer of a layer, arguments and results as of `parallel_mixer` in the training script; computed in float32."""
-    inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm,
-              initial_state)
+    """The mixer of a layer, arguments and results as of `parallel_mixer` in the training script; computed in float32.
+
+    Raises ValueError naming the first argument whose shape, type or device does not fit.
+    """
+    inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
+              flux_out_bias, o_norm, initial_state)
+    check_inputs(inputs, reverse_heads)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, _ = mixer(*inputs, reverse_heads, convolution, flux, coupling, hierarchical, read_gates, output_final_state, wanted)
     return o, final if output_final_state else None

@@ -39,6 +39,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections import defaultdict
@@ -546,12 +547,12 @@ def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight:
     """
     (batch, length, _), (_, _, heads, channels) = proj.shape, conv_weight.shape
 
-    def orient(x: Tensor, turned: int = reverse_heads) -> Tensor:
+    def orient(x: Tensor) -> Tensor:
         """Turn time around for the last heads, x (H, B, T, ...) or (..., H, B, T, K); its own inverse."""
-        at = x.dim() - 4 if x.dim() > 4 else 0
-        if not turned:
+        if not reverse_heads:
             return x
-        left, right = x.split([heads - turned, turned], at)
+        at = x.dim() - 4 if x.dim() > 4 else 0
+        left, right = x.split([heads - reverse_heads, reverse_heads], at)
         return torch.cat([left, right.flip(at + 2)], at)
 
     qkv, gates, _ = proj.float().split([3 * heads * channels, 5 * heads, proj.shape[-1] - heads * (3 * channels + 5)], -1)
@@ -584,14 +585,18 @@ def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight:
     return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
 
 
+kernel: Any = None  # delta_kernel.py as a module, from the first layer that is built on
+
+
 def load_kernel() -> Any:
-    """delta_kernel.py beside this file as a module, or None without the package numba.
+    """`kernel`, loaded if it is not: delta_kernel.py beside this file, or None without the package numba.
 
     It is run from a copy named after its content in the user's cache folder, so that it is compiled once for all saved models that
     hold the same one, and is one module in a process that opens several. A folder that cannot be written is replaced by a temporary one.
     """
-    if importlib.util.find_spec("numba") is None:
-        return None
+    global kernel
+    if kernel is not None or importlib.util.find_spec("numba") is None:
+        return kernel
     source = Path(__file__).with_name("delta_kernel.py").read_bytes()
     name = f"delta_kernel_{hashlib.sha256(source).hexdigest()[:12]}"
     if name not in sys.modules:
@@ -608,21 +613,16 @@ def load_kernel() -> Any:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-kernel = load_kernel()
+    kernel = sys.modules[name]
+    return kernel
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the compiled kernel runs where `x` is; says once, on a CPU, if it is missing."""
-    if kernel is None and x.device.type == "cpu" and not has_kernel.told and not torch.compiler.is_compiling():
-        has_kernel.told = True
-        print("note: without the package numba this model is several times slower on a CPU: pip install numba", file=sys.stderr)
-    return kernel is not None and x.device.type == "cpu"
-
-
-has_kernel.told = False
+    """Whether the compiled kernel runs where `x` is; warns once, on a CPU, if it is missing."""
+    if x.device.type == "cpu" and kernel is None and not torch.compiler.is_compiling():
+        warnings.warn(
+            "without the package numba this model is several times slower on a CPU: pip install numba", stacklevel=1)
+    return x.device.type == "cpu" and kernel is not None
 
 
 def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
@@ -648,6 +648,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
 
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
+        load_kernel()
         self.cfg, heads, dim = cfg, cfg.num_heads, cfg.d_model
         self.mixer: Callable | None = None  # in place of the kernel or `parallel_mixer`, with the same arguments
         channels = dim // heads
@@ -2261,8 +2262,9 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -2290,8 +2292,8 @@ def modelling_source() -> str:
              pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    code = MODELLING_HEADER + f"\nPIECE = {PIECE}\n" + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
-    return code.replace("class EnhancedH", "kernel, has_kernel.told = load_kernel(), False\n\n\nclass EnhancedH", 1)
+    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\n"
+    return header + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
@@ -2635,7 +2637,8 @@ def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None
     Outputs, final states and all gradients; a difference is divided by 1 + the largest entry.
     """
     if mixers is None:
-        mixers = {"parallel form": parallel_mixer} | ({"kernel": kernel.hierarchical_mixer} if has_kernel(torch.empty(0, device=device)) else {})
+        mixers = {"parallel form": parallel_mixer}
+        mixers |= {"kernel": load_kernel().hierarchical_mixer} if device.type == "cpu" and load_kernel() else {}
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32's rounding would hide a wrong result
     inputs, worst = mixer_example(device), 0.0
@@ -2848,8 +2851,8 @@ class Run:
         self.device = choose_device(cfg, int(os.environ["LOCAL_RANK"]) if processes.count > 1 else None)
         processes.connect(self.device, cfg["peer_timeout"])
         self.teacher, self.tokenizer, origin = load_teacher(cfg)
-        print(f"teacher: {origin}\ndevice: {self.device}; {'kernel and ' if has_kernel(torch.empty(0, device=self.device)) else ''}parallel form "
-              f"against the sequential reference: {check_mixers(self.device):.1e}")
+        print(f"teacher: {origin}\ndevice: {self.device}; the delta rule's forms against the sequential reference: "
+              f"{check_mixers(self.device):.1e}")
         self.student = build_student(cfg, self.teacher).to(self.device)
         self.teacher.to(self.device)
         if compile_models(self.student, self.teacher, cfg, self.device):

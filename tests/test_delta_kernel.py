@@ -129,7 +129,7 @@ def test_concurrent_callers(threads):
 
 def test_after_a_fork():
     code = ("import os, sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(3)\n"
-            "from test_delta_kernel import example, script\n"
+            "from test_delta_kernel import example, script; script.load_kernel()\n"
             "inputs = example(40, heads=4, batch=5); first = script.kernel.hierarchical_mixer(*inputs)[0]\n"
             "pid = os.fork()\n"
             "same = torch.equal(script.kernel.hierarchical_mixer(*inputs)[0], first)\n"
@@ -145,6 +145,41 @@ def test_operator_is_whole_for_autograd_and_compilers():
     torch.library.opcheck(script.kernel.mixer, (*leaves, 1, True, True, True, True, True, True, True))
     form = torch.compile(script.kernel.hierarchical_mixer, backend="aot_eager", fullgraph=True)
     assert_equal(results(form, inputs), results(script.kernel.hierarchical_mixer, inputs), 0)
+
+
+def test_strided_inputs():
+    inputs = example(9, "padded")
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x for x in inputs]
+    assert not strided[0].is_contiguous()
+    for a, b in zip(results(script.kernel.hierarchical_mixer, strided), results(script.kernel.hierarchical_mixer, inputs)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("position, wrong, message", [
+    (0, torch.zeros(3, 9, 100), "rows of at least"), (0, torch.zeros(9, 208), "need proj"), (1, torch.ones(3, 9), "mask must be bool"),
+    (1, torch.ones(3, 8, dtype=torch.bool), "mask must be"), (2, torch.ones(3, 9, 1, dtype=torch.bool), "keep must be"),
+    (4, torch.zeros(2, 32, 16), "flux_bilinear must be"), (8, torch.zeros(1, 16), "flux_out_weight must be"),
+    (10, torch.zeros(2, 32, device="meta"), "o_norm must be .* on meta"), (11, torch.zeros(3, 2, 32, 32), "initial_state must be")])
+def test_wrong_input_is_one_clear_line(position, wrong, message):
+    inputs = example(9)
+    inputs[position] = wrong
+    with pytest.raises(ValueError, match=message) as error:
+        script.kernel.hierarchical_mixer(*inputs)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="reverse_heads"):
+        script.kernel.hierarchical_mixer(*example(9), reverse_heads=3)
+
+
+def test_gradients_of_outputs_or_of_the_final_state_alone():
+    inputs = example(40, "hole")
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    for which in (0, 1):
+        found = []
+        for form in (script.kernel.hierarchical_mixer, REFERENCE):
+            out = form(*leaves, reverse_heads=1, output_final_state=True)[which]
+            floats = [x for x in leaves if x.requires_grad]
+            found.append(torch.autograd.grad(out.square().sum(), floats, allow_unused=True, materialize_grads=True))
+        assert_equal(*found)
 
 
 def test_lower_precision_inputs():

@@ -156,11 +156,13 @@ def compilable():
     torch._dynamo.reset()
 
 
-def test_compiled_parts_give_the_same_with_few_graphs(compilable):
+def test_compiled_parts_give_the_same_with_few_graphs(compilable, monkeypatch):
     from torch._dynamo.testing import CompileCounter
     student, teacher, cfg, batches, step = compilable
     lines, counter, cpu = [], CompileCounter(), torch.device("cpu")
-    expected = [step(*batch) for batch in batches]
+    with monkeypatch.context() as patch:  # a compiled FFN is PyTorch's own, which rounds its GELU otherwise than the kernel
+        patch.setattr(script.FeedForward, "forward", lambda self, x: self.down(torch.nn.functional.gelu(self.up(x))))
+        expected = [step(*batch) for batch in batches]
     assert not script.compile_models(student, teacher, cfg | {"compile": "auto"}, cpu, lines.append, counter)
     assert script.compile_models(student, teacher, cfg, cpu, lines.append, counter) and not lines
     counts = [counter.frame_count]
@@ -169,7 +171,7 @@ def test_compiled_parts_give_the_same_with_few_graphs(compilable):
         counts.append(counter.frame_count)
     assert counts[1] <= 3 and counts[2] == counts[1] + 1  # the student, with and without gradients; the teacher
     for batch, values in zip(batches, expected):
-        torch.testing.assert_close(step(*batch), values, rtol=1e-3, atol=5e-5)
+        torch.testing.assert_close(step(*batch), values, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 16
     twin = script.copy.deepcopy(student)
     with torch.no_grad():
