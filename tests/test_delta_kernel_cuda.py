@@ -88,6 +88,7 @@ def test_errors_are_one_clear_line(position, wrong, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_gpu(tmp_path):
     """Every kernel with all its branches for an L40, and what it takes."""
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").is_file():
