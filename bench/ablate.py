@@ -122,7 +122,7 @@ class Trials:
         self.device = script.choose_device(self.cfg)
         self.teacher, self.tokenizer, _ = script.load_teacher(self.cfg)
         self.teacher.to(self.device)
-        self.dev = script.load_sts(self.cfg, "dev")[:30 if args.quick else None]
+        self.dev = script.load_sts(self.cfg, "dev")[:100 if args.quick else None]
         self.cosines = script.sts_cosines(self.teacher, self.tokenizer, self.dev, self.cfg["max_length"])
         self.pairs: dict[str, script.PairData] = {}
 

@@ -172,7 +172,7 @@ def of_length(texts: list[str], tokenizer: Any, length: int, count: int) -> list
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All tables."""
     if args.quick:
-        args.sentences, args.texts, args.queries, args.candidates = ENOUGH, ENOUGH, 30, 200
+        args.sentences, args.texts, args.queries, args.candidates = 2 * ENOUGH, ENOUGH, 30, 200
     if min(args.sentences, args.texts) < ENOUGH:
         raise script.UserError(f"--sentences and --texts must be at least {ENOUGH}")
     lengths = LENGTHS[:1] if args.quick else LENGTHS
