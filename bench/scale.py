@@ -22,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -55,10 +56,10 @@ class Timed(script.Processes):
         return tensor
 
 
-def optimise(trainer: Any, optimizer: torch.optim.Optimizer, batch: list[dict[str, Any]], step: int) -> None:
+def optimise(trainer: Any, optimizer: torch.optim.Optimizer, batch: list[script.MicroBatch], step: int) -> None:
     """What `Run.optimise` and `Run.agree` do with a batch; the rate stays 0, where `build_optimizer` puts it."""
     optimizer.zero_grad(set_to_none=True)
-    trainer.step_gradients([dict(micro) for micro in batch], step, cached=True)  # copies: the trainer writes into them
+    trainer.step_gradients([replace(micro) for micro in batch], step, cached=True)  # copies: the trainer writes into them
     torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), trainer.cfg["gradient_clip"]).item()
     trainer.processes.table(False)
     optimizer.step()
@@ -84,10 +85,10 @@ def worker(cfg: dict[str, Any], folder: str, batches: int, repeats: int) -> dict
     data, pair_s, _ = data_cost(cfg, tokenizer)
     steps = {step: data.batch(step) for step in range(1, 2 * batches + 1)}
     cases = [case for step in range(1, batches + 1) for case in (steps[step], [steps[step][step % len(steps[step])]])]
-    tokens = lambda batch: [sum(ids.numel() for ids, _ in micro["groups"]) for micro in batch]  # noqa: E731
+    tokens = lambda batch: [sum(ids.numel() for ids, _ in micro.groups) for micro in batch]  # noqa: E731
     out = {"teacher": origin, "parameters": sum(t.numel() for t in script.trainable_state(student).values()), "data_pair_s": pair_s,
            "cases": [[len(case), sum(tokens(case))] for case in cases],
-           "steps": [{"step": step, "tokens": tokens(batch), "sentences": sum(len(micro["restore"]) for micro in batch)}
+           "steps": [{"step": step, "tokens": tokens(batch), "sentences": sum(len(micro.restore) for micro in batch)}
                      for step, batch in steps.items() if step > batches]}
 
     def calibration(meet: Any) -> list[float]:

@@ -129,9 +129,9 @@ def test_batches_of_one_source(tiny, monkeypatch):
         owner |= {(a, p): i for a, p in zip(*(table[:][f"key_{s}"].to_pylist() for s in ("anchor", "positive")))}
     for step in range(1, 6 * data.WINDOW + 1):
         batch = data.batch(step)
-        pairs = [(a, p) for m in batch for a, p in zip(m["keys"][:m["pairs"]].tolist(), m["keys"][m["pairs"]:].tolist())]
+        pairs = [(a, p) for m in batch for a, p in zip(m.keys[:m.pairs].tolist(), m.keys[m.pairs:].tolist())]
         sources = {owner[pair] for pair in pairs}
-        assert len(pairs) == 4 and len(sources) == 1 and {int(x) for m in batch for x in m["sources"]} == sources
+        assert len(pairs) == 4 and len(sources) == 1 and {int(x) for m in batch for x in m.sources} == sources
         name = data.names[sources.pop()]
         seen[name] += 1
         assert len(set(pairs)) == (3 if name == "small" else 4)  # a row is twice only where there are fewer than a batch's
@@ -139,7 +139,7 @@ def test_batches_of_one_source(tiny, monkeypatch):
     expected = dict(zip(data.names, shares / shares.sum()))
     assert all(abs(seen[name] / (6 * data.WINDOW) - share) < 0.04 for name, share in expected.items()), seen
     last = data.batch(150)
-    assert [m["keys"].tolist() for m in last] == [m["keys"].tolist() for m in again.batch(150)]  # asked for first, in a new object
+    assert [m.keys.tolist() for m in last] == [m.keys.tolist() for m in again.batch(150)]  # asked for first, in a new object
 
 
 def test_windows_are_split_exactly_in_the_mean():
