@@ -117,7 +117,6 @@ config: dict[str, Any] = {
     "contrastive_scale": 20.0,  # factor on the cosine before the softmax
     "label_smoothing": 0.1,  # of the contrastive targets
     "guided_contrastive": False,  # no negatives that the teacher scores above the positive; more from the query's side
-    "guided_margin": 0.0,  # cosine below the positive's from which on they are left out already
     "distillation_weight": 1.0,  # weight of the squared L2 distance between final embeddings
     "layer_distill_weight": 1.5,  # weight of the mean squared distance between hidden states
     "orthogonal_reg_weight": 0.01,  # weight of ||W^T W - I||^2 over the projections
@@ -127,7 +126,6 @@ config: dict[str, Any] = {
     "spearman_pairs": 512,  # in-batch pairs that the Spearman and ranking losses compare
     "ranking_loss_weight": 0.2,  # weight of the pairwise ranking hinge
     "ranking_margin": 0.05,  # cosine margin the student keeps between pairs the teacher orders
-    "similarity_distill_weight": 0.0,  # weight of the squared difference of the in-batch similarity matrices
     "state_dropout": 0.10,  # share of state updates dropped
     "dropout": 0.15,  # on embeddings, mixer and FFN outputs
     # data
@@ -1092,15 +1090,14 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
 
 
 def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys: Tensor, scale: float = 20.0,
-                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None,
-                     margin: float = 0.0) -> Tensor:
+                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Symmetric in-batch cross-entropy on scaled cosines (MultipleNegativesRanking, InfoNCE; arXiv:1705.00652).
 
     Anchor i's candidates are all positives and all hard negatives; positive j's are all anchors. A candidate with the
     text of the anchor or of its positive is no negative. Smoothing spreads over the remaining candidates.
 
     With a guide, an anchor's candidates are all anchors too, a positive's all positives; one whose cosine with the query
-    is, by the guide, above that of the query's own pair less `margin` is left out: it may well be another right answer
+    is, by the guide, above that of the query's own pair is left out: it may well be another right answer
     (GISTEmbed, arXiv:2402.16829, with one softmax over all four kinds where this has one for each side).
 
     Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts; guide:
@@ -1109,7 +1106,7 @@ def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys
     n, sides = len(anchors), (anchors, positives, negatives)
     side_keys = keys.split([n, n, len(negatives)])
     own = torch.eye(n, dtype=torch.bool, device=keys.device)
-    limit = (guide[0] * guide[1]).sum(1, keepdim=True) - margin if guide else None
+    limit = (guide[0] * guide[1]).sum(1, keepdim=True) if guide else None
 
     def direction(query: int, *others: int) -> Tensor:
         candidates, candidate_keys = (torch.cat([x[i] for i in others]) for x in (sides, side_keys))
@@ -1143,14 +1140,6 @@ def orthogonal_regularisation_loss(student: DeltaNetStudent) -> Tensor:
     terms = [(w.T @ w - torch.eye(w.shape[1], device=w.device, dtype=w.dtype)).square().sum()
              for mixer in student.deltanet_layers for w in mixer.projections()]
     return torch.stack(terms).mean()
-
-
-def similarity_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the cosines of all pairs of sentences; student, teacher (N, D) of unit length.
-
-    Similarity-preserving distillation (arXiv:1907.09682) without its row normalisation.
-    """
-    return (student @ student.T - teacher @ teacher.T).square().mean()
 
 
 def spread_pairs(similarity: Tensor, count: int) -> Tensor:
@@ -1196,11 +1185,9 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
     if cfg["contrastive_weight"]:
         losses["contrastive"] = contrastive_loss(
             a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"],
-            (ta, tp, tn) if cfg["guided_contrastive"] else None, cfg["guided_margin"])
+            (ta, tp, tn) if cfg["guided_contrastive"] else None)
     if cfg["distillation_weight"]:
         losses["distillation"] = embedding_distillation_loss(student, teacher)
-    if cfg["similarity_distill_weight"]:
-        losses["similarity_distill"] = similarity_distillation_loss(student, teacher)
     if cfg["spearman_loss_weight"] or cfg["ranking_loss_weight"]:
         target = ta @ tp.T
         chosen = spread_pairs(target, cfg["spearman_pairs"])
@@ -1215,7 +1202,7 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
 LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillation_weight",
                 "layer_distill": "layer_distill_weight", "orthogonal_reg": "orthogonal_reg_weight",
                 "ortho_state_reg": "ortho_state_reg_weight", "spearman": "spearman_loss_weight",
-                "ranking": "ranking_loss_weight", "similarity_distill": "similarity_distill_weight"}
+                "ranking": "ranking_loss_weight"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2781,6 +2768,8 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
         raise UserError(f"{path}: {min(missing)} is missing; it is not a training checkpoint")
     try:
         for key, value in (config | content["config"]).items():  # a key that came later had its default's effect
+            if key not in cfg and value:
+                print(f"note: {path}: was trained with {key} = {value!r}, a key that is no more")
             if key in cfg and key not in FREE_KEYS and cfg[key] != value:
                 raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {shlex.quote(str(value))}")
             if key in ("total_steps", "warmup_steps") and cfg[key] != value:

@@ -39,7 +39,7 @@ BACKWARD = 0.4  # of a micro-batch's time: teacher 1, student forward 1 and agai
 ASSUMED = {  # of H100 nodes; rates are parts of the data sheets', for a reader to replace
     "micro_batch_s": 0.126,  # 21,000 PyTorch operators that are no views (counted on the CPU, 4 groups of lengths), 6 us each
     "flop_per_s": 100e12, "memory_bytes_per_s": 2e12,  # of 495e12 (TF32) and 3.35e12, for products 384 deep
-    "loss_passes": 16,  # reads and writes of N x N float32 by the similarity loss and its gradient
+    "loss_passes": 16,  # reads and writes of N x N float32 by a loss on the cosines of all sentences and its gradient
     "node_bytes_per_s": 200e9, "node_latency_s": 3e-5,  # NVLink, of 450e9 a direction
     "network_bytes_per_s": 20e9, "network_latency_s": 1e-4}  # one 200 Gbit/s InfiniBand port a node, of 25e9
 
