@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertModel
 
-from train_6layer_deltanet import Trainer, UserError, build_optimizer, build_student, config, parse_value
+from train_6layer_deltanet import MicroBatch, Trainer, UserError, build_optimizer, build_student, config, parse_value
 
 PARTS = (1, 2, 4, 8)
 USABLE = 0.9  # share of the memory that a training can have: the rest is the driver's, libraries' and fragmentation
@@ -112,15 +112,15 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
     return found | {"total": sum(found.values())}
 
 
-def make_batch(cfg: dict[str, Any]) -> list[dict[str, Any]]:
-    """Micro-batches of random tokens, every text max_length long, in the form of PairData.batch."""
+def make_batch(cfg: dict[str, Any]) -> list[MicroBatch]:
+    """Micro-batches of random tokens, every text max_length long, as PairData.batch gives them."""
     generator, batch = torch.Generator().manual_seed(0), []
     parts = cfg["gradient_accumulation_steps"]
     for part in range(parts):
         pairs = cfg["batch_size"] // parts + (part < cfg["batch_size"] % parts)
         ids = torch.randint(1000, 30000, (2 * pairs, cfg["max_length"]), generator=generator)
-        batch.append({"pairs": pairs, "keys": torch.randint(2**60, (2 * pairs,), generator=generator),
-                      "groups": [(ids, torch.ones_like(ids))], "restore": torch.arange(2 * pairs)})
+        batch.append(MicroBatch(pairs, keys=torch.randint(2**60, (2 * pairs,), generator=generator),
+                                groups=[(ids, torch.ones_like(ids))], restore=torch.arange(2 * pairs)))
     return batch
 
 

@@ -45,6 +45,7 @@ import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -116,7 +117,6 @@ config: dict[str, Any] = {
     "contrastive_scale": 20.0,  # factor on the cosine before the softmax
     "label_smoothing": 0.1,  # of the contrastive targets
     "guided_contrastive": False,  # no negatives that the teacher scores above the positive; more from the query's side
-    "guided_margin": 0.0,  # cosine below the positive's from which on they are left out already
     "distillation_weight": 1.0,  # weight of the squared L2 distance between final embeddings
     "layer_distill_weight": 1.5,  # weight of the mean squared distance between hidden states
     "orthogonal_reg_weight": 0.01,  # weight of ||W^T W - I||^2 over the projections
@@ -126,7 +126,6 @@ config: dict[str, Any] = {
     "spearman_pairs": 512,  # in-batch pairs that the Spearman and ranking losses compare
     "ranking_loss_weight": 0.2,  # weight of the pairwise ranking hinge
     "ranking_margin": 0.05,  # cosine margin the student keeps between pairs the teacher orders
-    "similarity_distill_weight": 0.0,  # weight of the squared difference of the in-batch similarity matrices
     "state_dropout": 0.10,  # share of state updates dropped
     "dropout": 0.15,  # on embeddings, mixer and FFN outputs
     # data
@@ -1091,15 +1090,14 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
 
 
 def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys: Tensor, scale: float = 20.0,
-                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None,
-                     margin: float = 0.0) -> Tensor:
+                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Symmetric in-batch cross-entropy on scaled cosines (MultipleNegativesRanking, InfoNCE; arXiv:1705.00652).
 
     Anchor i's candidates are all positives and all hard negatives; positive j's are all anchors. A candidate with the
     text of the anchor or of its positive is no negative. Smoothing spreads over the remaining candidates.
 
     With a guide, an anchor's candidates are all anchors too, a positive's all positives; one whose cosine with the query
-    is, by the guide, above that of the query's own pair less `margin` is left out: it may well be another right answer
+    is, by the guide, above that of the query's own pair is left out: it may well be another right answer
     (GISTEmbed, arXiv:2402.16829, with one softmax over all four kinds where this has one for each side).
 
     Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts; guide:
@@ -1108,7 +1106,7 @@ def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys
     n, sides = len(anchors), (anchors, positives, negatives)
     side_keys = keys.split([n, n, len(negatives)])
     own = torch.eye(n, dtype=torch.bool, device=keys.device)
-    limit = (guide[0] * guide[1]).sum(1, keepdim=True) - margin if guide else None
+    limit = (guide[0] * guide[1]).sum(1, keepdim=True) if guide else None
 
     def direction(query: int, *others: int) -> Tensor:
         candidates, candidate_keys = (torch.cat([x[i] for i in others]) for x in (sides, side_keys))
@@ -1142,14 +1140,6 @@ def orthogonal_regularisation_loss(student: DeltaNetStudent) -> Tensor:
     terms = [(w.T @ w - torch.eye(w.shape[1], device=w.device, dtype=w.dtype)).square().sum()
              for mixer in student.deltanet_layers for w in mixer.projections()]
     return torch.stack(terms).mean()
-
-
-def similarity_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the cosines of all pairs of sentences; student, teacher (N, D) of unit length.
-
-    Similarity-preserving distillation (arXiv:1907.09682) without its row normalisation.
-    """
-    return (student @ student.T - teacher @ teacher.T).square().mean()
 
 
 def spread_pairs(similarity: Tensor, count: int) -> Tensor:
@@ -1195,11 +1185,9 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
     if cfg["contrastive_weight"]:
         losses["contrastive"] = contrastive_loss(
             a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"],
-            (ta, tp, tn) if cfg["guided_contrastive"] else None, cfg["guided_margin"])
+            (ta, tp, tn) if cfg["guided_contrastive"] else None)
     if cfg["distillation_weight"]:
         losses["distillation"] = embedding_distillation_loss(student, teacher)
-    if cfg["similarity_distill_weight"]:
-        losses["similarity_distill"] = similarity_distillation_loss(student, teacher)
     if cfg["spearman_loss_weight"] or cfg["ranking_loss_weight"]:
         target = ta @ tp.T
         chosen = spread_pairs(target, cfg["spearman_pairs"])
@@ -1214,7 +1202,7 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
 LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillation_weight",
                 "layer_distill": "layer_distill_weight", "orthogonal_reg": "orthogonal_reg_weight",
                 "ortho_state_reg": "ortho_state_reg_weight", "spearman": "spearman_loss_weight",
-                "ranking": "ranking_loss_weight", "similarity_distill": "similarity_distill_weight"}
+                "ranking": "ranking_loss_weight"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1575,6 +1563,20 @@ def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.
         rows[side] = np.concatenate([rows[side], *made])
 
 
+@dataclass
+class MicroBatch:
+    """What goes through the models at once: n anchors, n positives and m hard negatives of a step, in this order."""
+
+    pairs: int  # n
+    keys: Tensor  # (2 n + m,), text keys
+    groups: list[tuple[Tensor, Tensor]]  # the sentences by length: a few ids and masks (N, T), each padded for itself
+    restore: Tensor  # (2 n + m,), the index that puts the sentences of the groups back in the order of the keys
+    sources: Tensor | None = None  # (n,), the pairs' sources by number; None if they count for no source
+    long: bool = False  # whether the positives are documents and the anchors their queries
+    states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, D)
+    target: Tensor | None = None  # (2 n + m, D), the teacher's embeddings
+
+
 class PairStream:
     """A data set read in order with `datasets` streaming, tokenised as it comes; `seek` and `take` in windows of rows.
 
@@ -1775,14 +1777,8 @@ class PairData:
             except (KeyError, TypeError, ValueError, IndexError):
                 raise UserError(f"stream {stream.name}: the checkpoint does not say where it stood") from None
 
-    def batch(self, step: int) -> list[dict[str, Any]]:
-        """The micro-batches of step `step` (counted from 1).
-
-        Each is a dict: `pairs`, the number n of pairs; `sources` (n,), their sources by number; `keys` (2 n + m,) text
-        keys of anchors, positives and the m hard negatives, in this order; `groups`, these sentences sorted by length
-        as a few (ids, mask) pairs, each (N, T) with its own padded length; `restore`, the index that puts the sorted
-        sentences back in the order of the keys. With a `long_share`, some steps are of documents: see `LongData.batch`.
-        """
+    def batch(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of step `step` (counted from 1); with a `long_share`, some steps are of documents."""
         cfg = self.cfg
         before, until = (math.floor(number * cfg["long_share"]) for number in (step - 1, step))
         if until > before:
@@ -1807,8 +1803,8 @@ class PairData:
                 table[mask] = np.concatenate([ids[i] for i in members])
                 groups.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
             keys = torch.from_numpy(np.concatenate([rows[f"key_{s}"][r] for s, r in sides]))
-            micro_batches.append({"pairs": len(part), "sources": torch.from_numpy(rows["source"][part]), "keys": keys,
-                                  "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
+            micro_batches.append(MicroBatch(len(part), keys, groups, torch.from_numpy(np.argsort(order, kind="stable")),
+                                            torch.from_numpy(rows["source"][part])))
         return micro_batches
 
 
@@ -1870,7 +1866,7 @@ class LongData:
             self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
         return self.ends[number + 1]
 
-    def batch(self, number: int) -> list[dict[str, Any]]:
+    def batch(self, number: int) -> list[MicroBatch]:
         """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
 
         Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of
@@ -1894,7 +1890,7 @@ class LongData:
         return [self.micro_batch(texts, part) for part in np.split(order, np.maximum.accumulate(ends))]
 
     @staticmethod
-    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> dict[str, Any]:
+    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> MicroBatch:
         """The micro-batch of the pairs `part` of a batch's texts."""
         ids = [texts[side][i] for side in ("anchor", "positive") for i in part]
         real = np.array([len(x) for x in ids])
@@ -1905,8 +1901,7 @@ class LongData:
             groups.append(pad_batch([ids[i] for i in members]))
             start += len(members)
         keys = torch.from_numpy(np.concatenate([texts[f"key_{side}"][part] for side in ("anchor", "positive")]))
-        return {"pairs": len(part), "keys": keys, "groups": groups, "long": True,
-                "restore": torch.from_numpy(np.argsort(order, kind="stable"))}
+        return MicroBatch(len(part), keys, groups, torch.from_numpy(np.argsort(order, kind="stable")), long=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2477,23 +2472,23 @@ class Trainer:
                                                    find_unused_parameters=unused)
             self.replica.register_comm_hook(self.processes.group, sum_gradients)
 
-    def teach(self, micro: dict[str, Any]) -> None:
+    def teach(self, micro: MicroBatch) -> None:
         """Put the teacher's hidden states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
         path = None
         if self.cache:
-            digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro["groups"] for x in group))
+            digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro.groups for x in group))
             path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
-        micro["groups"] = [(ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
-                           for ids, mask in micro["groups"]]
-        micro["states"] = self.recall(path) if path else None
-        if micro["states"] is None:
+        micro.groups = [(ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
+                        for ids, mask in micro.groups]
+        micro.states = self.recall(path) if path else None
+        if micro.states is None:
             with self.teacher_autocast():
-                micro["states"] = [teacher_states(self.teacher, *group) for group in micro["groups"]]
+                micro.states = [teacher_states(self.teacher, *group) for group in micro.groups]
             if path:
-                micro["states"] = [[x.half() for x in states] for states in micro["states"]]
-                self.keep(path, micro["states"])
-        micro["target"] = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro["states"], micro["groups"])])
-        micro["target"] = micro["target"][micro["restore"].to(self.device)]
+                micro.states = [[x.half() for x in states] for states in micro.states]
+                self.keep(path, micro.states)
+        micro.target = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)])
+        micro.target = micro.target[micro.restore.to(self.device)]
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
         """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
@@ -2515,7 +2510,7 @@ class Trainer:
                 print(f"note: teacher_cache {self.cache}: {error}; not all results are kept")
             self.full = True
 
-    def forward(self, micro: dict[str, Any], seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, micro: MicroBatch, seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Embeddings of a micro-batch, and its share of the losses that are sums over sentences or tokens.
 
         The random state is set from `seed`, so a second forward draws the same dropout masks.
@@ -2523,7 +2518,7 @@ class Trainer:
         cfg, vectors = self.cfg, []
         local: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         torch.manual_seed(seed)
-        for (ids, mask), target in zip(micro["groups"], micro["states"]):
+        for (ids, mask), target in zip(micro.groups, micro.states):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
             vectors.append(mean_pool(self.student.weigh(states[-1], mask).float(), mask))
@@ -2532,19 +2527,19 @@ class Trainer:
                     layer_distillation_loss(states, target, mask) * (mask.sum() / tokens)
             if overlap is not None:
                 local["ortho_state_reg"] = local["ortho_state_reg"] + overlap * (len(ids) / sentences)
-        return torch.cat(vectors)[micro["restore"].to(self.device)], dict(local)
+        return torch.cat(vectors)[micro.restore.to(self.device)], dict(local)
 
-    def exchange(self, passes: list[Any], own: list[int], batch: list[dict[str, Any]]) -> list[Any]:
+    def exchange(self, passes: list[Any], own: list[int], batch: list[MicroBatch]) -> list[Any]:
         """The forward passes of the whole batch from those of its micro-batches `own`; gives every micro-batch its target.
 
         A sum to which each process adds zeros for the micro-batches of the others: nothing is rounded, sizes may differ.
         """
         names, dim = [n for n in ("layer_distill", "ortho_state_reg") if self.cfg[LOSS_WEIGHTS[n]]], self.cfg["d_model"]
-        rows = [2 * dim * len(micro["restore"]) for micro in batch]
+        rows = [2 * dim * len(micro.restore) for micro in batch]
         whole = torch.zeros(sum(rows) + len(rows) * len(names), device=self.device)
         parts = [part.split([n, *[1] * len(names)]) for part, n in zip(whole.split([n + len(names) for n in rows]), rows)]
         for i, (vectors, local) in zip(own, passes):
-            torch.cat([vectors.detach(), batch[i]["target"]], out=parts[i][0].view(-1, dim))
+            torch.cat([vectors.detach(), batch[i].target], out=parts[i][0].view(-1, dim))
             for name, part in zip(names, parts[i][1:]):
                 part.copy_(local[name].detach())
         if self.device.type == "cuda":
@@ -2552,10 +2547,10 @@ class Trainer:
         self.processes.busy += time.perf_counter() - self.processes.since
         self.processes.sum(whole)
         for micro, part in zip(batch, parts):
-            micro["target"] = part[0].view(2, -1, dim)[1]
+            micro.target = part[0].view(2, -1, dim)[1]
         return [(part[0].view(2, -1, dim)[0], {name: x[0] for name, x in zip(names, part[1:])}) for part in parts]
 
-    def step_gradients(self, batch: list[dict[str, Any]], step: int, cached: bool | None = None) -> dict[str, float]:
+    def step_gradients(self, batch: list[MicroBatch], step: int, cached: bool | None = None) -> dict[str, float]:
         """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted.
 
         `cached` (default: when there are several micro-batches) keeps no graph between the forward passes and the
@@ -2566,11 +2561,11 @@ class Trainer:
         exchanged embeddings, so each has the exact gradients of its own embeddings without differentiating the exchange;
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
-        cfg, processes = self.long_cfg if batch[0].get("long") else self.cfg, self.processes
+        cfg, processes = self.long_cfg if batch[0].long else self.cfg, self.processes
         cached = len(batch) > 1 if cached is None or self.replica else cached
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
-        tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
-        sentences = sum(len(micro["restore"]) for micro in batch)
+        tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro.groups)
+        sentences = sum(len(micro.restore) for micro in batch)
         for i in own:
             self.teach(batch[i])
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
@@ -2580,14 +2575,14 @@ class Trainer:
             passes = self.exchange(passes, own, batch)
 
         leaves = [vectors.detach().requires_grad_() for vectors, _ in passes]
-        student, target = gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch)
-        pairs = sum(m["pairs"] for m in batch)
-        keys = gather_sides([m["keys"].to(self.device) for m in batch], batch)
+        student, target = gather_sides(leaves, batch), gather_sides([m.target for m in batch], batch)
+        pairs = sum(m.pairs for m in batch)
+        keys = gather_sides([m.keys.to(self.device) for m in batch], batch)
         whole = batch_losses(student, target, pairs, keys, cfg)
-        if self.distances is not None and "sources" in batch[0]:
+        if self.distances is not None and batch[0].sources is not None:
             apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
             known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
-            self.distances.index_add_(1, torch.cat([m["sources"] for m in batch]).to(self.device), known)
+            self.distances.index_add_(1, torch.cat([m.sources for m in batch]).to(self.device), known)
         if whole:
             sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in whole.items()).backward()
         values = {name: loss.item() for name, loss in whole.items()}
@@ -2603,7 +2598,7 @@ class Trainer:
                 if leaf.grad is not None:
                     objective = objective + (vectors * leaf.grad).sum()
                 objective.backward()
-            micro.pop("states"), passes.__setitem__(i, None)
+            micro.states = passes[i] = None
         if cfg["orthogonal_reg_weight"]:  # the same on every process, so it is added after their sum
             loss = orthogonal_regularisation_loss(self.student)
             (cfg["orthogonal_reg_weight"] * loss).backward()
@@ -2612,9 +2607,9 @@ class Trainer:
         return values
 
 
-def gather_sides(parts: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
+def gather_sides(parts: list[Tensor], batch: list[MicroBatch]) -> Tensor:
     """Rows of all micro-batches as one tensor: all anchors, all positives, all hard negatives."""
-    sides = [part.split([m["pairs"], m["pairs"], len(part) - 2 * m["pairs"]]) for part, m in zip(parts, batch)]
+    sides = [part.split([m.pairs, m.pairs, len(part) - 2 * m.pairs]) for part, m in zip(parts, batch)]
     return torch.cat([side[i] for i in range(3) for side in sides])
 
 
@@ -2773,6 +2768,8 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
         raise UserError(f"{path}: {min(missing)} is missing; it is not a training checkpoint")
     try:
         for key, value in (config | content["config"]).items():  # a key that came later had its default's effect
+            if key not in cfg and value:
+                print(f"note: {path}: was trained with {key} = {value!r}, a key that is no more")
             if key in cfg and key not in FREE_KEYS and cfg[key] != value:
                 raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {shlex.quote(str(value))}")
             if key in ("total_steps", "warmup_steps") and cfg[key] != value:
@@ -3085,12 +3082,12 @@ class Run:
                     self.next_window()
                 if self.step < cfg["total_steps"]:
                     coming = pool.submit(self.data.batch, self.step + 1)
-                pairs += sum(micro["pairs"] for micro in batch)
+                pairs += sum(micro.pairs for micro in batch)
                 values = self.optimise(trainer, batch)
                 if values:
                     for key, value in values.items():
                         self.sums[key] = self.sums.get(key, 0.0) + value
-                    steps = "long_steps" if batch[0].get("long") else "steps"
+                    steps = "long_steps" if batch[0].long else "steps"
                     self.sums[steps] = self.sums.get(steps, 0) + 1
                 if self.step % cfg["log_interval"] == 0:
                     seconds = time.perf_counter() - started
@@ -3146,16 +3143,16 @@ class Run:
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
 
-    def optimise(self, trainer: Trainer, batch: list[dict[str, Any]]) -> dict[str, float] | None:
+    def optimise(self, trainer: Trainer, batch: list[MicroBatch]) -> dict[str, float] | None:
         """One optimiser step. A loss or gradient that is not finite skips it: None."""
         cfg = self.cfg
         self.optimizer.zero_grad(set_to_none=True)
-        masks = [mask for micro in batch for _, mask in micro["groups"]]
+        masks = [mask for micro in batch for _, mask in micro.groups]
         padding = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
         values = trainer.step_gradients(batch, self.step)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
         wrong = next((name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)), None)
-        keys = torch.cat([micro["keys"] for micro in batch])
+        keys = torch.cat([micro.keys for micro in batch])
         doubts, batches = self.processes.table(wrong is not None, float((keys % 2**31).sum())).T
         if (batches != batches[0]).any():
             raise UserError(f"step {self.step}: rank {int((batches != batches[0]).nonzero()[0])} has another batch than rank 0: the "
@@ -3175,7 +3172,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
         self.optimizer.step()
-        if batch[0].get("long"):
+        if batch[0].long:
             return {f"long/{name}": value for name, value in {**values, "grad_norm": norm, "padding": padding}.items()}
         return {**{f"loss/{name}": value for name, value in values.items()}, "grad_norm": norm, "data/padding": padding}
 

@@ -46,7 +46,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "orthogonal projections": {"projection_init": "orthogonal"},
     },
     "losses": {
-        "with similarity distillation": {"similarity_distill_weight": 20.0},
         **{f"no {name.replace('_', ' ')} loss": {key: 0.0} for name, key in script.LOSS_WEIGHTS.items()},
         **{f"with {name.replace('_', ' ')} loss": {key: script.config[key]} for name, key in script.LOSS_WEIGHTS.items() if script.config[key]},
     },

@@ -119,7 +119,7 @@ def spoil_and_slow_rank_1(_: str) -> None:
 def tiny(tmp_path_factory) -> dict[str, Any]:
     """Micro-batches of 3, 3, 2, 2 and 2 pairs, which 2 and 4 processes cannot share evenly; hard negatives; dropout on."""
     return kill_soak.make_tiny(tmp_path_factory.mktemp("tiny")) | {
-        "batch_size": 12, "gradient_accumulation_steps": 5, "peak_learning_rate": 1e-3, "similarity_distill_weight": 1.0,
+        "batch_size": 12, "gradient_accumulation_steps": 5, "peak_learning_rate": 1e-3,
         "guided_contrastive": True, "source_focus": 1.0}
 
 
