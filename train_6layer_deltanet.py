@@ -45,7 +45,7 @@ import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -857,7 +857,7 @@ class DeltaNetStudent(PreTrainedModel):
 
         The overlap: see `state_overlap`; 0 without a slow state.
         """
-        positions, states, overlaps = self.position_embeddings.weight, [], []
+        positions, states, finals, mask = self.position_embeddings.weight, [], [], mask.bool()
         if self.config.learned_positions:
             if input_ids.shape[1] > len(positions):
                 raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
@@ -872,8 +872,8 @@ class DeltaNetStudent(PreTrainedModel):
             x = norm(add(x, drop(mixed)))
             x = ffn_norm(add(x, drop(ffn(x))))
             states = [x] if last_alone else [*states, x]
-            overlaps += [state_overlap(final)] if wanted else []
-        overlap = torch.stack(overlaps).mean() if wanted else x.new_zeros(())
+            finals += [final] if wanted else []
+        overlap = state_overlap(torch.stack(finals)) if wanted else x.new_zeros(())
         return states, overlap if output_state_overlap else None
 
     def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -944,7 +944,7 @@ def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict
         student.train(was_training)
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs at DDP's buckets
     student.hidden_states = MethodType(compiled, student)
-    teacher.compile(dynamic=True, backend=backend)
+    teacher.compile(dynamic=True, fullgraph=True, backend=backend)
     return True
 
 
@@ -1033,6 +1033,7 @@ def window_table(length: int) -> tuple[np.ndarray, np.ndarray]:
 def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
     """The teacher's hidden state after each layer, a list of (B, T, D); of long texts by windows (see `window_table`)."""
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        mask = mask.bool()[:, None, None]  # of four axes it is taken as it is; of two, transformers would look whether all are real
         return teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
 
     if input_ids.shape[1] <= TEACHER_WHOLE:
@@ -1126,50 +1127,54 @@ def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(-1).mean()
 
 
-def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, tokens: Tensor | float | None = None) -> Tensor:
     """Squared distance of hidden states, (B, T, D) each, averaged over layers, real tokens and channels.
 
-    mask (B, T). Layer-wise distillation as in TinyBERT (arXiv:1909.10351), without a projection: the widths are equal.
+    mask (B, T); `tokens`: the number to divide by instead of its own, where it is a part of a batch. Layer-wise distillation as in
+    TinyBERT (arXiv:1909.10351), without a projection: the widths are equal.
     """
-    per_layer = [((s.float() - t).square().mean(-1) * mask).sum() for s, t in zip(student, teacher)]
-    return torch.stack(per_layer).mean() / mask.sum()
+    apart = (torch.stack(student).float() - torch.stack(teacher)).square().mean(-1)
+    return (apart * mask).sum() / (len(student) * (mask.sum() if tokens is None else tokens))
 
 
 def orthogonal_regularisation_loss(student: DeltaNetStudent) -> Tensor:
     """Mean over all q, k, v, o projections W of ||W^T W - I||_F^2 (arXiv:1609.07093)."""
-    terms = [(w.T @ w - torch.eye(w.shape[1], device=w.device, dtype=w.dtype)).square().sum()
-             for mixer in student.deltanet_layers for w in mixer.projections()]
-    return torch.stack(terms).mean()
+    weights = torch.stack([w for mixer in student.deltanet_layers for w in mixer.projections()])  # (4 L, D, D)
+    return (weights.mT @ weights - torch.eye(weights.shape[-1], device=weights.device)).square().sum() / len(weights)
 
 
 def spread_pairs(similarity: Tensor, count: int) -> Tensor:
-    """Flat indices of at most `count` entries whose values are spread evenly from the smallest to the largest.
+    """Flat indices (count,) of entries whose values are spread evenly from the smallest to the largest; repeats stand side by side.
 
     Most in-batch pairs are unrelated: a random choice would leave the upper half of the range to the positives.
     """
     values, order = similarity.flatten().sort()
-    wanted = torch.linspace(values[0].item(), values[-1].item(), count, device=values.device, dtype=values.dtype)
-    return order[torch.searchsorted(values, wanted).clamp(max=len(values) - 1).unique()]
+    wanted = torch.lerp(values[0], values[-1], torch.linspace(0, 1, count, device=values.device, dtype=values.dtype))
+    return order[torch.searchsorted(values, wanted).clamp(max=len(values) - 1)]
 
 
-def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -> Tensor:
+def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05, counted: Tensor | None = None) -> Tensor:
     """1 - Pearson of the student's soft ranks and the teacher's ranks: a Spearman correlation with a gradient.
 
     The soft rank of x_i is sum_j sigmoid((x_i - x_j) / temperature) (Qin et al. 2010, doi:10.1007/s10791-009-9124-x).
-    Args: student, teacher (P,), similarities of the same pairs. Returns a scalar in [0, 2].
+    Args: student, teacher (P,), similarities of the same pairs; counted (P,), 1, or 0 for those to leave out.
+    Returns a scalar in [0, 2].
     """
-    soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature).sum(1)
-    ranks = 0.5 * torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype).sum(1)  # less a constant; ties have their mean
-    soft, ranks = soft - soft.mean(), ranks - ranks.mean()
-    return 1 - (soft * ranks).sum() / (soft.norm() * ranks.norm() + 1e-8)
+    counted = torch.ones_like(student) if counted is None else counted
+    soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature) @ counted
+    ranks = 0.5 * torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype) @ counted  # less a constant; ties have their mean
+    soft, ranks = ((x - x @ counted / counted.sum()) * counted for x in (soft, ranks))
+    return 1 - soft @ ranks / (soft.norm() * ranks.norm() + 1e-8)
 
 
-def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05) -> Tensor:
+def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05, counted: Tensor | None = None) -> Tensor:
     """Mean hinge max(0, margin - (s_i - s_j)) over all i, j with t_i > t_j (RankNet's pairs, a margin loss).
 
-    Args: student, teacher (P,), similarities of the same pairs.
+    Args: student, teacher (P,), similarities of the same pairs; counted (P,), 1, or 0 for those to leave out.
     """
-    ordered = teacher[:, None] > teacher[None, :]
+    ordered = (teacher[:, None] > teacher[None, :]).to(student.dtype)
+    if counted is not None:
+        ordered = ordered * torch.outer(counted, counted)
     hinge = F.relu(margin - (student[:, None] - student[None, :]))
     return (hinge * ordered).sum() / ordered.sum().clamp(min=1)
 
@@ -1191,11 +1196,12 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
     if cfg["spearman_loss_weight"] or cfg["ranking_loss_weight"]:
         target = ta @ tp.T
         chosen = spread_pairs(target, cfg["spearman_pairs"])
-        scores, target = (a @ p.T).flatten()[chosen], target.flatten()[chosen]
+        counted = (chosen.diff(prepend=chosen.new_full((1,), -1)) != 0).to(a.dtype)  # each entry once
+        scores, target = (x.flatten().index_select(0, chosen) for x in (a @ p.T, target))
         if cfg["spearman_loss_weight"]:
-            losses["spearman"] = spearman_loss(scores, target, cfg["spearman_temperature"])
+            losses["spearman"] = spearman_loss(scores, target, cfg["spearman_temperature"], counted)
         if cfg["ranking_loss_weight"]:
-            losses["ranking"] = pairwise_ranking_loss(scores, target, cfg["ranking_margin"])
+            losses["ranking"] = pairwise_ranking_loss(scores, target, cfg["ranking_margin"], counted)
     return losses
 
 
@@ -1575,6 +1581,11 @@ class MicroBatch:
     long: bool = False  # whether the positives are documents and the anchors their queries
     states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, D)
     target: Tensor | None = None  # (2 n + m, D), the teacher's embeddings
+    tokens: int = 0  # real tokens of the groups, and what they are padded to: known once it is on the device
+    padded: int = 0
+    host_keys: Tensor | None = None  # `keys` on the CPU
+    path: Path | None = None  # of the teacher's kept results
+    copied: Any = None  # event of the stream that copied it
 
 
 class PairStream:
@@ -2359,7 +2370,7 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling."""
+    """Fused AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -2368,7 +2379,29 @@ def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.opti
     return torch.optim.AdamW([
         {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
          "lr_multiplier": cfg["mixer_lr_multiplier"] if mixer else 1.0}
-        for (mixer, decay), parameters in sorted(groups.items())], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+        for (mixer, decay), parameters in sorted(groups.items())], lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+@torch.no_grad()
+def update(optimizer: torch.optim.AdamW, values: Iterable[Tensor], rate: float, limit: float, processes: "Processes", check: int = 0) -> Tensor:
+    """A step of the fused `optimizer` at learning rate `rate`, gradients clipped to the global norm `limit`; nothing waits for the device.
+
+    Where one of the losses `values` (scalars) or the norm is not finite, on any process, the optimiser's kernel leaves weights and
+    averages as they are (`found_inf`, which AMP's gradient scaling has it for); clipping is its division by `grad_scale`.
+    Returns: on the device (N + 1 + 2 processes,), losses and norm; of several processes each one's doubt, and its `check`.
+    """
+    norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], foreach=True)
+    row = torch.stack([*values, norm])
+    bad = (~row.isfinite()).any().float()
+    if processes.count > 1:  # one process's doubt is all's, or their weights would part
+        doubts = row.new_zeros(2, processes.count, dtype=torch.float64)
+        doubts[0, processes.rank], doubts[1, processes.rank] = bad, check
+        row, bad = torch.cat([row, processes.sum(doubts).flatten()]), doubts[0].amax().float()
+    optimizer.found_inf, optimizer.grad_scale = bad, ((norm + 1e-6) / limit).clamp(min=1)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]
+    optimizer.step()
+    return row
 
 
 class Processes:
@@ -2456,6 +2489,7 @@ class Trainer:
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
         self.teacher_autocast = (lambda: torch.autocast("cuda", torch.float16)) if self.device.type == "cuda" else self.autocast
         self.distances: Tensor | None = None  # (2, S): a source's squared distances to the teacher, and pairs
+        self.kept_weights: dict[tuple, Tensor] = {}
         self.cache, self.full = None, False
         if cfg["teacher_cache"]:
             digest = hashlib.sha256(cfg["precision"].encode())
@@ -2471,15 +2505,45 @@ class Trainer:
             self.replica = DistributedDataParallel(Replica(student, self.forward), process_group=self.processes.group,
                                                    find_unused_parameters=unused)
             self.replica.register_comm_hook(self.processes.group, sum_gradients)
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def upload(self, batch: list[MicroBatch]) -> list[MicroBatch]:
+        """`batch` on the device, and what of it the host needs to know: `host_keys`, its `tokens` and what they are `padded` to.
+
+        On CUDA from pinned memory and by a stream of its own: in a thread, while the step before runs. A batch that has been here stays.
+        """
+        def moved(x: Tensor) -> Tensor:
+            return x.pin_memory().to(self.device, non_blocking=True) if self.copies else x.to(self.device)
+
+        if batch[0].tokens:
+            return batch
+        found = []
+        with torch.cuda.stream(self.copies) if self.copies else nullcontext():
+            for micro in batch:
+                path, masks = None, [mask for _, mask in micro.groups]
+                if self.cache:
+                    digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro.groups for x in group))
+                    path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
+                found.append(replace(
+                    micro, keys=moved(micro.keys), restore=moved(micro.restore), host_keys=micro.keys, path=path,
+                    sources=None if micro.sources is None else moved(micro.sources),
+                    groups=[(moved(ids), moved(mask)) for ids, mask in micro.groups],
+                    tokens=sum(int(mask.sum()) for mask in masks), padded=sum(mask.numel() for mask in masks)))
+            found[0].copied = self.copies.record_event() if self.copies else None
+        return found
+
+    def arrive(self, batch: list[MicroBatch]) -> None:
+        """On CUDA, let this stream wait for the copies of `upload`, whose memory must not be used again before it is done with them."""
+        if self.copies:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(batch[0].copied)
+            for x in (x for micro in batch for x in [*sum(micro.groups, ()), micro.restore, micro.keys, micro.sources]):
+                if x is not None:
+                    x.record_stream(stream)
 
     def teach(self, micro: MicroBatch) -> None:
         """Put the teacher's hidden states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
-        path = None
-        if self.cache:
-            digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro.groups for x in group))
-            path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
-        micro.groups = [(ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
-                        for ids, mask in micro.groups]
+        path = micro.path
         micro.states = self.recall(path) if path else None
         if micro.states is None:
             with self.teacher_autocast():
@@ -2488,7 +2552,7 @@ class Trainer:
                 micro.states = [[x.half() for x in states] for states in micro.states]
                 self.keep(path, micro.states)
         micro.target = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)])
-        micro.target = micro.target[micro.restore.to(self.device)]
+        micro.target = micro.target.index_select(0, micro.restore)
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
         """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
@@ -2516,18 +2580,24 @@ class Trainer:
         The random state is set from `seed`, so a second forward draws the same dropout masks.
         """
         cfg, vectors = self.cfg, []
-        local: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        local: dict[str, list[Tensor]] = defaultdict(list)
         torch.manual_seed(seed)
         for (ids, mask), target in zip(micro.groups, micro.states):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
             vectors.append(mean_pool(self.student.weigh(states[-1], mask).float(), mask))
             if cfg["layer_distill_weight"]:
-                local["layer_distill"] = local["layer_distill"] + \
-                    layer_distillation_loss(states, target, mask) * (mask.sum() / tokens)
+                local["layer_distill"].append(layer_distillation_loss(states, target, mask, tokens))
             if overlap is not None:
-                local["ortho_state_reg"] = local["ortho_state_reg"] + overlap * (len(ids) / sentences)
-        return torch.cat(vectors)[micro.restore.to(self.device)], dict(local)
+                local["ortho_state_reg"].append(overlap * (len(ids) / sentences))
+        return torch.cat(vectors).index_select(0, micro.restore), {name: sum(parts[1:], parts[0]) for name, parts in local.items()}
+
+    def weights(self, names: Iterable[str], cfg: dict[str, Any]) -> Tensor:
+        """The weights of the losses `names`, on the device; copied there once."""
+        wanted = tuple(cfg[LOSS_WEIGHTS[name]] for name in names)
+        if wanted not in self.kept_weights:
+            self.kept_weights[wanted] = torch.tensor(wanted, device=self.device)
+        return self.kept_weights[wanted]
 
     def exchange(self, passes: list[Any], own: list[int], batch: list[MicroBatch]) -> list[Any]:
         """The forward passes of the whole batch from those of its micro-batches `own`; gives every micro-batch its target.
@@ -2550,8 +2620,8 @@ class Trainer:
             micro.target = part[0].view(2, -1, dim)[1]
         return [(part[0].view(2, -1, dim)[0], {name: x[0] for name, x in zip(names, part[1:])}) for part in parts]
 
-    def step_gradients(self, batch: list[MicroBatch], step: int, cached: bool | None = None) -> dict[str, float]:
-        """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted.
+    def step_gradients(self, batch: list[MicroBatch], step: int, cached: bool | None = None) -> dict[str, Tensor]:
+        """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted; all on the device.
 
         `cached` (default: when there are several micro-batches) keeps no graph between the forward passes and the
         losses: embeddings of all micro-batches first, their gradients from the losses of the whole batch, then each
@@ -2564,8 +2634,9 @@ class Trainer:
         cfg, processes = self.long_cfg if batch[0].long else self.cfg, self.processes
         cached = len(batch) > 1 if cached is None or self.replica else cached
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
-        tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro.groups)
-        sentences = sum(len(micro.restore) for micro in batch)
+        batch = [replace(micro) for micro in self.upload(batch)]
+        self.arrive(batch)
+        tokens, sentences = sum(m.tokens for m in batch), sum(len(m.restore) for m in batch)
         for i in own:
             self.teach(batch[i])
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
@@ -2577,33 +2648,30 @@ class Trainer:
         leaves = [vectors.detach().requires_grad_() for vectors, _ in passes]
         student, target = gather_sides(leaves, batch), gather_sides([m.target for m in batch], batch)
         pairs = sum(m.pairs for m in batch)
-        keys = gather_sides([m.keys.to(self.device) for m in batch], batch)
-        whole = batch_losses(student, target, pairs, keys, cfg)
+        values = batch_losses(student, target, pairs, gather_sides([m.keys for m in batch], batch), cfg)
         if self.distances is not None and batch[0].sources is not None:
             apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
             known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
-            self.distances.index_add_(1, torch.cat([m.sources for m in batch]).to(self.device), known)
-        if whole:
-            sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in whole.items()).backward()
-        values = {name: loss.item() for name, loss in whole.items()}
-        for _, local in passes:
-            for name, loss in local.items():
-                values[name] = values.get(name, 0.0) + loss.item()
+            self.distances.index_add_(1, torch.cat([m.sources for m in batch]), known)
+        if values:
+            torch.stack([*values.values()]).backward(self.weights(values, cfg))
+        values = {name: loss.detach() for name, loss in values.items()}
+        for name in passes[0][1]:
+            values[name] = sum((local[name].detach() for _, local in passes[1:]), passes[0][1][name].detach())
 
         for i in own:
             micro, leaf = batch[i], leaves[i]
             with self.replica.no_sync() if self.replica and i != own[-1] else nullcontext():
                 vectors, local = (self.replica or self.forward)(micro, seeds[i], tokens, sentences) if cached else passes[i]
-                objective = sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in local.items())
-                if leaf.grad is not None:
-                    objective = objective + (vectors * leaf.grad).sum()
-                objective.backward()
+                ends = [(vectors, leaf.grad)] if leaf.grad is not None else []
+                ends += [(torch.stack([*local.values()]), self.weights(local, cfg))] if local else []
+                torch.autograd.backward(*zip(*((x, grad) for x, grad in ends if x.requires_grad)))
             micro.states = passes[i] = None
         if cfg["orthogonal_reg_weight"]:  # the same on every process, so it is added after their sum
             loss = orthogonal_regularisation_loss(self.student)
             (cfg["orthogonal_reg_weight"] * loss).backward()
-            values["orthogonal_reg"] = loss.item()
-        values["total"] = sum(cfg[LOSS_WEIGHTS[name]] * value for name, value in values.items())
+            values["orthogonal_reg"] = loss.detach()
+        values["total"] = torch.stack([*values.values()]) @ self.weights(values, cfg)
         return values
 
 
@@ -2861,6 +2929,7 @@ class Run:
         self.data: PairData | None = None
         self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: fingerprints of its data, positions of its streams
         self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
+        self.unsettled: list[tuple] = []  # steps whose losses are still on the device alone
         self.means: dict[str, float] = {}  # of that line
         self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
         self.begin()
@@ -2981,6 +3050,7 @@ class Run:
     def evaluate(self) -> None:
         """Score both splits; keep the student as pytorch_model.bin if it is the best by `best_model_split`."""
         cfg, scores = self.cfg, {}
+        self.settle()
         for split, rows in self.sts.items():
             try:
                 found = evaluate_sts(self.student, self.tokenizer, rows, cfg["max_length"], self.teacher_cosines[split],
@@ -3016,6 +3086,7 @@ class Run:
 
     def save(self, why: str = "save_interval") -> None:
         """Write a checkpoint, while the other processes wait."""
+        self.settle()
         if not all(torch.isfinite(t).all() for t in trainable_state(self.student).values()):
             raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an earlier "
                             "one with a lower peak_learning_rate")
@@ -3069,7 +3140,8 @@ class Run:
         pairs, seconds, waited, started = 0, 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
-            coming = pool.submit(self.data.batch, self.step + 1)
+            prepare = lambda step: trainer.upload(self.data.batch(step))  # noqa: E731
+            coming = pool.submit(prepare, self.step + 1)
             self.signals.training = True
             while not (stop := self.agree()) and self.step < cfg["total_steps"]:
                 begun = time.perf_counter()
@@ -3081,15 +3153,11 @@ class Run:
                 if self.step % self.data.WINDOW == 0:
                     self.next_window()
                 if self.step < cfg["total_steps"]:
-                    coming = pool.submit(self.data.batch, self.step + 1)
+                    coming = pool.submit(prepare, self.step + 1)
                 pairs += sum(micro.pairs for micro in batch)
-                values = self.optimise(trainer, batch)
-                if values:
-                    for key, value in values.items():
-                        self.sums[key] = self.sums.get(key, 0.0) + value
-                    steps = "long_steps" if batch[0].long else "steps"
-                    self.sums[steps] = self.sums.get(steps, 0) + 1
+                self.optimise(trainer, batch)
                 if self.step % cfg["log_interval"] == 0:
+                    self.settle()
                     seconds = time.perf_counter() - started
                     self.log_line(bar, self.step - since, pairs, seconds, waited)
                     pairs, waited, started, since = 0, 0.0, time.perf_counter(), self.step
@@ -3115,10 +3183,12 @@ class Run:
         So early, because the next window is already being built. All processes take process 0's distances, whose sums
         may be rounded otherwise than their own.
         """
-        distances = self.processes.table(*self.distances.flatten().tolist())[0].view(2, -1)
+        if self.processes.rank:
+            self.distances.zero_()
+        self.processes.sum(self.distances)
         if self.cfg["source_focus"]:
-            self.data.plan(self.step // self.data.WINDOW + 1, distances.numpy())
-        self.distances.copy_(distances / 2)
+            self.data.plan(self.step // self.data.WINDOW + 1, self.distances.cpu().numpy())
+        self.distances /= 2
 
     def log_line(self, bar: tqdm, done: int, pairs: int, seconds: float, waited: float) -> None:
         """A line in metrics.jsonl; speeds are of the `done` steps, of `pairs` pairs, taken in `seconds`."""
@@ -3143,38 +3213,43 @@ class Run:
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
 
-    def optimise(self, trainer: Trainer, batch: list[MicroBatch]) -> dict[str, float] | None:
-        """One optimiser step. A loss or gradient that is not finite skips it: None."""
-        cfg = self.cfg
+    def optimise(self, trainer: Trainer, batch: list[MicroBatch]) -> None:
+        """One optimiser step. What came of it stays on the device until `settle` reads it."""
         self.optimizer.zero_grad(set_to_none=True)
-        masks = [mask for micro in batch for _, mask in micro.groups]
-        padding = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
         values = trainer.step_gradients(batch, self.step)
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
-        wrong = next((name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)), None)
-        keys = torch.cat([micro.keys for micro in batch])
-        doubts, batches = self.processes.table(wrong is not None, float((keys % 2**31).sum())).T
-        if (batches != batches[0]).any():
-            raise UserError(f"step {self.step}: rank {int((batches != batches[0]).nonzero()[0])} has another batch than rank 0: the "
-                            "data must be the same on every machine")
-        if doubts.any():  # one process's doubt is all's, or their weights would part
-            wrong = wrong or "a number of another process"
-        if wrong:
-            self.bad_steps += 1
-            self.write_metrics({"bad/step": self.step, "bad/loss": wrong, "bad/batch": keys.tolist()})
-            print(f"warning: step {self.step} skipped: {wrong} is not finite; its batch is PairData.batch({self.step})")
-            if self.bad_steps >= cfg["max_bad_steps"]:
-                raise UserError(f"step {self.step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
-                                "saved. Resume from the newest checkpoint with a lower peak_learning_rate or precision float32")
-            return None
-        self.bad_steps = 0
-        rate = learning_rate(self.step, cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_multiplier"]
-        self.optimizer.step()
-        if batch[0].long:
-            return {f"long/{name}": value for name, value in {**values, "grad_norm": norm, "padding": padding}.items()}
-        return {**{f"loss/{name}": value for name, value in values.items()}, "grad_norm": norm, "data/padding": padding}
+        keys = torch.cat([micro.host_keys for micro in batch])
+        row = update(self.optimizer, values.values(), learning_rate(self.step, self.cfg), self.cfg["gradient_clip"], self.processes,
+                     int((keys % 2**31).sum()))
+        padding = 1 - sum(micro.tokens for micro in batch) / sum(micro.padded for micro in batch)
+        self.unsettled.append((self.step, [*values, "gradient norm"], row, keys, padding, bool(batch[0].long)))
+
+    def settle(self) -> None:
+        """Read what the steps since the last time gave, by one copy: sums for the next line in metrics.jsonl, and the steps that were skipped.
+
+        Raises UserError after `max_bad_steps` skipped in a row, or where a process had another batch than the first.
+        """
+        unsettled, self.unsettled, count = self.unsettled, [], self.processes.count
+        numbers = iter(torch.cat([row for _, _, row, *_ in unsettled]).tolist() if unsettled else [])
+        for step, names, _, keys, padding, long in unsettled:
+            values = dict(zip(names, islice(numbers, len(names))))
+            doubts, batches = ([*islice(numbers, count)] if count > 1 else [0.0] for _ in range(2))
+            if batches != batches[:1] * len(batches):
+                raise UserError(f"step {step}: rank {[x != batches[0] for x in batches].index(True)} has another batch than rank 0: the "
+                                "data must be the same on every machine")
+            wrong = next((name for name, value in values.items() if not math.isfinite(value)), "a number of another process" if any(doubts) else None)
+            self.bad_steps = self.bad_steps + 1 if wrong else 0
+            if wrong:
+                self.write_metrics({"step": step, "bad/step": step, "bad/loss": wrong, "bad/batch": keys.tolist()})
+                print(f"warning: step {step} skipped: {wrong} is not finite; its batch is PairData.batch({step})")
+                if self.bad_steps >= self.cfg["max_bad_steps"]:
+                    raise UserError(f"step {step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
+                                    "saved. Resume from the newest checkpoint with a lower peak_learning_rate or precision float32")
+                continue
+            norm, prefix = values.pop("gradient norm"), "long/" if long else ""
+            found = {**{f"{prefix or 'loss/'}{name}": value for name, value in values.items()},
+                     f"{prefix}grad_norm": norm, f"{prefix or 'data/'}padding": padding, "long_steps" if long else "steps": 1}
+            for key, value in found.items():
+                self.sums[key] = self.sums.get(key, 0) + value
 
     def finish(self) -> None:
         """The final model, loaded back as a check; the curves; and a report of the last and the best scores."""

@@ -22,7 +22,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -59,10 +58,8 @@ class Timed(script.Processes):
 def optimise(trainer: Any, optimizer: torch.optim.Optimizer, batch: list[script.MicroBatch], step: int) -> None:
     """What `Run.optimise` and `Run.agree` do with a batch; the rate stays 0, where `build_optimizer` puts it."""
     optimizer.zero_grad(set_to_none=True)
-    trainer.step_gradients([replace(micro) for micro in batch], step, cached=True)  # copies: the trainer writes into them
-    torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), trainer.cfg["gradient_clip"]).item()
-    trainer.processes.table(False)
-    optimizer.step()
+    values = trainer.step_gradients(batch, step, cached=True)
+    script.update(optimizer, values.values(), 0.0, trainer.cfg["gradient_clip"], trainer.processes)
     trainer.processes.table(0, 0)
 
 

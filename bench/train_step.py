@@ -26,7 +26,6 @@ import argparse
 import sys
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,12 +85,9 @@ class Loop:
     def __call__(self, batch: Batch) -> None:
         cfg = self.cfg
         self.optimizer.zero_grad(set_to_none=True)
-        self.trainer.step_gradients([replace(micro) for micro in batch], 1)  # copies: the trainer writes into them
+        values = self.trainer.step_gradients(batch, 1)
         self.before_optimiser()
-        nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
-        for group in self.optimizer.param_groups:
-            group["lr"] = 1e-9 * group["lr_multiplier"]  # the work of a real rate, without leaving the start
-        self.optimizer.step()
+        script.update(self.optimizer, values.values(), 1e-9, cfg["gradient_clip"], self.trainer.processes)  # without leaving the start
 
 
 def make_loop(kind: str, cfg: dict[str, Any], teacher: BertModel) -> Loop:
@@ -191,7 +187,7 @@ def step_parts(loop: Loop, batches: list[Batch]) -> Counter:
         patch = lambda target, name, new: stack.enter_context(mock.patch.object(target, name, new))  # noqa: E731
         patch(loop.trainer, "teach", around(loop.trainer.teach, "teacher", "losses"))
         patch(student, "hidden_states", around(hidden_states, "rest of student", "losses"))
-        patch(Tensor, "backward", around(Tensor.backward, "losses", "losses"))
+        patch(torch.autograd, "backward", around(torch.autograd.backward, "losses", "losses"))
         patch(loop, "before_optimiser", lambda: clock.switch("optimiser"))
         for batch in batches:
             clock.switch("losses")
