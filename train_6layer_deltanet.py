@@ -50,7 +50,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, Callable, Iterable, Iterator
 
 if sys.version_info < (3, 10):
@@ -585,44 +585,48 @@ def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight:
     return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
 
 
-kernel: Any = None  # delta_kernel.py as a module, from the first layer that is built on
+kernel: Any = None  # delta_mixer.py as a module, from the first layer that is built on
+KERNEL_FILES = ("delta_mixer.py", "delta_kernel.py", "delta_kernel_cuda.py")
 
 
 def load_kernel() -> Any:
-    """`kernel`, loaded if it is not: delta_kernel.py beside this file, or None without the package numba.
+    """`kernel`, loaded if it is not: delta_mixer.py beside this file, with the devices' kernels that it imports when it needs them.
 
-    It is run from a copy named after its content in the user's cache folder, so that it is compiled once for all saved models that
-    hold the same one, and is one module in a process that opens several. A folder that cannot be written is replaced by a temporary one.
+    They are a package run from copies in the user's cache folder, named after their content, so that they are compiled once for all
+    saved models that hold the same ones, and are one module in a process that opens several. A folder that cannot be written is
+    replaced by a temporary one.
     """
     global kernel
-    if kernel is not None or importlib.util.find_spec("numba") is None:
+    if kernel is not None:
         return kernel
-    source = Path(__file__).with_name("delta_kernel.py").read_bytes()
-    name = f"delta_kernel_{hashlib.sha256(source).hexdigest()[:12]}"
+    files = {name: Path(__file__).with_name(name).read_bytes() for name in KERNEL_FILES}
+    name = f"deltanet_{hashlib.sha256(b''.join(files.values())).hexdigest()[:12]}"
     if name not in sys.modules:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet"
-        path, own = folder / f"{name}.py", folder / f".{name}.{os.getpid()}"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet" / name
         try:
-            if not path.is_file() or path.read_bytes() != source:
-                folder.mkdir(parents=True, exist_ok=True)
-                own.write_bytes(source)
-                os.replace(own, path)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, source in ((folder / file, source) for file, source in files.items()):
+                if not path.is_file() or path.read_bytes() != source:
+                    own = path.with_name(f".{path.name}.{os.getpid()}")
+                    own.write_bytes(source)
+                    os.replace(own, path)
         except OSError:
-            path = Path(tempfile.mkdtemp()) / f"{name}.py"
-            path.write_bytes(source)
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    kernel = sys.modules[name]
+            folder = Path(tempfile.mkdtemp())
+            for file, source in files.items():
+                (folder / file).write_bytes(source)
+        package = ModuleType(name)
+        package.__path__, sys.modules[name] = [str(folder)], package
+    kernel = importlib.import_module(f"{name}.delta_mixer")
     return kernel
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether the compiled kernel runs where `x` is; warns once, on a CPU, if it is missing."""
-    if x.device.type == "cpu" and kernel is None and not torch.compiler.is_compiling():
-        warnings.warn(
-            "without the package numba this model is several times slower on a CPU: pip install numba", stacklevel=1)
-    return x.device.type == "cpu" and kernel is not None
+def has_kernel(x: Tensor, channels: int = 32) -> bool:
+    """Whether compiled kernels for heads of `channels` run where `x` is; warns once if a package for them is missing."""
+    device = x.device.type
+    if device in kernel.PACKAGES and device not in kernel.DEVICES and not torch.compiler.is_compiling():
+        package = kernel.PACKAGES[device]
+        warnings.warn(f"without the package {package} this model is several times slower on {device}: pip install {package}", stacklevel=1)
+    return device in kernel.DEVICES and (device == "cpu" or channels in kernel.CUDA_CHANNELS)
 
 
 def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
@@ -714,7 +718,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
         proj = self.project(x, part)
         with torch.autocast(x.device.type, enabled=False):
-            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x) else parallel_mixer))(
+            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x, channels) else parallel_mixer))(
                 proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part], self.flux_bilinear[part],
                 torch.exp(-self.flux_log_temperature.view(heads)[part]), self.flux_in.weight, self.flux_in.bias,
                 self.flux_out.weight.view(-1), self.flux_out.bias, self.o_norm.view(heads, channels)[part],
@@ -810,7 +814,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up, self.down
-        if not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
+        if x.is_cuda or not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
                 or up.out_features % 16:
             return down(F.gelu(up(x)))
         if torch.is_grad_enabled():
@@ -2264,6 +2268,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable
 
 import numpy as np
@@ -2276,12 +2281,14 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 if False:  # transformers copies a file that is named like this
-    from .delta_kernel import hierarchical_mixer
+    from .delta_mixer import mixer
+    from .delta_kernel import mixer_forward
+    from .delta_kernel_cuda import mixer_forward
 '''
 
 
 # Read with the code that it is the source of: `inspect.getsource` reads the file again, which may be edited during a run.
-SOURCE, KERNEL_SOURCE = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, "delta_kernel.py"))
+SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, *KERNEL_FILES))
 
 
 def modelling_source() -> str:
@@ -2292,7 +2299,7 @@ def modelling_source() -> str:
              pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\n"
+    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\nKERNEL_FILES = {KERNEL_FILES}\n"
     return header + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
 
 
@@ -2310,7 +2317,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
         "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
         "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
-    for name, code in (("modeling_deltanet.py", modelling_source()), ("delta_kernel.py", KERNEL_SOURCE)):
+    for name, code in (("modeling_deltanet.py", modelling_source()), *zip(KERNEL_FILES, KERNEL_SOURCES)):
         write_atomic(folder / name, lambda file: file.write(code.encode()))  # noqa: B023  called at once
     write_json(folder / "config.json", architecture)
     write_json(folder / "modules.json", [
