@@ -66,6 +66,7 @@ from safetensors.torch import load_file as load_safetensors, save as dump_safete
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -2638,31 +2639,100 @@ def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batc
     return [proj, mask.to(device), keep.to(device), *parameters]
 
 
-def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None) -> float:
-    """Largest difference of the mixers that `device` has from the sequential reference; UserError above 1e-3.
+TF32_LIMIT = 0.03  # of a mixer's difference from its reference where products have TF32's 10 bits
 
-    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry.
+
+def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None, heads: int = 4, channels: int = 32,
+                 precision: str = "highest", limit: float = 1e-3) -> float:
+    """Largest difference of the mixers that `device` has from the sequential reference; UserError above `limit`.
+
+    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry. The reference is computed in float32,
+    the mixers with products of `precision`: by default that too, as TF32's rounding would hide a wrong result.
     """
     if mixers is None:
         mixers = {"parallel form": parallel_mixer}
-        mixers |= {"kernel": load_kernel().hierarchical_mixer} if device.type == "cpu" and load_kernel() else {}
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32's rounding would hide a wrong result
-    inputs, worst = mixer_example(device), 0.0
+        mixers |= {"kernel": load_kernel().hierarchical_mixer} if device.type == "cpu" and "cpu" in load_kernel().DEVICES else {}
+    inputs, worst, before = mixer_example(device, heads, channels), 0.0, torch.get_float32_matmul_precision()
 
-    def results(form: Callable, **options: Any) -> list[Tensor]:
-        found = form(*inputs, reverse_heads=2, output_final_state=True, **options)
-        return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
+    def results(form: Callable, precision: str = "highest", **options: Any) -> list[Tensor]:
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found = form(*inputs, reverse_heads=heads // 2, output_final_state=True, **options)
+            return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
     for name, form in mixers.items():
-        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, results(form), strict=True))
-        if not difference < 1e-3:
-            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch "
-                            "or Numba, or this device computes wrongly; try --device cpu, or other versions")
+        found = results(form, precision)
+        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, found, strict=True))
+        if not difference < limit:
+            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch, "
+                            "Numba or Triton, or this device computes wrongly; try --device cpu, or other versions")
         worst = max(worst, difference)
-    torch.set_float32_matmul_precision(precision)
     return worst
+
+
+def time_mixer(form: Callable, cfg: dict[str, Any], device: torch.device, sentences: int, seconds: float) -> float:
+    """Seconds that a layer's mixer takes forward and backward on `sentences` of max_length, the median over `seconds`."""
+    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
+    *inputs, _ = mixer_example(device, heads, channels, sentences, cfg["max_length"])
+    if cfg["precision"] == "bf16":
+        inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
+    options = {"reverse_heads": heads // 2 if cfg["bidirectional"] else 0, "convolution": cfg["short_convolution"],
+               "flux": cfg["resonance_flux"], "coupling": cfg["cross_timescale_coupling"],
+               "hierarchical": cfg["hierarchical_memory"], "read_gates": cfg["read_gates"]}
+
+    def once() -> None:
+        o, _ = form(*inputs, **options)
+        torch.autograd.grad(o.sum(), [x for x in inputs if x.requires_grad], allow_unused=True)
+
+    once()  # compiles
+    return Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=seconds).median
+
+
+def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device, forms: dict[str, Callable] | None = None,
+                 log: Callable[[str], None] = print, slowest: Callable[..., list[float]] = lambda *seconds: [*seconds],
+                 seconds: float = 0.5) -> str:
+    """Give the student's layers the fastest form of the mixer that is right on `device`; its name. UserError if none is.
+
+    Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and one what was
+    taken. `slowest`: from this process's times those of the slowest one, so that all take the same form. Deterministic runs take the
+    first that is right, as times differ from run to run.
+    """
+    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
+    if forms is None:
+        operator, forms = load_kernel(), {"parallel form": parallel_mixer}
+        if device.type in operator.DEVICES:
+            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": operator.hierarchical_mixer} | forms
+        elif device.type in operator.PACKAGES:
+            log(f"mixer: its kernel is left out: the package {operator.PACKAGES[device.type]} is not installed")
+    sentences, times = 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"]), []
+    for name, form in forms.items():
+        try:
+            check_mixers(device, {name: form}, heads, channels)
+            if (precision := torch.get_float32_matmul_precision()) != "highest" and device.type == "cuda":
+                check_mixers(device, {name: form}, heads, channels, precision, TF32_LIMIT)
+            times.append(0.0 if cfg["deterministic"] else time_mixer(form, cfg, device, sentences, seconds))
+        except Exception as error:  # UserError, or a compiler's or the driver's: each has a type of its own
+            reason = [type(error).__name__, *(line.strip() for line in str(error).splitlines() if line.strip())]
+            log(f"mixer: the {name} is left out: {reason[0]}: {reason[-1][:250]}")
+            times.append(math.inf)
+    ranking = sorted((x for x in zip(slowest(*times), forms) if x[0] < math.inf), key=lambda x: x[0])
+    if not ranking:
+        raise UserError(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other versions")
+    (time_taken, taken), *others = ranking
+    for layer in student.deltanet_layers:
+        layer.mixer = forms[taken]
+    if not others:
+        why = "the only one left"
+    elif cfg["deterministic"]:
+        why = "not timed, as the run is deterministic"
+    else:
+        why = ", ".join(f"{other / time_taken:.1f} times the {name}'s speed" for other, name in others)
+        why += f" at {sentences} x {cfg['max_length']} tokens, forward and backward"
+    log(f"mixer: {taken}, {why}")
+    return taken
 
 
 class RunLock:
@@ -2862,6 +2932,8 @@ class Run:
               f"{check_mixers(self.device):.1e}")
         self.student = build_student(cfg, self.teacher).to(self.device)
         self.teacher.to(self.device)
+        if self.device.type == "cuda":
+            choose_mixer(self.student, cfg, self.device, slowest=lambda *seconds: processes.table(*seconds).amax(0).tolist())
         if compile_models(self.student, self.teacher, cfg, self.device):
             print("compile: student and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
