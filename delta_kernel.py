@@ -1,7 +1,4 @@
-"""The layer's sequence mixer as one operator, with a CPU kernel compiled by Numba.
-
-    from delta_kernel import hierarchical_mixer
-    o, final_state = hierarchical_mixer(proj, mask, ...)          # differentiable; (B, T, (3 K + 5) H) -> (B, T, H K)
+"""CPU kernel of the mixer operator (delta_mixer.py), compiled by Numba.
 
 For each sentence and head the kernel reads the input projection's own rows and does the convolution, SiLU,
 normalisation, resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x
@@ -19,15 +16,21 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, typeof, types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 from torch import Tensor
+
+from .delta_mixer import BLOCK, HIDDEN
+
+try:  # in a `try`, as transformers refuses a model of which a file imports, outside of one, what is not installed
+    from llvmlite import ir
+    from numba import njit, typeof, types
+    from numba.core import cgutils
+    from numba.extending import intrinsic, models, register_model
+except ImportError:
+    raise
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Vectors of 16 float32 as a Numba type: what is written as a vector is one in the machine code; sums stay in registers
@@ -206,8 +209,6 @@ def sigmoid(x):
 # Kernel. Arrays are flat; rows of K channels are padded with zeros to KP, a multiple of WIDTH; tokens are in the
 # head's own order
 
-BLOCK = 32  # tokens that are prepared at once, and between two kept states
-HIDDEN = 16  # units of the flux's MLP
 
 
 class Weights(NamedTuple):
@@ -877,135 +878,53 @@ def share_heads(kernel: Callable, batch: int, heads: int, *args: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Operator
+# What delta_mixer.py calls
 
 
 def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """A tensor's numbers as a flat array; empty for None."""
-    return np.zeros(0, bool if dtype == torch.bool else f32) if tensor is None else tensor.detach().to(dtype).contiguous().view(-1).numpy()
+    if tensor is None:
+        return np.zeros(0, bool if dtype == torch.bool else f32)
+    return tensor.detach().to(dtype).contiguous().view(-1).numpy()
 
 
-@torch.library.custom_op("deltanet::mixer", mutates_args=())
-def mixer(proj: Tensor, mask: Tensor, keep: Optional[Tensor], conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
-          flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
-          initial_state: Optional[Tensor], reverse_heads: int, convolution: bool, flux: bool, coupling: bool, hierarchical: bool,
-          read_gates: bool, output_final_state: bool, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
-    parameters = (conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm)
-    (batch, length, row), (_, _, heads, K) = proj.shape, conv_weight.shape
-    o, final, saved = outputs(proj, conv_weight, output_final_state, save_states)
-    share_heads(forward, batch, heads, length, row, K, heads, heads - reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
-               pack(K, -(-K // WIDTH) * WIDTH, *map(flat, parameters)), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool),
-               flat(initial_state), flat(o), flat(final), flat(saved))
-    return o, final, saved
+def arguments(proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None,
+              reverse_heads: int, switches: tuple[bool, ...]) -> tuple[Any, ...]:
+    """What `forward` and `backward` take alike, from the batch on."""
+    (batch, length, row), (_, _, heads, K) = proj.shape, parameters[0].shape
+    return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches,
+            pack(K, -(-K // WIDTH) * WIDTH, *map(flat, parameters)), flat(proj), flat(mask, torch.bool),
+            flat(keep, torch.bool), flat(initial_state))
 
 
-def outputs(proj: Tensor, conv_weight: Tensor, output_final_state: bool, save_states: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """o (B, T, H K), the final states (B, H, 2, K, K) or (0,), and those at the starts of all blocks but the first or (0,)."""
-    (batch, length, _), (_, _, heads, K) = proj.shape, conv_weight.shape
-    KP, blocks = -(-K // WIDTH) * WIDTH, -(-length // BLOCK)
-    new = proj.new_empty
-    return (new(batch, length, heads * K, dtype=torch.float32), new((batch, heads, 2, K, K) if output_final_state else 0, dtype=torch.float32),
-            new((batch, heads, blocks - 1, 2, K, KP) if save_states else 0, dtype=torch.float32))
+def mixer_forward(o: Tensor, final: Tensor, saved: Tensor, *inputs: Any) -> None:
+    """Fill `o`, `final` and `saved`, made by `outputs`; empty ones are not wanted. `inputs` as of `arguments`."""
+    share_heads(forward, *arguments(*inputs), flat(o), flat(final), flat(saved))
 
 
-@torch.library.custom_op("deltanet::mixer_backward", mutates_args=())
-def mixer_backward(grad_o: Tensor, grad_final: Optional[Tensor], saved: Tensor, proj: Tensor, mask: Tensor, keep: Optional[Tensor],
-                   conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor, flux_in_weight: Tensor, flux_in_bias: Tensor,
-                   flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor, initial_state: Optional[Tensor], reverse_heads: int,
-                   convolution: bool, flux: bool, coupling: bool, hierarchical: bool, read_gates: bool) -> list[Tensor]:
-    parameters = (conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm)
-    (batch, length, row), (_, _, heads, K) = proj.shape, conv_weight.shape
+def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *inputs: Any) -> list[Tensor]:
+    """Gradients of proj, the eight parameters and the initial state, in float32."""
+    proj, _, _, parameters, initial_state, *_ = inputs
+    batch, (_, _, heads, K) = len(proj), parameters[0].shape
     groups, KP = min(batch, GROUPS), -(-K // WIDTH) * WIDTH
     grad_proj, grad_initial = torch.zeros(proj.shape), torch.empty(0 if initial_state is None else initial_state.shape)
-    sums = [torch.zeros(groups, heads, *shape) for shape in ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))]
-    share_heads(backward, batch, heads, length, row, K, heads, heads - reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
-               pack(K, KP, *map(flat, parameters)), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool), flat(initial_state),
-               flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj), flat(grad_initial), *map(flat, sums))
+    shapes = ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))
+    sums = [torch.zeros(groups, heads, *shape) for shape in shapes]
+    share_heads(backward, *arguments(*inputs), flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj),
+                flat(grad_initial), *map(flat, sums))
     conv, bilinear, mlp, small, norm, numbers = (x.sum(0) for x in sums)
     mlp, small, numbers_sum = mlp.sum(0), small.sum(0), numbers.sum(0)
-    found = [grad_proj, conv[..., :K].permute(1, 2, 0, 3), bilinear[:, :K, :K], numbers[:, 0],
-             torch.cat([mlp[..., :K].flatten(1), small[0].unsqueeze(1)], 1), small[1], small[2], numbers_sum[1:], norm[:, :K]]
-    return [*(x.to(of.dtype, copy=True).contiguous() for x, of in zip(found, (proj, *parameters))), grad_initial]
-
-
-@mixer.register_fake
-def _(proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm,
-      initial_state, reverse_heads, convolution, flux, coupling, hierarchical, read_gates, output_final_state, save_states):
-    return outputs(proj, conv_weight, output_final_state, save_states)
-
-
-@mixer_backward.register_fake
-def _(grad_o, grad_final, saved, proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
-      flux_out_bias, o_norm, initial_state, *switches):
-    return [proj.new_empty(0, dtype=torch.float32) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (
-        proj, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias, o_norm, initial_state)]
-
-
-def keep_inputs(ctx, inputs, output) -> None:
-    """What the backward pass needs: the inputs, and the states at the starts of blocks."""
-    ctx.save_for_backward(output[2], *inputs[:12])
-    ctx.switches, ctx.wants_final = inputs[12:18], inputs[18]
-    ctx.set_materialize_grads(False)
-
-
-def differentiate(ctx, grad_o, grad_final, _):
-    saved, proj, *others = ctx.saved_tensors
-    if grad_o is None:
-        grad_o = proj.new_zeros(*proj.shape[:2], others[9].numel())
-    grads = mixer_backward(grad_o.float(), grad_final if ctx.wants_final else None, saved, proj, *others, *ctx.switches)
-    return grads[0], None, None, *grads[1:-1], grads[-1] if others[-1] is not None else None, *[None] * 8
-
-
-mixer.register_autograd(differentiate, setup_context=keep_inputs)
-
-
-def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int) -> None:
-    """ValueError if an argument of the mixer does not fit the others: the kernel reads memory by these shapes."""
-    proj, mask, keep, conv, *_ = inputs
-    if proj.dim() != 3 or conv.dim() != 4:
-        raise ValueError(f"need proj (B, T, R) and conv_weight (4, 3, H, K), got {tuple(proj.shape)}, {tuple(conv.shape)}")
-    (batch, length, row), (_, _, heads, K) = proj.shape, conv.shape
-    if row < heads * (3 * K + 5) or not 0 <= reverse_heads <= heads:
-        raise ValueError(f"need proj's rows of at least {heads * (3 * K + 5)} numbers and reverse_heads in 0..{heads}, "
-                         f"got {row} and {reverse_heads}")
-    shapes = {"mask": (batch, length), "keep": (batch, length, heads), "conv_weight": (4, 3, heads, K),
-              "flux_bilinear": (heads, K, K), "flux_scale": (heads,), "flux_in_weight": (HIDDEN, 2 * K + 1),
-              "flux_in_bias": (HIDDEN,), "flux_out_weight": (HIDDEN,), "flux_out_bias": (1,), "o_norm": (heads, K),
-              "initial_state": (batch, heads, 2, K, K)}
-    for (name, shape), x in zip(shapes.items(), inputs[1:]):
-        flags = name in ("mask", "keep")
-        if x is None and name in ("keep", "initial_state"):
-            continue
-        if tuple(x.shape) != shape or x.device != proj.device or (x.dtype == torch.bool) != flags:
-            raise ValueError(f"{name} must be {'bool' if flags else 'numbers'} of shape {shape} on {proj.device}, "
-                             f"got {x.dtype} of {tuple(x.shape)} on {x.device}")
-
-
-def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
-                       flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
-                       initial_state: Tensor | None = None, *, reverse_heads: int = 0, convolution: bool = True, flux: bool = True,
-                       coupling: bool = True, hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
-                       ) -> tuple[Tensor, Tensor | None]:
-    """The mixer of a layer, arguments and results as of `parallel_mixer` in the training script; computed in float32.
-
-    Raises ValueError naming the first argument whose shape, type or device does not fit.
-    """
-    inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
-              flux_out_bias, o_norm, initial_state)
-    check_inputs(inputs, reverse_heads)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final, _ = mixer(*inputs, reverse_heads, convolution, flux, coupling, hierarchical, read_gates, output_final_state, wanted)
-    return o, final if output_final_state else None
+    return [grad_proj, conv[..., :K].permute(1, 2, 0, 3), bilinear[:, :K, :K], numbers[:, 0],
+            torch.cat([mlp[..., :K].flatten(1), small[0].unsqueeze(1)], 1), small[1], small[2], numbers_sum[1:], norm[:, :K],
+            grad_initial]
 
 
 def gelu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """Exact GELU of x + bias into `out`, which may be x. x, out (N, F) float32, F a multiple of 16; bias (F)."""
     in_threads(max(1, min(torch.get_num_threads(), len(x))), gelu_rows, *x.shape, flat(x), flat(bias), flat(out))
     return out
 
 
 def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    """gelu(x + bias) anew; `grad`, of that, becomes the gradient of x in place. x, grad (N, F)."""
-    out = torch.empty_like(x)
-    in_threads(max(1, min(torch.get_num_threads(), len(x))), gelu_backward_rows, *x.shape, flat(x), flat(bias), flat(grad), flat(out))
+    out, threads = torch.empty_like(x), max(1, min(torch.get_num_threads(), len(x)))
+    in_threads(threads, gelu_backward_rows, *x.shape, flat(x), flat(bias), flat(grad), flat(out))
     return out

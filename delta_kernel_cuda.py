@@ -47,11 +47,6 @@ def _load_state(ptr, K: tl.constexpr):
 
 
 @triton.jit
-def _load_state_if(ptr, there, K: tl.constexpr):
-    return tl.load(ptr + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :], mask=there, other=0.0)
-
-
-@triton.jit
 def _store_state(ptr, value, K: tl.constexpr):
     tl.store(ptr + tl.arange(0, K)[:, None] * K + tl.arange(0, K)[None, :], value)
 
@@ -118,7 +113,8 @@ def _token(position, T, REVERSED):
 @triton.jit
 def _load_rows(ptr, token, inside, STRIDE, K: tl.constexpr):
     """Rows (C, K) of a matrix as float32, zero where not `inside`."""
-    return tl.load(ptr + token[:, None] * STRIDE + tl.arange(0, K)[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    rows = tl.load(ptr + token[:, None] * STRIDE + tl.arange(0, K)[None, :], mask=inside[:, None], other=0.0)
+    return rows.to(tl.float32)
 
 
 @triton.jit
@@ -142,7 +138,8 @@ def _load_past(x_ptr, mask_ptr, position, lag, T, REVERSED, STRIDE, K: tl.conste
 
 
 @triton.jit
-def _convolve(x_ptr, conv_ptr, mask_ptr, position, T, REVERSED, STRIDE, TAP, K: tl.constexpr, CONVOLUTION: tl.constexpr):
+def _convolve(x_ptr, conv_ptr, mask_ptr, position, T, REVERSED, STRIDE, TAP, K: tl.constexpr,
+              CONVOLUTION: tl.constexpr):
     """The convolution of q, k or v at each position, (C, K). `TAP` is the stride of conv_weight's first dim."""
     x = _load_past(x_ptr, mask_ptr, position, 0, T, REVERSED, STRIDE, K)
     if CONVOLUTION:
@@ -202,9 +199,10 @@ def _gates(logit_ptr, psi, token, written, inside, STRIDE, H, C: tl.constexpr,
 
 
 @triton.jit
-def _prepare(proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-             out_bias_ptr, h, position, token, T, REVERSED, STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr,
-             C: tl.constexpr, HAS_KEEP: tl.constexpr, HIERARCHICAL: tl.constexpr, COUPLING: tl.constexpr,
+def _prepare(proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr,
+             out_weight_ptr, out_bias_ptr, h, position, token, T, REVERSED, STRIDE: tl.constexpr, H: tl.constexpr,
+             K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, HAS_KEEP: tl.constexpr,
+             HIERARCHICAL: tl.constexpr, COUPLING: tl.constexpr,
              FLUX: tl.constexpr, CONVOLUTION: tl.constexpr, READ_GATES: tl.constexpr, PRECISION: tl.constexpr):
     """All that the recurrence takes of a chunk, and where there is a token and where one is written."""
     inside = position < T
@@ -212,10 +210,10 @@ def _prepare(proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in
     written = inside
     if HAS_KEEP:
         written = inside & (tl.load(keep_ptr + token * H, mask=inside, other=0) != 0)
-    q = _normalise(_silu(_convolve(proj_ptr + h * K, conv_ptr + h * K, mask_ptr, position, T, REVERSED, STRIDE, 3 * H * K, K,
-                                   CONVOLUTION)))
-    k = _normalise(_silu(_convolve(proj_ptr + (H + h) * K, conv_ptr + (H + h) * K, mask_ptr, position, T, REVERSED, STRIDE,
+    q = _normalise(_silu(_convolve(proj_ptr + h * K, conv_ptr + h * K, mask_ptr, position, T, REVERSED, STRIDE,
                                    3 * H * K, K, CONVOLUTION)))
+    k = _normalise(_silu(_convolve(proj_ptr + (H + h) * K, conv_ptr + (H + h) * K, mask_ptr, position, T, REVERSED,
+                                   STRIDE, 3 * H * K, K, CONVOLUTION)))
     v = _silu(_convolve(proj_ptr + (2 * H + h) * K, conv_ptr + (2 * H + h) * K, mask_ptr, position, T, REVERSED, STRIDE,
                         3 * H * K, K, CONVOLUTION))
     psi = tl.full((C,), 0.5, dtype=tl.float32)
@@ -297,12 +295,13 @@ def _output_decays(m_ff, m_fs, m_sf, m_ss, r_f, r_s, C: tl.constexpr):
     u_f = to_f * _entry(e_ff, col == C - 1, 1) + to_s * _entry(e_sf, col == C - 1, 1)
     u_s = to_f * _entry(e_fs, col == C - 1, 1) + to_s * _entry(e_ss, col == C - 1, 1)
     return (c, u_f, u_s, _entry(after_ff, last, 0), _entry(after_fs, last, 0), _entry(after_sf, last, 0),
-            _entry(after_ss, last, 0), tl.where(last, 1.0, after_ff + after_fs), tl.where(last, 1.0, after_sf + after_ss))
+            _entry(after_ss, last, 0), tl.where(last, 1.0, after_ff + after_fs),
+            tl.where(last, 1.0, after_sf + after_ss))
 
 
-# A dot's tiles are spread over the warps by rows or by columns, whichever the last dot of a loop's body has more of, for
-# all dots that depend on each other. With 16 tokens and more channels, columns are what leaves no warp with the work of
-# another: so the bodies below end with a product of shape (C, K).
+# A dot's tiles are spread over the warps by rows or by columns, whichever the last dot of a loop's body has more of,
+# for all dots that depend on each other. With 16 tokens and more channels, columns are what leaves no warp with the
+# work of another: so the bodies below end with a product of shape (C, K).
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS", "FIRST_REVERSED"])
@@ -317,8 +316,8 @@ def _forward_kernel(
 ):
     """o and the final state of one (sentence, head).
 
-    CARRY: a state comes into or leaves some chunk. SAVE_STATES: store the states at the start of every SPAN-th chunk but
-    the first, (ceil(CHUNKS / SPAN) - 1, 2, K, K), for the backward pass.
+    CARRY: a state comes into or leaves some chunk. SAVE_STATES: store the states at the start of every SPAN-th chunk
+    but the first, (ceil(CHUNKS / SPAN) - 1, 2, K, K), for the backward pass.
     """
     n = tl.program_id(0).to(tl.int64)  # n * T * K may pass 2^31
     head = (n % H).to(tl.int32)
@@ -349,8 +348,8 @@ def _forward_kernel(
         h = _anchor(head)
         q, k, v, psi, beta, m_ff, m_fs, m_sf, m_ss, r_f, r_s, _, _ = _prepare(
             proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-            out_bias_ptr, h, position, token, T, REVERSED, STRIDE, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING, FLUX,
-            CONVOLUTION, READ_GATES, PRECISION)
+            out_bias_ptr, h, position, token, T, REVERSED, STRIDE, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING,
+            FLUX, CONVOLUTION, READ_GATES, PRECISION)
         c, u_f, u_s, l_ff, l_fs, l_sf, l_ss, past_f, past_s = _output_decays(m_ff, m_fs, m_sf, m_ss, r_f, r_s, C)
         x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
         a = w * beta[None, :]
@@ -400,11 +399,14 @@ def _backward_output_kernel(
         states_ptr += n * CHUNKS * (2 * K * K)
         whole_ptr += n * CHUNKS * 4
         saved_ptr += (n * (spans - 1) + span - 1) * (2 * K * K)
-        s_f = _load_state_if(saved_ptr, span > 0, K)
-        s_s = _load_state_if(saved_ptr + K * K, span > 0, K)
-        if HAS_INITIAL:
-            s_f += _load_state_if(initial_ptr + n * (2 * K * K), span == 0, K)
-            s_s += _load_state_if(initial_ptr + n * (2 * K * K) + K * K, span == 0, K)
+        s_f = tl.full((K, K), 0.0, dtype=tl.float32)
+        s_s = tl.full((K, K), 0.0, dtype=tl.float32)
+        if span > 0:
+            s_f = _load_state(saved_ptr, K)
+            s_s = _load_state(saved_ptr + K * K, K)
+        elif HAS_INITIAL:
+            s_f = _load_state(initial_ptr + n * (2 * K * K), K)
+            s_s = _load_state(initial_ptr + n * (2 * K * K) + K * K, K)
 
     for chunk in range(span * SPAN, tl.minimum(span * SPAN + SPAN, CHUNKS)):
         position = chunk * C + tl.arange(0, C)
@@ -413,7 +415,8 @@ def _backward_output_kernel(
         q, k, v, psi, beta, m_ff, m_fs, m_sf, m_ss, r_f, r_s, inside, written = _prepare(
             proj_ptr + (n // H) * T * STRIDE, mask_ptr + (n // H) * T, keep_ptr + (n // H) * T * H + h, conv_ptr,
             bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, h, position, token, T,
-            REVERSED, STRIDE, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING, FLUX, CONVOLUTION, READ_GATES, PRECISION)
+            REVERSED, STRIDE, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING, FLUX, CONVOLUTION, READ_GATES,
+            PRECISION)
         c, u_f, u_s, l_ff, l_fs, l_sf, l_ss, past_f, past_s = _output_decays(m_ff, m_fs, m_sf, m_ss, r_f, r_s, C)
         x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
         a = w * beta[None, :]
@@ -746,8 +749,8 @@ def _backward_activation_kernel(
         tl.store(rows, _activation_gradient(x, dy, True), mask=here[:, None])
         x_k = _convolve(proj_ptr + (H + h) * K, conv_ptr + (H + h) * K, mask_ptr, position, T, REVERSED, STRIDE, TAP, K,
                         CONVOLUTION)
-        x_v = _convolve(proj_ptr + (2 * H + h) * K, conv_ptr + (2 * H + h) * K, mask_ptr, position, T, REVERSED, STRIDE, TAP,
-                        K, CONVOLUTION)
+        x_v = _convolve(proj_ptr + (2 * H + h) * K, conv_ptr + (2 * H + h) * K, mask_ptr, position, T, REVERSED, STRIDE,
+                        TAP, K, CONVOLUTION)
         dk = tl.load(rows + K, mask=here[:, None], other=0.0)
         dv = tl.load(rows + 2 * K, mask=here[:, None], other=0.0)
         if FLUX:
@@ -838,7 +841,7 @@ def launch_options(K: int) -> dict:
 
 
 def _precision() -> str:
-    """Of the matrix products, as PyTorch's own: float32, or with TF32's 10 bits. That setting is of the whole process."""
+    """Of the matrix products, as of PyTorch's own: float32, or 10 bits of it (TF32)."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
@@ -847,45 +850,43 @@ def _device_of(x: Tensor):
 
 
 def _arguments(proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None,
-               reverse_heads: int, switches: tuple[bool, ...], carry: bool) -> tuple[list, tuple, dict, dict, dict]:
-    """What kernels read: tensors, contiguous and in float32, bool as bytes; the lengths; constants of three kinds of kernel.
+               reverse_heads: int, switches: tuple[bool, ...], carry: bool) -> tuple[list, tuple, dict, dict]:
+    """What the kernels take: tensors, contiguous and in float32, bool as bytes; lengths; constants.
 
-    Those are of all kernels, of those that read the rows of proj, and of those that prepare chunks.
+    Those are of the kernels that read rows of proj, and of those that prepare all of a chunk.
     """
     if not (proj.is_cuda or INTERPRETED.value):
-        raise ValueError(f"the CUDA kernels take tensors on {proj.device} only with TRITON_INTERPRET=1, set before the import")
+        raise ValueError(f"tensors on {proj.device}: CUDA kernels take them only with TRITON_INTERPRET=1, set before their import")
     H, K = parameters[-1].shape
     convolution, flux, coupling, hierarchical, read_gates = switches
     masks = [proj if m is None else m.contiguous().view(torch.uint8) for m in (mask, keep)]
     initial = None if initial_state is None else initial_state.detach().float().contiguous()
     inputs = [proj.contiguous(), *masks, *(x.detach().float().contiguous() for x in parameters), initial]
-    common = dict(K=K, C=CHUNK, PRECISION=_precision(), **launch_options(K))
-    rows = dict(common, H=H, STRIDE=proj.shape[-1], CONVOLUTION=convolution)
-    chunks = dict(rows, HIDDEN=HIDDEN, FLUX=flux, LOG2_C=CHUNK.bit_length() - 1, HAS_KEEP=keep is not None,
-                  HIERARCHICAL=hierarchical, COUPLING=coupling, READ_GATES=read_gates, CARRY=carry)
-    return inputs, (proj.shape[1], triton.cdiv(proj.shape[1], CHUNK), H - reverse_heads), common, rows, chunks
+    rows = dict(K=K, C=CHUNK, H=H, STRIDE=proj.shape[-1], CONVOLUTION=convolution, **launch_options(K))
+    chunks = dict(rows, HIDDEN=HIDDEN, FLUX=flux, LOG2_C=CHUNK.bit_length() - 1, HAS_KEEP=keep is not None, CARRY=carry,
+                  HIERARCHICAL=hierarchical, COUPLING=coupling, READ_GATES=read_gates, PRECISION=_precision())
+    return inputs, (proj.shape[1], triton.cdiv(proj.shape[1], CHUNK), H - reverse_heads), rows, chunks
 
 
 def mixer_forward(o: Tensor, final: Tensor, saved: Tensor, proj: Tensor, mask: Tensor, keep: Tensor | None,
-                  parameters: list[Tensor], initial_state: Tensor | None, reverse_heads: int, switches: tuple[bool, ...],
-                  ) -> None:
+                  parameters: list[Tensor], initial_state: Tensor | None, reverse_heads: int,
+                  switches: tuple[bool, ...]) -> None:
     """Fill `o`, `final` and `saved`, made by `outputs`; empty ones are not wanted."""
-    programs = len(proj) * parameters[-1].shape[0]
-    if not programs or not proj.shape[1]:
-        return
     carry = proj.shape[1] > CHUNK or initial_state is not None or final.numel() > 0
-    inputs, lengths, _, _, chunks = _arguments(proj, mask, keep, parameters, initial_state, reverse_heads, switches, carry)
+    inputs, lengths, _, chunks = _arguments(
+        proj, mask, keep, parameters, initial_state, reverse_heads, switches, carry)
     with _device_of(proj):
-        _forward_kernel[(programs,)](
-            *inputs, o, final, saved, *lengths, HAS_INITIAL=initial_state is not None, SAVE_STATES=saved.numel() > 0,
-            SAVE_FINAL=final.numel() > 0, SPAN=BLOCK // CHUNK, **chunks)
+        if o.numel():
+            _forward_kernel[(len(proj) * chunks["H"],)](
+                *inputs, o, final, saved, *lengths, HAS_INITIAL=initial_state is not None, SPAN=BLOCK // CHUNK,
+                SAVE_STATES=saved.numel() > 0, SAVE_FINAL=final.numel() > 0, **chunks)
 
 
-def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, proj: Tensor, mask: Tensor, keep: Tensor | None,
-                   parameters: list[Tensor], initial_state: Tensor | None, reverse_heads: int, switches: tuple[bool, ...],
-                   ) -> list[Tensor]:
+def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, proj: Tensor, mask: Tensor,
+                   keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None, reverse_heads: int,
+                   switches: tuple[bool, ...]) -> list[Tensor]:
     """Gradients of proj, in its type, and in float32 of the eight parameters and the initial state."""
-    (B, T, R), (H, K) = proj.shape, parameters[-1].shape
+    (B, T, _), (H, K) = proj.shape, parameters[-1].shape
     convolution, flux, *_ = switches
     chunks, f32 = triton.cdiv(T, CHUNK), dict(dtype=torch.float32, device=proj.device)
     carry = chunks > 1 or initial_state is not None or grad_final is not None
@@ -895,30 +896,31 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, pro
     d_norm = torch.empty((B, H, chunks, K), **f32)
     dproj = torch.empty_like(proj, memory_format=torch.contiguous_format)
     dproj[..., (3 * K + 5) * H:] = 0  # what fills the row
-    dinitial = torch.empty(0 if initial_state is None else (B, H, 2, K, K), **f32)
-    if B and T:
+    dinitial = torch.empty(0 if initial_state is None else initial_state.shape, **f32)
+    if B:
         work, dpsi = torch.empty((B, H, T, 4, K), **f32), torch.empty((B, H, T), **f32)
         reads, whole = torch.empty((B, H, T, 2), **f32), torch.empty((B, H, chunks, 4), **f32)
         states, dstates = (torch.empty((B, H, chunks, 2, K, K) if carry else 0, **f32) for _ in range(2))
-        inputs, lengths, common, rows, of_chunks = _arguments(
+        inputs, lengths, rows, of_chunks = _arguments(
             proj, mask, keep, parameters, initial_state, reverse_heads, switches, carry)
-        *inputs, norm, initial = inputs
-        span = BLOCK // CHUNK
+        (*inputs, norm, initial), span = inputs, BLOCK // CHUNK
         with _device_of(proj):
             _backward_output_kernel[(B * H * triton.cdiv(chunks, span),)](
                 *inputs, norm, initial, saved, grad_o.contiguous(), states, work, reads, whole, d_norm, *lengths,
                 HAS_INITIAL=initial is not None, SPAN=span, **of_chunks)
             if carry:
                 _backward_states_kernel[(B * H,)](
-                    work, reads, whole, None if grad_final is None else grad_final.float().contiguous(), dstates, dinitial,
-                    T, chunks, HAS_DFINAL=grad_final is not None, SAVE_DINITIAL=initial is not None, **common)
-            _backward_chunk_kernel[(B * H * chunks,)](*inputs, states, dstates, dproj, work, dpsi, *lengths, **of_chunks)
+                    work, reads, whole, None if grad_final is None else grad_final.float().contiguous(), dstates,
+                    dinitial, *lengths[:2], K=K, C=CHUNK, HAS_DFINAL=grad_final is not None,
+                    SAVE_DINITIAL=initial is not None, PRECISION=_precision(), **launch_options(K))
+            _backward_chunk_kernel[(B * H * chunks,)](
+                *inputs, states, dstates, dproj, work, dpsi, *lengths, **of_chunks)
             proj, mask, _, *weights = inputs
-            _backward_activation_kernel[(B * H,)](proj, mask, *weights, work, dpsi, d_flux, *lengths, HIDDEN=HIDDEN,
-                                                  FLUXES=sum(sizes), FLUX=flux, **rows)
+            _backward_activation_kernel[(B * H,)](
+                proj, mask, *weights, work, dpsi, d_flux, *lengths, FLUXES=sum(sizes), HIDDEN=HIDDEN, FLUX=flux,
+                PRECISION=_precision(), **rows)
             _backward_convolution_kernel[(B * H * chunks,)](
-                proj, mask, weights[0], work, dproj, d_conv, *lengths,
-                **{name: value for name, value in rows.items() if name != "PRECISION"})
+                proj, mask, weights[0], work, dproj, d_conv, *lengths, **rows)
     d_bilinear, d_scale, *d_shared = d_flux.sum(0).split(sizes, 1)
     d_in_weight, d_in_bias, d_out_weight, d_out_bias = torch.cat(d_shared, 1).sum(0).split(sizes[2:])
     return [dproj, d_conv.sum((0, 2)).permute(1, 2, 0, 3), d_bilinear.reshape(H, K, K), d_scale.flatten(),

@@ -51,7 +51,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, Callable, Iterable, Iterator
 
 if sys.version_info < (3, 10):
@@ -67,6 +67,7 @@ from safetensors.torch import load_file as load_safetensors, save as dump_safete
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -584,44 +585,48 @@ def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight:
     return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
 
 
-kernel: Any = None  # delta_kernel.py as a module, from the first layer that is built on
+kernel: Any = None  # delta_mixer.py as a module, from the first layer that is built on
+KERNEL_FILES = ("delta_mixer.py", "delta_kernel.py", "delta_kernel_cuda.py")
 
 
 def load_kernel() -> Any:
-    """`kernel`, loaded if it is not: delta_kernel.py beside this file, or None without the package numba.
+    """`kernel`, loaded if it is not: delta_mixer.py beside this file, with the devices' kernels that it imports when it needs them.
 
-    It is run from a copy named after its content in the user's cache folder, so that it is compiled once for all saved models that
-    hold the same one, and is one module in a process that opens several. A folder that cannot be written is replaced by a temporary one.
+    They are a package run from copies in the user's cache folder, named after their content, so that they are compiled once for all
+    saved models that hold the same ones, and are one module in a process that opens several. A folder that cannot be written is
+    replaced by a temporary one.
     """
     global kernel
-    if kernel is not None or importlib.util.find_spec("numba") is None:
+    if kernel is not None:
         return kernel
-    source = Path(__file__).with_name("delta_kernel.py").read_bytes()
-    name = f"delta_kernel_{hashlib.sha256(source).hexdigest()[:12]}"
+    files = {name: Path(__file__).with_name(name).read_bytes() for name in KERNEL_FILES}
+    name = f"deltanet_{hashlib.sha256(b''.join(files.values())).hexdigest()[:12]}"
     if name not in sys.modules:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet"
-        path, own = folder / f"{name}.py", folder / f".{name}.{os.getpid()}"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet" / name
         try:
-            if not path.is_file() or path.read_bytes() != source:
-                folder.mkdir(parents=True, exist_ok=True)
-                own.write_bytes(source)
-                os.replace(own, path)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, source in ((folder / file, source) for file, source in files.items()):
+                if not path.is_file() or path.read_bytes() != source:
+                    own = path.with_name(f".{path.name}.{os.getpid()}")
+                    own.write_bytes(source)
+                    os.replace(own, path)
         except OSError:
-            path = Path(tempfile.mkdtemp()) / f"{name}.py"
-            path.write_bytes(source)
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    kernel = sys.modules[name]
+            folder = Path(tempfile.mkdtemp())
+            for file, source in files.items():
+                (folder / file).write_bytes(source)
+        package = ModuleType(name)
+        package.__path__, sys.modules[name] = [str(folder)], package
+    kernel = importlib.import_module(f"{name}.delta_mixer")
     return kernel
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether the compiled kernel runs where `x` is; warns once, on a CPU, if it is missing."""
-    if x.device.type == "cpu" and kernel is None and not torch.compiler.is_compiling():
-        warnings.warn(
-            "without the package numba this model is several times slower on a CPU: pip install numba", stacklevel=1)
-    return x.device.type == "cpu" and kernel is not None
+def has_kernel(x: Tensor, channels: int = 32) -> bool:
+    """Whether compiled kernels for heads of `channels` run where `x` is; warns once if a package for them is missing."""
+    device = x.device.type
+    if device in kernel.PACKAGES and device not in kernel.DEVICES and not torch.compiler.is_compiling():
+        package = kernel.PACKAGES[device]
+        warnings.warn(f"without the package {package} this model is several times slower on {device}: pip install {package}", stacklevel=1)
+    return device in kernel.DEVICES and (device == "cpu" or channels in kernel.CUDA_CHANNELS)
 
 
 def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
@@ -713,7 +718,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
         proj = self.project(x, part)
         with torch.autocast(x.device.type, enabled=False):
-            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x) else parallel_mixer))(
+            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x, channels) else parallel_mixer))(
                 proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part], self.flux_bilinear[part],
                 torch.exp(-self.flux_log_temperature.view(heads)[part]), self.flux_in.weight, self.flux_in.bias,
                 self.flux_out.weight.view(-1), self.flux_out.bias, self.o_norm.view(heads, channels)[part],
@@ -809,7 +814,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up, self.down
-        if not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
+        if x.is_cuda or not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
                 or up.out_features % 16:
             return down(F.gelu(up(x)))
         if torch.is_grad_enabled():
@@ -2270,6 +2275,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable
 
 import numpy as np
@@ -2282,12 +2288,14 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 if False:  # transformers copies a file that is named like this
-    from .delta_kernel import hierarchical_mixer
+    from .delta_mixer import mixer
+    from .delta_kernel import mixer_forward
+    from .delta_kernel_cuda import mixer_forward
 '''
 
 
 # Read with the code that it is the source of: `inspect.getsource` reads the file again, which may be edited during a run.
-SOURCE, KERNEL_SOURCE = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, "delta_kernel.py"))
+SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, *KERNEL_FILES))
 
 
 def modelling_source() -> str:
@@ -2298,7 +2306,7 @@ def modelling_source() -> str:
              pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
     found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\n"
+    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\nKERNEL_FILES = {KERNEL_FILES}\n"
     return header + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
 
 
@@ -2316,7 +2324,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
         "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
         "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
-    for name, code in (("modeling_deltanet.py", modelling_source()), ("delta_kernel.py", KERNEL_SOURCE)):
+    for name, code in (("modeling_deltanet.py", modelling_source()), *zip(KERNEL_FILES, KERNEL_SOURCES)):
         write_atomic(folder / name, lambda file: file.write(code.encode()))  # noqa: B023  called at once
     write_json(folder / "config.json", architecture)
     write_json(folder / "modules.json", [
@@ -2694,31 +2702,100 @@ def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batc
     return [proj, mask.to(device), keep.to(device), *parameters]
 
 
-def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None) -> float:
-    """Largest difference of the mixers that `device` has from the sequential reference; UserError above 1e-3.
+TF32_LIMIT = 0.03  # of a mixer's difference from its reference where products have TF32's 10 bits
 
-    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry.
+
+def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None, heads: int = 4, channels: int = 32,
+                 precision: str = "highest", limit: float = 1e-3) -> float:
+    """Largest difference of the mixers that `device` has from the sequential reference; UserError above `limit`.
+
+    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry. The reference is computed in float32,
+    the mixers with products of `precision`: by default that too, as TF32's rounding would hide a wrong result.
     """
     if mixers is None:
         mixers = {"parallel form": parallel_mixer}
-        mixers |= {"kernel": load_kernel().hierarchical_mixer} if device.type == "cpu" and load_kernel() else {}
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32's rounding would hide a wrong result
-    inputs, worst = mixer_example(device), 0.0
+        mixers |= {"kernel": load_kernel().hierarchical_mixer} if device.type == "cpu" and "cpu" in load_kernel().DEVICES else {}
+    inputs, worst, before = mixer_example(device, heads, channels), 0.0, torch.get_float32_matmul_precision()
 
-    def results(form: Callable, **options: Any) -> list[Tensor]:
-        found = form(*inputs, reverse_heads=2, output_final_state=True, **options)
-        return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
+    def results(form: Callable, precision: str = "highest", **options: Any) -> list[Tensor]:
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found = form(*inputs, reverse_heads=heads // 2, output_final_state=True, **options)
+            return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
     for name, form in mixers.items():
-        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, results(form), strict=True))
-        if not difference < 1e-3:
-            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch "
-                            "or Numba, or this device computes wrongly; try --device cpu, or other versions")
+        found = results(form, precision)
+        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, found, strict=True))
+        if not difference < limit:
+            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch, "
+                            "Numba or Triton, or this device computes wrongly; try --device cpu, or other versions")
         worst = max(worst, difference)
-    torch.set_float32_matmul_precision(precision)
     return worst
+
+
+def time_mixer(form: Callable, cfg: dict[str, Any], device: torch.device, sentences: int, seconds: float) -> float:
+    """Seconds that a layer's mixer takes forward and backward on `sentences` of max_length, the median over `seconds`."""
+    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
+    *inputs, _ = mixer_example(device, heads, channels, sentences, cfg["max_length"])
+    if cfg["precision"] == "bf16":
+        inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
+    options = {"reverse_heads": heads // 2 if cfg["bidirectional"] else 0, "convolution": cfg["short_convolution"],
+               "flux": cfg["resonance_flux"], "coupling": cfg["cross_timescale_coupling"],
+               "hierarchical": cfg["hierarchical_memory"], "read_gates": cfg["read_gates"]}
+
+    def once() -> None:
+        o, _ = form(*inputs, **options)
+        torch.autograd.grad(o.sum(), [x for x in inputs if x.requires_grad], allow_unused=True)
+
+    once()  # compiles
+    return Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=seconds).median
+
+
+def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device, forms: dict[str, Callable] | None = None,
+                 log: Callable[[str], None] = print, slowest: Callable[..., list[float]] = lambda *seconds: [*seconds],
+                 seconds: float = 0.5) -> str:
+    """Give the student's layers the fastest form of the mixer that is right on `device`; its name. UserError if none is.
+
+    Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and one what was
+    taken. `slowest`: from this process's times those of the slowest one, so that all take the same form. Deterministic runs take the
+    first that is right, as times differ from run to run.
+    """
+    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
+    if forms is None:
+        operator, forms = load_kernel(), {"parallel form": parallel_mixer}
+        if device.type in operator.DEVICES:
+            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": operator.hierarchical_mixer} | forms
+        elif device.type in operator.PACKAGES:
+            log(f"mixer: its kernel is left out: the package {operator.PACKAGES[device.type]} is not installed")
+    sentences, times = 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"]), []
+    for name, form in forms.items():
+        try:
+            check_mixers(device, {name: form}, heads, channels)
+            if (precision := torch.get_float32_matmul_precision()) != "highest" and device.type == "cuda":
+                check_mixers(device, {name: form}, heads, channels, precision, TF32_LIMIT)
+            times.append(0.0 if cfg["deterministic"] else time_mixer(form, cfg, device, sentences, seconds))
+        except Exception as error:  # UserError, or a compiler's or the driver's: each has a type of its own
+            reason = [type(error).__name__, *(line.strip() for line in str(error).splitlines() if line.strip())]
+            log(f"mixer: the {name} is left out: {reason[0]}: {reason[-1][:250]}")
+            times.append(math.inf)
+    ranking = sorted((x for x in zip(slowest(*times), forms) if x[0] < math.inf), key=lambda x: x[0])
+    if not ranking:
+        raise UserError(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other versions")
+    (time_taken, taken), *others = ranking
+    for layer in student.deltanet_layers:
+        layer.mixer = forms[taken]
+    if not others:
+        why = "the only one left"
+    elif cfg["deterministic"]:
+        why = "not timed, as the run is deterministic"
+    else:
+        why = ", ".join(f"{other / time_taken:.1f} times the {name}'s speed" for other, name in others)
+        why += f" at {sentences} x {cfg['max_length']} tokens, forward and backward"
+    log(f"mixer: {taken}, {why}")
+    return taken
 
 
 class RunLock:
@@ -2920,6 +2997,8 @@ class Run:
               f"{check_mixers(self.device):.1e}")
         self.student = build_student(cfg, self.teacher).to(self.device)
         self.teacher.to(self.device)
+        if self.device.type == "cuda":
+            choose_mixer(self.student, cfg, self.device, slowest=lambda *seconds: processes.table(*seconds).amax(0).tolist())
         if compile_models(self.student, self.teacher, cfg, self.device):
             print("compile: student and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)

@@ -118,7 +118,7 @@ def test_modelling_file_needs_only_torch_and_transformers(tiny_run):
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     others = {n.split(".")[0] for n in names} - sys.stdlib_module_names
-    assert others <= {"numpy", "torch", "tqdm", "transformers", "delta_kernel"}  # what transformers needs, and the file beside it
+    assert others <= {"numpy", "torch", "tqdm", "transformers", "delta_mixer", "delta_kernel", "delta_kernel_cuda"}  # and the files beside it
 
 
 def test_saved_folder_without_numba_says_once_that_it_is_slower(tiny_run, tmp_path):
