@@ -730,7 +730,7 @@ def export_int8(tokenizer: Any, source: Path, path: Path, scratch: Path, cfg: di
 
 def save(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line says; returns what was written."""
-    if args.push_to_hub:
+    if args.push_to_hub is not None:
         check_hub(args.push_to_hub)
         if args.export_trained:
             raise UserError("push_to_hub: sends a whole folder; leave out --export_trained")

@@ -48,6 +48,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -2205,10 +2206,8 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
             "teacher": read_record(folder / "scores.json").get("teacher")}
         state = state["student"]
     else:
-        if not state or not all(isinstance(t, Tensor) for t in state.values()):
-            raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
-        if not any(name.startswith("deltanet_layers.") for name in state):
-            raise UserError(f"{path}: has no deltanet_layers; it holds a model of another architecture")
+        if not any(str(name).startswith("deltanet_layers.") for name in state):
+            raise UserError(f"{path}: has no deltanet_layers; it is no checkpoint, or one of another architecture")
         saved = read_record(folder / "config.json")
         if not saved:
             raise UserError(f"{path}: no config.json beside it, so its architecture is unknown; keep it in its folder")
@@ -2246,49 +2245,30 @@ def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str,
     return student.eval()
 
 
-MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder, generated from train_6layer_deltanet.py."""
-from __future__ import annotations
-
-import hashlib
-import importlib.util
-import math
-import os
-import sys
-import tempfile
-import warnings
-from pathlib import Path
-from typing import Any, Callable
-
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
-
-if False:  # transformers copies a file that is named like this
-    from .delta_kernel import hierarchical_mixer
-'''
-
-
 # Read with the code that it is the source of: `inspect.getsource` reads the file again, which a run's user may edit.
 SOURCE, KERNEL_SOURCE = (Path(__file__).with_name(name).read_text(encoding="utf-8")
                          for name in (Path(__file__).name, "delta_kernel.py"))
 
 
 def modelling_source() -> str:
-    """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
-    nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
+    """The slim modelling file of a saved folder: this script's own model classes, and the imports that they use."""
+    body, lines = ast.parse(SOURCE).body, SOURCE.splitlines()
+    nodes = {node.name: node for node in body if hasattr(node, "name")}
     parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig,
              parallel_mixer, load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool,
              encode, encode_tokens, tokenise, pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent,
              state_overlap)
-    found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
+    found = [nodes[part.__name__] for part in parts]
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\n"
-    return header + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    code = "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    used = {node.id for part in found for node in ast.walk(part) if isinstance(node, ast.Name)} | {"annotations"}
+    kept = [ast.unparse(node) for node in imports
+            if used & {(name.asname or name.name).split(".")[0] for name in node.names}]
+    return "\n".join([
+        '"""Enhanced Hierarchical DeltaNet sentence encoder, generated from train_6layer_deltanet.py."""', *kept, "",
+        "if False:  # transformers copies a file that is named like this", "    from .delta_kernel import hierarchical_mixer",
+        "", f"PIECE, kernel = {PIECE}, None", code])
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
@@ -2751,17 +2731,12 @@ class Report:
 
 def run_environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and git commit: what is needed to repeat a run."""
-    import datasets
-    import transformers
-    try:
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                             capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        git = ""
-    return {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "datasets": datasets.__version__, "numpy": np.__version__,
+    git = shutil.which("git") and subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {"python": platform.python_version(), "platform": platform.platform(),
+            **{name: version(name) for name in ("torch", "transformers", "datasets", "numpy")},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(), "git_commit": git or None}
+            "threads": torch.get_num_threads(), "git_commit": git and git.stdout.strip() or None}
 
 
 def plot_spearman(axis: Any, rows: list[dict[str, Any]], teacher: dict[str, float], name: str) -> None:
