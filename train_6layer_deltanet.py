@@ -19,6 +19,7 @@ if __name__ == "__main__":  # a signal during the imports below, which take seco
         signal.signal(_number, lambda number, _: os._exit(128 + number))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
+import argparse
 import ast
 import copy
 import difflib
@@ -48,6 +49,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -155,6 +157,7 @@ config: dict[str, Any] = {
     "sts_name": "auto",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz; auto: stsb, else generated
     "best_model_split": "test",  # split whose Spearman chooses the best model: test or validation
     "output_dir": "deltanet_minilm_6layers_FIXED_FROM_SCRATCH",  # checkpoints, metrics and models
+    "report_to": "",  # where metrics go beside metrics.jsonl: tensorboard, wandb or trackio, if it is installed
     # device
     "device": "auto",  # cuda if there is one, else cpu
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
@@ -232,7 +235,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("test", "validation"),
-           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false")}
+           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false"),
+           "report_to": ("", "tensorboard", "wandb", "trackio")}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
                      "learned_pooling", "learned_positions")
@@ -240,7 +244,7 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
 # (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
              "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
-             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
+             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout", "report_to")
 FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing on another machine
 
 
@@ -306,7 +310,7 @@ def parse_config(argv: list[str]) -> dict[str, Any]:
 
 def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """`cfg` if its values make sense together, else UserError naming the key."""
-    rules = [(key, cfg[key] in allowed, f"one of {', '.join(allowed)}") for key, allowed in CHOICES.items()]
+    rules = [(key, cfg[key] in allowed, f"one of {', '.join(x or 'empty' for x in allowed)}") for key, allowed in CHOICES.items()]
     rules += [(key, math.isfinite(cfg[key]) and cfg[key] >= 0, "finite and not negative")
               for key, default in config.items() if isinstance(default, float)]
     for bound, keys in ((0, ("warmup_steps", "keep_checkpoints", "threads", "num_proc")), (2, ("batch_size", "spearman_pairs")),
@@ -2008,6 +2012,11 @@ def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, s
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints and saved models
+#
+# What `read_student` reads, and where the record of it stands (step, scores, sources, teacher's scores, start):
+#   checkpoint_N.pt       trained tensors, optimiser, config, progress; checkpoint_N.json, run.json and scores.json
+#   pytorch_model.bin     all tensors, in a folder that two libraries open; training_config.json and scores.json
+#   student.safetensors   trained tensors in float16: a compact export; config.json (the training's) and metrics.json
 
 
 def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], None] = lambda: None) -> None:
@@ -2022,24 +2031,39 @@ def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], 
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch.save's word for a full disk
-            raise error.__context__ from None
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save's word for a full disk
         raise
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8, atomically."""
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return record
 
 
 def config_hash(cfg: dict[str, Any]) -> str:
     """Twelve hex digits that change when a key does on which the weights depend."""
-    return hashlib.sha256(json.dumps({k: v for k, v in cfg.items() if k not in FREE_KEYS}, sort_keys=True).encode()).hexdigest()[:12]
+    fixed = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def trainable_state(student: DeltaNetStudent) -> dict[str, Tensor]:
@@ -2047,8 +2071,9 @@ def trainable_state(student: DeltaNetStudent) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer: torch.optim.Optimizer, cfg: dict[str, Any],
-                    best: dict[str, Any], progress: dict[str, Any], summary: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer: torch.optim.Optimizer,
+                    cfg: dict[str, Any], best: dict[str, Any], progress: dict[str, Any],
+                    summary: dict[str, Any]) -> Path:
     """Write checkpoint_{step}.pt, then checkpoint_{step}.json with its size and sha256, which commits it."""
     path = folder / f"checkpoint_{step}.pt"
     content = {"student": trainable_state(student), "optimizer": optimizer.state_dict(), "step": step,
@@ -2065,14 +2090,16 @@ def load_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: a file that would unpack to more is a bomb
+        if path.suffix == ".safetensors":
+            return {name: tensor.float() for name, tensor in load_safetensors(path).items()}
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: what would unpack to more is a bomb
             if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it declares more data than it holds")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would call {code[1]}" if code else first_line(error)[:120]
-        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: " + (f"it would call {code[1]}" if code else first_line(error)[:120])
+        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -2080,15 +2107,15 @@ def load_file(path: Path) -> dict[str, Any]:
 
 def verify_checkpoint(path: Path) -> str | None:
     """None if the checkpoint is whole, else what is wrong with it."""
+    mark = path.with_suffix(".json")
     try:
-        mark = json.loads(path.with_suffix(".json").read_text())
-        size, digest, step = mark["bytes"], mark["sha256"], mark["step"]
+        step, size, digest = (json.loads(mark.read_text())[key] for key in ("step", "bytes", "sha256"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{path.with_suffix('.json').name} is missing or unreadable: the checkpoint was not finished"
+        return f"{mark.name} is missing or unreadable: the checkpoint was not finished"
     if not path.is_file():
         return "the file is missing"
     if path.stem != f"checkpoint_{step}":
-        return f"{path.with_suffix('.json').name} is of step {step}"
+        return f"{mark.name} is of step {step}"
     if path.stat().st_size != size:
         return f"it has {path.stat().st_size} bytes instead of {size}"
     return None if file_sha256(path) == digest else "its sha256 differs from what was written"
@@ -2102,49 +2129,45 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def find_checkpoint(folder: Path, step: int, log: Callable[[str], None] = print) -> Path | None:
     """The checkpoint to resume from: of exactly `step`, or the newest whole one for -1 (None if there is none)."""
-    steps = checkpoint_steps(folder)
+    steps, file = checkpoint_steps(folder), lambda number: folder / f"checkpoint_{number}.pt"
     if step == -1:
-        if not steps:
-            log(f"note: no checkpoint in {folder}; starting at step 0")
-            return None
-        for candidate in reversed(steps):
-            path = folder / f"checkpoint_{candidate}.pt"
-            if (fault := verify_checkpoint(path)) is None:
-                return path
-            log(f"warning: passing over {path}: {fault}")
-        raise UserError(f"{folder}: none of the checkpoints {steps} is whole; move them away to start again (nothing was changed)")
-    path = folder / f"checkpoint_{step}.pt"
+        for newest in reversed(steps):
+            if (fault := verify_checkpoint(file(newest))) is None:
+                return file(newest)
+            log(f"warning: passing over {file(newest)}: {fault}")
+        if steps:
+            raise UserError(f"{folder}: none of the checkpoints {steps} is whole; move them away to start again "
+                            "(nothing was changed)")
+        log(f"note: no checkpoint in {folder}; starting at step 0")
+        return None
     if step not in steps:
-        raise UserError(f"resume_from_step {step}: no {path}; there are steps {steps if steps else 'none'}")
-    if fault := verify_checkpoint(path):
-        good = next((s for s in reversed(steps) if verify_checkpoint(folder / f"checkpoint_{s}.pt") is None), None)
-        raise UserError(f"{path}: damaged, {fault}; the newest whole checkpoint is "
-                        + (f"step {good}: use --resume_from_step {good}" if good else "none: start again from 0"))
-    return path
+        raise UserError(f"resume_from_step {step}: no {file(step)}; there are steps {steps if steps else 'none'}")
+    if fault := verify_checkpoint(file(step)):
+        good = next((number for number in reversed(steps) if verify_checkpoint(file(number)) is None), None)
+        advice = f"step {good}: use --resume_from_step {good}" if good else "none: start again from 0"
+        raise UserError(f"{file(step)}: damaged, {fault}; the newest whole checkpoint is {advice}")
+    return file(step)
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None:
-    """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value that does not fit."""
+    """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value not fitting."""
     own = student.state_dict()
-    needed = set(trainable_state(student))
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{where}: holds no state dict of a student")
-    if missing := sorted(needed - set(state)):
+    if missing := sorted(set(trainable_state(student)) - set(state)):
         raise UserError(f"{where}: {missing[0]} is missing; is it a checkpoint of another architecture?")
     for name, tensor in state.items():
         if name not in own:
             raise UserError(f"{where}: unknown tensor {name}; is it a checkpoint of another architecture?")
         if tensor.shape != own[name].shape:
             raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if tensor.is_meta or tensor.dtype not in FLOATS or tensor.layout != torch.strided or not torch.isfinite(tensor).all():
+        plain = tensor.dtype in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} is not of finite numbers")
     student.load_state_dict(state, strict=False)
-
-
-STUDENT_FILES = ("pytorch_model.bin", "student.safetensors", "model.safetensors")  # what a folder may hold, best first
 
 
 def recorded_config(found: Any, where: Path) -> dict[str, Any]:
@@ -2161,91 +2184,59 @@ def recorded_config(found: Any, where: Path) -> dict[str, Any]:
         raise UserError(f"{where}: its config does not fit: {error}") from None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return record
-
-
-def recorded_init(record: dict[str, Any]) -> dict[str, Any] | None:
-    """What `record` says of the student that a run started from (see `init_student`), or None."""
-    return record["init"] if isinstance(record.get("init"), dict) else None
-
-
-def recorded_scores(folder: Path, step: int) -> dict[str, float]:
-    """The scores that metrics.jsonl of `folder` holds for `step`: {"validation_spearman": ...}, or {}."""
-    scores: dict[str, float] = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            values = json.loads(line)
-            if values["step"] == step:
-                scores |= {k.split("/")[1]: v for k, v in values.items() if re.match(r"\w+/(validation|test)_", k)}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # the last line of a running training may be half written
-    return scores
+STUDENT_FILES = ("pytorch_model.bin", "student.safetensors", "model.safetensors")  # what a folder may hold, best first
 
 
 def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Tensors, config and record of a saved student, before it is known whether they fit.
 
-    `path` is a checkpoint_N.pt, a pytorch_model.bin or .safetensors file with its config.json beside it, or the folder of
-    one. The record: kind (checkpoint, model or export), file, sha256, and where known step, evaluation and scores.
+    `path` is one of the files above, or the folder of one of the last two. The record: kind (checkpoint, model or
+    export), file, sha256; step, evaluation, sources, teacher, init, chosen, each None where unknown; scores.
     Raises UserError for anything else.
     """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in STUDENT_FILES if (path / name).is_file()), None)
-        if found is None:
-            raise UserError(f"{path}: holds none of {', '.join(STUDENT_FILES)}; give a checkpoint file or a saved model's folder")
-        path = found
+        found = [path / name for name in STUDENT_FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: holds none of {', '.join(STUDENT_FILES)}; give a checkpoint file or a saved "
+                            "model's folder")
+        path = found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix == ".pt" and path.with_suffix(".json").is_file() and (fault := verify_checkpoint(path)):
+    folder, mark = path.parent, path.with_suffix(".json")
+    if path.suffix == ".pt" and mark.is_file() and (fault := verify_checkpoint(path)):
         raise UserError(f"{path}: damaged, {fault}")
-    folder, info = path.parent, {"file": str(path), "sha256": file_sha256(path)}
-    if path.suffix == ".safetensors":
-        try:
-            state = {name: t.float() for name, t in load_safetensors(path).items()}
-        except Exception as error:  # a damaged file can fail in the header or in any tensor
-            raise UserError(f"{path}: not a whole safetensors file ({first_line(error)[:120]})") from None
+    state, digest = load_file(path), file_sha256(path)
+    if {"student", "config"} <= set(state):
+        kind, cfg, step = "checkpoint", recorded_config(state["config"], path), state.get("step")
+        entries = lambda value: value if isinstance(value, dict) else {}  # noqa: E731  a foreign file may hold anything
+        scored = [*map(entries, entries(state.get("best")).values()), entries(read_record(mark).get("scores"))]
+        record = next((scores for scores in scored if scores.get("step") == step), {}) | {
+            "step": step, "evaluation": cfg["sts_name"], "init": entries(state.get("progress")).get("init"),
+            "sources": read_record(folder / "run.json").get("sources"),
+            "teacher": read_record(folder / "scores.json").get("teacher")}
+        state = state["student"]
     else:
-        state = load_file(path)
-    if "student" in state and "config" in state:
-        cfg, step = recorded_config(state["config"], path), state.get("step")
-        best = state.get("best") if isinstance(state.get("best"), dict) else {}
-        scores = next((b for b in best.values() if isinstance(b, dict) and b.get("step") == step), {})
-        info |= {"kind": "checkpoint", "step": step, "evaluation": cfg["sts_name"],
-                 "scores": {k: v for k, v in scores.items() if k != "step"} or recorded_scores(folder, step)}
-        progress = state.get("progress") if isinstance(state.get("progress"), dict) else {}
-        return state["student"], cfg, info | {"init": recorded_init(progress),
-                                              "sources": read_record(folder / "run.json").get("sources"),
-                                              "teacher": read_record(folder / "scores.json").get("teacher")}
-    if not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
-    if not any(name.startswith("deltanet_layers.") for name in state):
-        raise UserError(f"{path}: has no deltanet_layers; it holds a model of another architecture")
-    saved = read_record(folder / "config.json")
-    if not saved:
-        raise UserError(f"{path}: no config.json beside it, so its architecture is unknown; keep it in its folder")
-    if saved.get("model_type", DeltaNetConfig.model_type) != DeltaNetConfig.model_type:
-        raise UserError(f"{path}: config.json beside it is of a {saved['model_type']!r} model, another architecture")
-    export = "model_type" not in saved  # an export's config.json is the training config itself
-    record = read_record(folder / ("metrics.json" if export else "scores.json"))
-    trained = read_record(folder / "training_config.json") or read_record(folder / "run.json").get("config", {})
-    cfg = recorded_config(trained | saved, folder / "config.json")
-    if record.get("sha256", info["sha256"]) != info["sha256"]:
-        raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
-    return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),
-                               "evaluation": record.get("evaluation"), "sources": record.get("sources"), "teacher": record.get("teacher"),
-                               "init": recorded_init(record),
-                               "chosen": record.get("chosen", "training kept it" if not export else None),
-                               "scores": {k: v for k, v in record.items() if k.endswith(("_spearman", "_pearson"))}}
+        if not any(str(name).startswith("deltanet_layers.") for name in state):
+            raise UserError(f"{path}: has no deltanet_layers; it is no checkpoint, or one of another architecture")
+        saved = read_record(folder / "config.json")
+        if not saved:
+            raise UserError(f"{path}: no config.json beside it, so its architecture is unknown; keep it in its folder")
+        if saved.get("model_type", DeltaNetConfig.model_type) != DeltaNetConfig.model_type:
+            raise UserError(f"{path}: config.json beside it is of another architecture, {saved['model_type']!r}")
+        kind = "model" if "model_type" in saved else "export"  # an export's config.json is the training config itself
+        trained = read_record(folder / "training_config.json") or read_record(folder / "run.json").get("config", {})
+        cfg = recorded_config(trained | saved, folder / "config.json")
+        record = read_record(folder / ("scores.json" if kind == "model" else "metrics.json"))
+        if record.get("sha256", digest) != digest:
+            raise UserError(f"{path}: its sha256 differs from that recorded beside it: damaged, or written apart")
+        if kind == "model":
+            record.setdefault("chosen", "training kept it")
+    info = {"kind": kind, "file": str(path), "sha256": digest}
+    info |= {key: record.get(key) for key in ("step", "evaluation", "sources", "teacher", "chosen")}
+    info["init"] = record["init"] if isinstance(record.get("init"), dict) else None
+    scores = {k: v for k, v in record.items() if k.startswith(("validation_", "test_")) and isinstance(v, (int, float))}
+    return state, cfg, info | {"scores": scores}
 
 
 def open_student(path: str | Path, teacher: PreTrainedModel) -> tuple[DeltaNetStudent, dict[str, Any], dict[str, Any]]:
@@ -2254,7 +2245,8 @@ def open_student(path: str | Path, teacher: PreTrainedModel) -> tuple[DeltaNetSt
     return student_from(state, cfg, info["file"], teacher), cfg, info
 
 
-def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teacher: PreTrainedModel) -> DeltaNetStudent:
+def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str,
+                 teacher: PreTrainedModel) -> DeltaNetStudent:
     """A student of `cfg` with the tensors `state`; what `state` does not hold is the teacher's."""
     for key, theirs in (("d_model", teacher.config.hidden_size), ("num_layers", teacher.config.num_hidden_layers)):
         if cfg[key] != theirs:
@@ -2264,91 +2256,77 @@ def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teac
     return student.eval()
 
 
-MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; generated from train_6layer_deltanet.py, not edited by hand."""
-from __future__ import annotations
-
-import hashlib
-import importlib.util
-import math
-import os
-import sys
-import tempfile
-import warnings
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Callable
-
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
-
-if False:  # transformers copies a file that is named like this
-    from .delta_mixer import mixer
-    from .delta_kernel import mixer_forward
-    from .delta_kernel_cuda import mixer_forward
-'''
-
-
-# Read with the code that it is the source of: `inspect.getsource` reads the file again, which may be edited during a run.
-SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, *KERNEL_FILES))
+# Read with the code that it is the source of: `inspect.getsource` reads the file again, which a run's user may edit.
+SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="utf-8")
+                           for name in (Path(__file__).name, *KERNEL_FILES))
 
 
 def modelling_source() -> str:
-    """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
-    nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
-    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig, parallel_mixer,
-             load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise,
-             pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
-    found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
+    """The slim modelling file of a saved folder: this script's own model classes, and the imports that they use."""
+    body, lines = ast.parse(SOURCE).body, SOURCE.splitlines()
+    nodes = {node.name: node for node in body if hasattr(node, "name")}
+    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig,
+             parallel_mixer, load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool,
+             encode, encode_tokens, tokenise, pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent,
+             state_overlap)
+    found = [nodes[part.__name__] for part in parts]
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\nKERNEL_FILES = {KERNEL_FILES}\n"
-    return header + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    code = "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    used = {node.id for part in found for node in ast.walk(part) if isinstance(node, ast.Name)} | {"annotations"}
+    kept = [ast.unparse(node) for node in imports
+            if used & {(name.asname or name.name).split(".")[0] for name in node.names}]
+    return "\n".join([
+        '"""Enhanced Hierarchical DeltaNet sentence encoder, generated from train_6layer_deltanet.py."""', *kept, "",
+        "if False:  # transformers copies a file that is named like this",
+        *(f"    from .{name[:-3]} import mixer" for name in KERNEL_FILES),
+        "", f"PIECE, kernel, KERNEL_FILES = {PIECE}, None, {KERNEL_FILES}", code])
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
     """Tokens of the longest text that a student of this config, or the one that it started from, was trained on."""
-    earlier = longest_read(recorded_config(init.get("config"), Path("init")), recorded_init(init)) if init else 0
-    return max(longest_text(cfg), earlier)
+    if not isinstance(init, dict):
+        return longest_text(cfg)
+    return max(longest_text(cfg), longest_read(recorded_config(init.get("config"), Path("init")), init.get("init")))
 
 
-def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
-    """A folder that sentence-transformers and transformers open: weights, code, configs, tokenizer, scores."""
-    folder.mkdir(parents=True, exist_ok=True)
-    longest = longest_read(cfg, recorded_init(scores))
+def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any],
+               record: dict[str, Any]) -> list[str]:
+    """A folder that sentence-transformers and transformers open, `record` in scores.json; returns its files' names."""
+    longest, module = longest_read(cfg, record.get("init")), "sentence_transformers.models."
     architecture = student.config.to_dict() | {
         "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
-        "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
+        "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig",
+                     "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
-    for name, code in (("modeling_deltanet.py", modelling_source()), *zip(KERNEL_FILES, KERNEL_SOURCES)):
-        write_atomic(folder / name, lambda file: file.write(code.encode()))  # noqa: B023  called at once
-    write_json(folder / "config.json", architecture)
-    write_json(folder / "modules.json", [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}])
-    for name in ("1_Pooling", "2_Normalize"):
-        (folder / name).mkdir(exist_ok=True)
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
-    write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
-                                                              "similarity_fn_name": "cosine"})
+    parts = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    values = {
+        "config.json": architecture, "training_config.json": cfg,
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": module + name}
+                         for i, (path, name) in enumerate(parts)],
+        "1_Pooling/config.json": {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True},
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": longest, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None,
+                                              "similarity_fn_name": "cosine"}}
+    content = {"modeling_deltanet.py": modelling_source().encode(),
+               **{name: code.encode() for name, code in zip(KERNEL_FILES, KERNEL_SOURCES)},
+               **{name: (json.dumps(value, indent=2) + "\n").encode() for name, value in values.items()}}
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as scratch:
-        for file in map(Path, tokenizer.save_pretrained(scratch)):
-            if file.is_file():
-                write_atomic(folder / file.name, lambda out: out.write(file.read_bytes()))
-    write_json(folder / "training_config.json", cfg)
+        files = [Path(file) for file in tokenizer.save_pretrained(scratch)]
+        content |= {file.name: file.read_bytes() for file in files if file.is_file()}
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / name, lambda file: file.write(data))  # noqa: B023  called at once
     state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
     # Scores never stand beside weights that they are not of; if the disk is full, the old ones of both stay.
     write_atomic(folder / "pytorch_model.bin", lambda file: torch.save(state, file),
                  before=lambda: (folder / "scores.json").unlink(missing_ok=True))
-    write_json(folder / "scores.json", {**scores, "sha256": file_sha256(folder / "pytorch_model.bin")})
+    write_json(folder / "scores.json", {**record, "sha256": file_sha256(folder / "pytorch_model.bin")})
+    return [*content, "pytorch_model.bin", "scores.json"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2799,7 +2777,10 @@ def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.de
 
 
 class RunLock:
-    """The output folder's lock, held by one process; raises UserError with the holder's pid and host."""
+    """The output folder's lock, held by one process; raises UserError with the holder's pid and host.
+
+    Not filelock's: the versions that other releases of datasets bring empty the file that names the holder.
+    """
 
     def __init__(self, folder: Path, log: Callable[[str], None] = print):
         self.file = open(folder / ".lock", "a+")
@@ -2808,7 +2789,8 @@ class RunLock:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder}: in use by another run ({holder or 'unknown'}); stop it or choose another output_dir") from None
+            raise UserError(f"{folder}: in use by another run ({holder or 'unknown'}); stop it or choose another "
+                            "output_dir") from None
         if holder:
             log(f"note: taking over the lock that a dead run left ({holder})")
         self.file.truncate(0)
@@ -2830,7 +2812,7 @@ class Stop(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT end training after the step, and anything else at once, as a second SIGINT does; SIGUSR1 saves."""
+    """SIGTERM and SIGINT end training after the step, and else at once, as a second SIGINT does; SIGUSR1 saves."""
 
     def __init__(self):
         self.stop: Stop | None = None
@@ -2839,51 +2821,89 @@ class Signals:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
+        said = f"{signal.Signals(number).name} received"
         if number == signal.SIGUSR1:
             self.save = True
         elif not self.training or (number == signal.SIGINT and self.stop):
-            os.write(2, f"{signal.Signals(number).name} received: ended at once; continue with --resume latest\n".encode())
+            os.write(2, f"{said}: ended at once; continue with --resume latest\n".encode())
             os._exit(128 + number)
         else:
-            self.stop = Stop(128 + number, f"{signal.Signals(number).name} received")
+            self.stop = Stop(128 + number, said)
+
+
+class Report:
+    """Metrics for a tool that shows them: TensorBoard's files, or a run of wandb or trackio, whose calls are alike.
+
+    `name` is the run's: one that was begun before is continued, after step `step`. UserError if it cannot be.
+    """
+
+    def __init__(self, tool: str, folder: Path, name: str, step: int, cfg: dict[str, Any]):
+        self.tool, self.name = tool, name
+        try:
+            if tool == "tensorboard":
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:  # the same files by a smaller package
+                    from tensorboardX import SummaryWriter
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            else:
+                known = {"id": name} if tool == "wandb" else {}  # trackio knows a run by its name
+                self.writer = importlib.import_module(tool).init(project="deltanet", name=name, config=cfg,
+                                                                 resume="allow", **known)
+        except ImportError as error:
+            raise UserError(f"report_to {tool}: {error.name} is not installed; pip install {tool}") from None
+        except Exception as error:  # no login, no network, no space: each tool has errors of its own
+            raise UserError(f"report_to {tool}: cannot be started ({first_line(error)[:160]})") from None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """The numbers among `values`."""
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        if self.tool != "tensorboard":
+            return self.writer.log(numbers, step=step)
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close() if self.tool == "tensorboard" else self.writer.finish()
 
 
 def run_environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and git commit: what is needed to repeat a run."""
-    import datasets
-    import transformers
-    try:
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                             capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        git = ""
-    return {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "datasets": datasets.__version__, "numpy": np.__version__,
+    git = shutil.which("git") and subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {"python": platform.python_version(), "platform": platform.platform(),
+            **{name: version(name) for name in ("torch", "transformers", "datasets", "numpy")},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(), "git_commit": git or None}
+            "threads": torch.get_num_threads(), "git_commit": git and git.stdout.strip() or None}
+
+
+def plot_spearman(axis: Any, rows: list[dict[str, Any]], teacher: dict[str, float], name: str) -> None:
+    """Both splits' Spearman of `rows` ({"step", "validation_spearman", ...}) on `axis`, the teacher's dashed."""
+    for split, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
+        if (key := f"{split}_spearman") in teacher:
+            points = sorted((row["step"], row[key]) for row in rows if key in row)
+            axis.plot([x for x, _ in points], [y for _, y in points], ".-", color=colour, label=f"student, {split}")
+            axis.axhline(teacher[key], ls="--", color=colour, label=f"teacher, {split}")
+    axis.set(title=f"Spearman, {name}", xlabel="step")
+    axis.legend(fontsize=7)
 
 
 def plot_curves(folder: Path, teacher_scores: dict[str, float], group: str) -> None:
-    """training_curves.png from metrics.jsonl: losses, Spearman with the teacher's as a line, learning rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """training_curves.png from metrics.jsonl: losses, Spearman, learning rate."""
+    from matplotlib.figure import Figure
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
-    curve = lambda axis, key, **kw: axis.plot(*zip(*[(x["step"], x[key]) for x in lines if key in x]), **kw)  # noqa: E731
-    for key in sorted({k for x in lines for k in x if k.startswith("loss/")}):
-        curve(axes[0], key, label=key.removeprefix("loss/"))
-    for split, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
-        if any(f"{group}/{split}_spearman" in x for x in lines):
-            curve(axes[1], f"{group}/{split}_spearman", label=f"student, {split}", marker=".", color=colour)
-        axes[1].axhline(teacher_scores[f"{split}_spearman"], ls="--", color=colour, label=f"teacher, {split}")
-    if any("lr" in x for x in lines):
-        curve(axes[2], "lr")
-    axes[0].set(title="losses", xlabel="step", yscale="log"), axes[1].set(title=f"Spearman, {group}", xlabel="step")
-    axes[2].set(title="learning rate", xlabel="step"), axes[0].legend(fontsize=7), axes[1].legend(fontsize=7)
-    figure.tight_layout()
-    write_atomic(folder / "training_curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
-    plt.close(figure)
+    figure = Figure(figsize=(15, 4), layout="tight")
+    losses, scores, rate = figure.subplots(1, 3)
+    for key in sorted({k for line in lines for k in line if k.startswith("loss/") or k == "lr"}):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        (rate if key == "lr" else losses).plot(*zip(*points), label=key.removeprefix("loss/"))
+    losses.set(title="losses", xlabel="step", yscale="log")
+    losses.legend(fontsize=7)
+    rows = [{key.removeprefix(f"{group}/"): value for key, value in line.items()} for line in lines]
+    plot_spearman(scores, rows, teacher_scores, group)
+    rate.set(title="learning rate", xlabel="step")
+    write_atomic(folder / "training_curves.png", lambda file: figure.savefig(file, dpi=100))
 
 
 def choose_device(cfg: dict[str, Any], local_rank: int | None = None) -> torch.device:
@@ -2897,17 +2917,19 @@ def choose_device(cfg: dict[str, Any], local_rank: int | None = None) -> torch.d
     if cfg["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    use_cuda = cfg["device"] == "cuda" or (cfg["device"] == "auto" and torch.cuda.is_available())
-    if use_cuda and local_rank is not None:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun's --nproc-per-node is above {torch.cuda.device_count()}, the number of GPUs here")
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cuda" if use_cuda else "cpu")
+    if cfg["device"] == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"torchrun's --nproc-per-node is above {torch.cuda.device_count()}, the number of GPUs here")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
-def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimizer, cfg: dict[str, Any]) -> dict[str, Any]:
-    """Restore student and optimiser from `path`; returns the checkpoint's other entries. UserError names what differs."""
+def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimizer,
+           cfg: dict[str, Any]) -> dict[str, Any]:
+    """Restore student and optimiser from `path`; returns the checkpoint's entries. UserError names what differs."""
     content = load_file(path)
     if missing := {"student", "optimizer", "step", "best", "config", "progress"} - set(content):
         raise UserError(f"{path}: {min(missing)} is missing; it is not a training checkpoint")
@@ -2916,23 +2938,27 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
             if key not in cfg and value:
                 print(f"note: {path}: was trained with {key} = {value!r}, a key that is no more")
             if key in cfg and key not in FREE_KEYS and cfg[key] != value:
-                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {shlex.quote(str(value))}")
+                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} "
+                                f"{shlex.quote(str(value))}")
             if key in ("total_steps", "warmup_steps") and cfg[key] != value:
                 print(f"note: {key} was {value}, is now {cfg[key]}: the learning rate follows the new schedule")
         load_student_state(student, content["student"], str(path))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
         for p in student.parameters():
             state, shapes = optimizer.state.get(p, {}), {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-            if state and ({k: t.shape for k, t in state.items()} != shapes or not all(torch.isfinite(t).all() for t in state.values())):
-                raise ValueError(f"the averages of a parameter of shape {tuple(p.shape)} are of other shapes, or not finite")
-        numbers = [content["step"], content["progress"]["bad_steps"], *content["progress"]["sums"].values(),
-                   *(best[key] for best in content["best"].values() for key in ("step", "validation_spearman", "test_spearman"))]
-        if not isinstance(content["progress"].get("data", {}), dict):
+            fits = {name: t.shape for name, t in state.items()} == shapes
+            if state and not (fits and all(torch.isfinite(t).all() for t in state.values())):
+                raise ValueError(f"averages of a parameter of {tuple(p.shape)} are of other shapes, or not finite")
+        progress, scores = content["progress"], ("step", "validation_spearman", "test_spearman")
+        numbers = [content["step"], progress["bad_steps"], *progress["sums"].values(),
+                   *(best[key] for best in content["best"].values() for key in scores)]
+        if not isinstance(progress.get("data", {}), dict):
             raise ValueError("progress.data is no dict")
         if path.stem != f"checkpoint_{content['step']}" or not all(isinstance(x, (int, float)) for x in numbers):
             raise ValueError("steps, sums and scores must be numbers, the step that of the file's name")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: its config, optimiser state or progress does not fit ({str(error)[:200]!r})") from None
+        reason = repr(str(error)[:200])
+        raise UserError(f"{path}: its config, optimiser state or progress does not fit ({reason})") from None
     return content
 
 
@@ -2958,37 +2984,46 @@ def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrai
 
 
 class Run:
-    """One training run in its output folder: metrics, evaluation, checkpoints."""
+    """A training run in its output folder: metrics, evaluation, checkpoints. `prepare`, `train`, `finish`; `close`."""
+
+    report: Report | None = None
 
     def __init__(self, cfg: dict[str, Any]):
         self.cfg, self.folder, self.signals, self.lock = cfg, Path(cfg["output_dir"]), Signals(), None
         self.processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if cfg["gradient_accumulation_steps"] < self.processes.count:
-            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the "
-                            f"{self.processes.count} processes needs a micro-batch; set --gradient_accumulation_steps "
-                            f"{self.processes.count} or more")
+        self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
+        self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
+        self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
+        self.data: PairData | None = None
+        self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: its data, places in streams
+        self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
+        self.unsettled: list[tuple] = []  # steps whose losses are still on the device alone
+        self.means: dict[str, float] = {}  # of that line
+        self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
+        if cfg["gradient_accumulation_steps"] < (count := self.processes.count):
+            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the {count} "
+                            f"processes needs a micro-batch; set --gradient_accumulation_steps {count} or more")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.processes.rank == 0:  # only this process writes
-                self.lock = RunLock(self.folder)
+            self.lock = RunLock(self.folder) if self.processes.rank == 0 else None  # only this process writes
         except OSError as error:
             raise UserError(f"output_dir {self.folder}: cannot be written ({error.strerror})") from None
-        try:
-            self.prepare()
-        except BaseException:
-            self.release()
-            raise
 
-    def release(self) -> None:
-        """Let the next run have the folder."""
+    def close(self) -> None:
+        """Let the next run have the folder; a signal from here on ends at once."""
+        self.signals.training = False
+        if self.data:
+            self.data.builder.shutdown(wait=False, cancel_futures=True)
         if self.lock:
             self.lock.release()
+        if self.report:
+            self.report.close()
 
     def prepare(self) -> None:
-        """Models, checkpoint and data."""
+        """Models, checkpoint and data; nothing in the folder is changed before all of them fit."""
         cfg, processes = self.cfg, self.processes
-        for stale in [p for d in (".", "*_*", "final_model/*_*", "final_model") for p in self.folder.glob(f"{d}/.*.tmp-*")]:
-            if self.lock:
+        for place in (".", "*_*", "final_model/*_*") if self.lock else ():
+            for stale in list(self.folder.glob(f"{place}/.*.tmp-*")):
                 stale.unlink(missing_ok=True)
         self.device = choose_device(cfg, int(os.environ["LOCAL_RANK"]) if processes.count > 1 else None)
         processes.connect(self.device, cfg["peer_timeout"])
@@ -3002,46 +3037,21 @@ class Run:
         if compile_models(self.student, self.teacher, cfg, self.device):
             print("compile: student and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
-        self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
-        self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
-        self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
-        self.data: PairData | None = None
-        self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: fingerprints of its data, positions of its streams
-        self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
-        self.unsettled: list[tuple] = []  # steps whose losses are still on the device alone
-        self.means: dict[str, float] = {}  # of that line
-        self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
         self.begin()
-        self.data = load_training_data(cfg, self.tokenizer)
-        changed = set((self.progress.get("data") or self.data.fingerprints).items()) ^ set(self.data.fingerprints.items())
-        if changed:
-            raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
-                            "data, or start again in another output_dir (nothing was changed)")
-        if self.step:
-            self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
-        count = len(self.data.names)
-        try:
-            distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
-            if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
-                raise ValueError
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
-        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
-        processes.wait()
-        found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
-        if (found != found[0]).any():
-            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or data than "
-                            "rank 0: output_dir and data_dir must hold the same on every machine")
+        self.open_report()
+        self.open_data()
         self.sts = load_sts_splits(cfg)
-        self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"], processes.encode)
-                                for s, r in self.sts.items()}
-        self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
-                               for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
-        self.supersede()
+        self.teacher_cosines = {split: sts_cosines(self.teacher, self.tokenizer, rows, cfg["max_length"],
+                                                   processes.encode) for split, rows in self.sts.items()}
+        self.teacher_scores = {
+            f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
+            for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
         if self.lock:
-            write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
-                                                  "processes": processes.count, "init": self.init,
-                                                  **run_environment(self.device)})
+            self.supersede()
+            write_json(self.folder / "run.json", {
+                "config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names, "init": self.init,
+                "processes": processes.count, "report": self.report and self.report.name,
+                **run_environment(self.device)})
         self.banner()
         processes.wait()  # for process 0's files
 
@@ -3057,61 +3067,92 @@ class Run:
                 raise UserError(f"{path}: is beyond total_steps {cfg['total_steps']}; set that higher")
             print(f"resumed from {path}")
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
-            raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
-                            "or another output_dir (nothing was changed)")
+            raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue "
+                            "them, or another output_dir (nothing was changed)")
         self.init = self.progress.get("init")
         if not path and cfg["init_student"]:
             self.init = init_student(self.student, cfg, self.teacher)
             print(f"student: from {self.init['file']}, step {self.init['step']}")
-        lines = self.metrics_path.read_bytes().splitlines(keepends=True) if path and self.metrics_path.exists() else []
+        lines = []
+        if path and self.metrics_path.exists():
+            lines = [x for x in self.metrics_path.read_bytes().splitlines(keepends=True) if x.endswith(b"\n")]
         try:
-            self.kept_metrics = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
+            self.kept_metrics = [line for line in lines if json.loads(line)["step"] <= self.step]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove it") from None
+            raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove "
+                            "it") from None
+
+    def open_report(self) -> None:
+        """What `report_to` names; a resumed run goes on in the report that it began."""
+        if self.lock and (tool := self.cfg["report_to"]):
+            begun = read_record(self.folder / "run.json").get("report") if self.step else None
+            place = re.sub(r"[^\w.-]", "-", self.folder.resolve().name)
+            self.report = Report(tool, self.folder, begun or f"{place}-{os.urandom(4).hex()}", self.step, self.cfg)
+
+    def open_data(self) -> None:
+        """The training data, at the place where the checkpoint left them; the same in every process."""
+        self.data = load_training_data(self.cfg, self.tokenizer)
+        ours = self.data.fingerprints
+        if changed := set((self.progress.get("data") or ours).items()) ^ set(ours.items()):
+            raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; "
+                            "give the same data, or start again in another output_dir (nothing was changed)")
+        if self.step:
+            self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
+        count = len(self.data.names)
+        try:
+            distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
+            if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
+                raise ValueError
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
+        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
+        self.processes.wait()
+        found = self.processes.table(stable_seed(self.step, config_hash(self.cfg), ours) % 2**52)
+        if (found != found[0]).any():
+            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or "
+                            "data than rank 0: output_dir and data_dir must hold the same on every machine")
 
     def supersede(self) -> None:
-        """Put aside what the folder holds of later steps, which this continuation will take again: metrics, checkpoints, best model."""
-        if not self.lock:
-            return
+        """Put aside what the folder holds of later steps, which are taken again: metrics, checkpoints, best model."""
         write_atomic(self.metrics_path, lambda file: file.writelines(self.kept_metrics))
         for step in (s for s in checkpoint_steps(self.folder) if s > self.step):  # damaged, or of another continuation
             print(f"note: checkpoint_{step} is newer than this continuation: renamed to checkpoint_{step}.*.superseded")
             for old in self.folder.glob(f"checkpoint_{step}.*[nt]"):
                 old.rename(f"{old}.superseded")
         path, best = self.folder / "pytorch_model.bin", self.best.get(self.cfg["best_model_split"], {})
-        step, newest = best.get("step", 0), read_record(self.folder / "scores.json").get("step")
-        newest = newest if isinstance(newest, int) else -1  # -1: weights without scores, which a kill leaves
-        if not path.exists() or 0 <= newest <= self.step:
+        newest = read_record(self.folder / "scores.json").get("step")
+        if not path.exists() or (isinstance(newest, int) and newest <= self.step):  # weights without scores: a kill's
             return
+        step = best.get("step", 0)
         checkpoint = self.folder / f"checkpoint_{step}.pt"
         if verify_checkpoint(checkpoint):  # not there, or not whole
             path.rename(f"{path}.superseded")
-            print(f"note: {path} is newer than this continuation: renamed to {path.name}.superseded; no checkpoint holds the best "
-                  f"student until now, of step {step}, so the next evaluation writes one")
+            print(f"note: {path} is newer than this continuation: renamed to {path.name}.superseded; no checkpoint "
+                  f"holds the best student until now, of step {step}, so the next evaluation writes one")
             self.best.pop(self.cfg["best_model_split"], None)
             return
-        self.save_model(self.folder, best, student_from(load_file(checkpoint)["student"], self.cfg, str(checkpoint), self.teacher))
+        self.save_model(self.folder, best, open_student(checkpoint, self.teacher)[0])
         print(f"note: {path} was newer than this continuation: it is the best student until now again, of step {step}")
 
     def banner(self) -> None:
         """Say what a step is, and how much disk the run takes; stop if there is plainly not enough."""
-        cfg, batch = self.cfg, self.cfg["batch_size"]
-        parts = cfg["gradient_accumulation_steps"]
+        cfg, batch, parts = self.cfg, self.cfg["batch_size"], self.cfg["gradient_accumulation_steps"]
+        trained = sum(t.numel() for t in trainable_state(self.student).values())
         print(f"processes: {self.processes.count}; pairs per step: {batch}; micro-batch: {batch // parts} x {parts}; "
               f"negatives per anchor: {batch - 1}; steps per epoch: {self.data.size / batch:,.0f}; "
-              f"trained parameters: {sum(t.numel() for t in trainable_state(self.student).values()):,}")
-        state_bytes = 3 * sum(t.numel() * 4 for t in trainable_state(self.student).values())
-        count = (cfg["total_steps"] - self.step) // cfg["save_interval"]
+              f"trained parameters: {trained:,}")
+        count, size = (cfg["total_steps"] - self.step) // cfg["save_interval"], 12 * trained  # weights and two averages
         if cfg["keep_checkpoints"]:
             count = min(count, cfg["keep_checkpoints"] + 3)
-        needed, free = count * state_bytes + 4e8, shutil.disk_usage(self.folder).free
-        print(f"disk: {count} checkpoints of {state_bytes / 1e6:.0f} MB and the models take {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB free")
+        needed, free = count * size + 4e8, shutil.disk_usage(self.folder).free
+        print(f"disk: {count} checkpoints of {size / 1e6:.0f} MB and the models take {needed / 1e9:.1f} GB; "
+              f"{free / 1e9:.1f} GB free")
         if needed > free:
-            raise UserError(f"{self.folder}: {needed / 1e9:.1f} GB of checkpoints do not fit in {free / 1e9:.1f} GB; set "
-                            "--keep_checkpoints 5, a larger --save_interval, or another --output_dir")
+            raise UserError(f"{self.folder}: {needed / 1e9:.1f} GB of checkpoints do not fit in {free / 1e9:.1f} GB; "
+                            "set --keep_checkpoints 5, a larger --save_interval, or another --output_dir")
 
     def write_metrics(self, values: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl; what a full disk refuses is kept for the next write."""
+        """Append a line to metrics.jsonl; what a full disk refuses is kept for the next write. Tell the report."""
         if not self.lock:
             return
         self.unwritten += (json.dumps({"step": self.step, **values}) + "\n").encode()
@@ -3119,6 +3160,12 @@ class Run:
             self.flush_metrics()
         except OSError as error:
             print(f"warning: {self.metrics_path}: step {self.step} not written yet ({error})")
+        try:
+            if self.report:
+                self.report.write(self.step, values)
+        except Exception as error:  # training goes on without a network or a tool's server
+            print(f"warning: report_to {self.report.tool}: stopped at step {self.step} ({first_line(error)})")
+            self.report = None
 
     def flush_metrics(self) -> None:
         while self.unwritten:
@@ -3138,37 +3185,37 @@ class Run:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
-        distance, count = self.distances.tolist()
-        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()} | {
-            f"distance/{name}": round(d / n, 6) for name, d, n in zip(self.data.names, distance, count) if n})
+        distances = zip(self.data.names, *self.distances.tolist())
+        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()}
+                           | {f"distance/{name}": round(sum_ / n, 6) for name, sum_, n in distances if n})
         self.scores = {"step": self.step, **scores}
         tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
                    f"test {scores['test_spearman']:.4f}")
         for split in self.sts:
-            key = f"{split}_spearman"
-            if scores[key] > self.best.get(split, {}).get(key, -2.0):
+            if scores[key := f"{split}_spearman"] <= self.best.get(split, {}).get(key, -2.0):
+                continue
+            try:
                 if split == cfg["best_model_split"]:
-                    try:
-                        self.save_model(self.folder, scores)
-                    except OSError as error:
-                        print(f"warning: best model of step {self.step} not written ({error}); the next better one will be")
-                        continue
-                self.best[split] = {"step": self.step, **scores}
+                    self.save_model(self.folder, scores)
+                self.best[split] = dict(self.scores)
+            except OSError as error:
+                print(f"warning: best model of step {self.step} not written ({error}); the next better one will be")
         self.processes.wait()
 
     def save_model(self, folder: Path, scores: dict[str, float], student: DeltaNetStudent | None = None) -> None:
         """`save_model` of this run's student, or of another of its steps, which `scores` then name."""
         if self.lock:
             save_model(folder, student or self.student, self.tokenizer, self.cfg, {
-                "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
-                "best_model_split": self.cfg["best_model_split"], **({"init": self.init} if self.init else {})})
+                "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names,
+                "teacher": self.teacher_scores, "best_model_split": self.cfg["best_model_split"],
+                **({"init": self.init} if self.init else {})})
 
     def save(self, why: str = "save_interval") -> None:
         """Write a checkpoint, while the other processes wait."""
         self.settle()
         if not all(torch.isfinite(t).all() for t in trainable_state(self.student).values()):
-            raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an earlier "
-                            "one with a lower peak_learning_rate")
+            raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an "
+                            "earlier one with a lower peak_learning_rate")
         if self.lock:
             self.write_checkpoint(why)
         self.processes.wait()
@@ -3187,19 +3234,19 @@ class Run:
             self.failed_saves += 1
             print(f"warning: checkpoint of step {self.step} not written ({error}); older ones are whole")
             if self.failed_saves == 3:
-                raise UserError(f"{self.folder}: three checkpoints in a row could not be written ({error}); free some space "
-                                "and --resume latest") from None
+                raise UserError(f"{self.folder}: three checkpoints in a row could not be written ({error}); free some "
+                                "space and --resume latest") from None
             return
         self.failed_saves = 0
-        if self.cfg["keep_checkpoints"]:
+        if keep := self.cfg["keep_checkpoints"]:
             steps = checkpoint_steps(self.folder)
             whole = [step for step in steps if (self.folder / f"checkpoint_{step}.json").exists()]
-            for step in {*steps} - {*whole[-self.cfg["keep_checkpoints"]:], *(b["step"] for b in self.best.values())}:
+            for step in {*steps} - {*whole[-keep:], *(best["step"] for best in self.best.values())}:
                 for suffix in (".json", ".pt"):
                     (self.folder / f"checkpoint_{step}{suffix}").unlink(missing_ok=True)
 
     def agree(self) -> Stop | None:
-        """The end that a signal to any process asks for, else None; a SIGUSR1 to any of them saves here. All do the same."""
+        """The end that a signal to any process asks for, or None; a SIGUSR1 to any of them saves here, in all."""
         asked = self.processes.table(self.signals.stop.status if self.signals.stop else 0, self.signals.save).amax(0)
         status, save = int(asked[0]), bool(asked[1])
         if save:
@@ -3332,23 +3379,52 @@ class Run:
 
     def finish(self) -> None:
         """The final model, loaded back as a check; the curves; and a report of the last and the best scores."""
-        group = self.group
+        prefix, final = f"{self.group}/", self.folder / "final_model"
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        scored = [line for line in lines if f"{group}/test_spearman" in line]
-        last = {k.removeprefix(f"{group}/"): v for k, v in scored[-1].items()} if scored and scored[-1]["step"] == self.step else {}
-        final = self.folder / "final_model"
+        scored = [line for line in lines if f"{prefix}test_spearman" in line]
+        last = next((line for line in scored[-1:] if line["step"] == self.step), {})
+        last = {key.removeprefix(prefix): value for key, value in last.items()}
         self.save_model(final, last)
         sentences = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell on Monday."]
         loaded = AutoModel.from_pretrained(final, trust_remote_code=True).to(self.device)
         again = encode(loaded, AutoTokenizer.from_pretrained(final, trust_remote_code=True), sentences)
-        if not np.allclose(again, encode(self.student, self.tokenizer, sentences), atol=1e-5 if self.device.type == "cpu" else 1e-3):
+        tolerance = 1e-5 if self.device.type == "cpu" else 1e-3
+        if not np.allclose(again, encode(self.student, self.tokenizer, sentences), atol=tolerance):
             raise UserError(f"{final}: loaded back, it gives other embeddings than the student in memory")
         print(f"{final} loaded back; cosines of {sentences}:\n{np.round(again @ again.T, 3)}")
-        plot_curves(self.folder, self.teacher_scores, group)
+        plot_curves(self.folder, self.teacher_scores, self.group)
         write_json(self.folder / "results.json", {
             "evaluation": self.cfg["sts_name"], "teacher": self.teacher_scores, "last": last, "best": self.best,
             "evaluations": len(scored), "left_out": self.data.left_out,
             "leaks_dropped": self.data.leaks + sum(stream.leaks for stream in self.data.streams)})
+        for split, best in self.best.items():
+            print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, "
+                  f"test {best['test_spearman']:.4f}")
+
+
+def run_helper(parser: argparse.ArgumentParser, argv: list[str] | None, work: Callable[[argparse.Namespace], dict],
+               page: Callable[[dict], str], failed: Callable[[dict], bool] = lambda result: False) -> int:
+    """A helper's `main`: prints `work(arguments)`, by `page` or with --json as JSON; returns the exit status.
+
+    0; 1 if the result has `failed`; 2 after one line, for what a user can mend.
+    """
+    import transformers
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        result = work(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = error.filename or getattr(args, "output_dir", None)
+        print(f"error: {where}: cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if args.json else page(result))
+    return int(failed(result))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3359,31 +3435,31 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file is up to date
     try:
-        cfg = parse_config(sys.argv[1:] if argv is None else argv)
-        run = Run(cfg)
+        run = Run(parse_config(sys.argv[1:] if argv is None else argv))
+        run.prepare()
         print(f"teacher on {run.cfg['sts_name']}: " + ", ".join(f"{k} {v:.4f}" for k, v in run.teacher_scores.items()))
         run.train()
         run.processes.leave()
-        if not run.lock:
-            return 0
-        run.finish()
-        for split, best in run.best.items():
-            print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, test {best['test_spearman']:.4f}")
+        if run.lock:
+            run.finish()
         return 0
     except Stop as stop:
-        print(f"{stop}; newest checkpoint in {run.folder}: {checkpoint_steps(run.folder)[-1:]}; continue with --resume latest")
+        print(f"{stop}; newest checkpoint in {run.folder}: {checkpoint_steps(run.folder)[-1:]}; continue with --resume "
+              "latest")
         return stop.status
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py, with --max_length as long as "
-              "joined_length if texts are joined)", file=sys.stderr)
+        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py, with "
+              "--max_length as long as joined_length if texts are joined)", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error)):
+        lost = re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error))
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
             raise
-        where, absent = (f"step {run.step}", run.processes.absent()) if run else ("start", "another process")
+        training = run and run.data
+        where, absent = (f"step {run.step}", run.processes.absent()) if training else ("start", "another process")
         reason = re.sub(r"\[\S+\] ", "", first_line(error))[:120]
         print(f"error: rank {os.environ['RANK']}, {where}: no answer from {absent} ({reason}); "
               "continue with --resume latest", file=sys.stderr, flush=True)
@@ -3392,10 +3468,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         if run:
-            run.signals.training = False  # a signal from here on ends at once
-            if run.data:
-                run.data.builder.shutdown(wait=False, cancel_futures=True)
-            run.release()
+            run.close()
 
 
 if __name__ == "__main__":
