@@ -23,7 +23,7 @@ from typing import Any, Callable
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
-from common import configure, find_data, machine, note, parser, run, script
+from common import configure, find_data, machine, note, one_layer, parser, run, script
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -117,10 +117,11 @@ class Trials:
         data, self.data_name = find_data(args, folder, 2000)
         self.args, self.cfg = args, configure(args, **data, teacher_cache=args.teacher_cache, gradient_accumulation_steps=1,
                                               batch_size=args.batch_size)
+        self.cfg |= one_layer(self.cfg, folder) if args.quick else {}
         self.device = script.choose_device(self.cfg)
         self.teacher, self.tokenizer, _ = script.load_teacher(self.cfg)
         self.teacher.to(self.device)
-        self.dev = script.load_sts(self.cfg, "dev")[:100 if args.quick else None]
+        self.dev = script.load_sts(self.cfg, "dev")[:30 if args.quick else None]
         self.cosines = script.sts_cosines(self.teacher, self.tokenizer, self.dev, self.cfg["max_length"])
         self.pairs: dict[str, script.PairData] = {}
 

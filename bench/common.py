@@ -114,6 +114,14 @@ def machine(device: torch.device) -> dict[str, Any]:
             **{k: environment[k] for k in ("python", "platform", "torch", "transformers", "datasets", "numpy", "git_commit")}}
 
 
+def one_layer(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """For --quick: config keys of a teacher that ends after the real one's first layer, written into `folder`, and its student's."""
+    teacher, tokenizer, _ = script.load_teacher(cfg)
+    teacher.encoder.layer, teacher.config.num_hidden_layers = teacher.encoder.layer[:1], 1
+    teacher.save_pretrained(folder / "teacher"), tokenizer.save_pretrained(folder / "teacher")
+    return {"teacher_model": str(folder / "teacher"), "num_layers": 1}
+
+
 INTERLEAVED = "interleaved in one process; ratios are taken within a repeat"
 
 

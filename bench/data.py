@@ -164,6 +164,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not room.is_dir():
         raise script.UserError(f"--work_dir {room}: no such folder")
     indexed, started = [], []
+    ask = (lambda file, *_, **request: worker(**request)) if args.quick else fresh  # the index alone, then, has a process of its own
     with ExitStack() as stack:
         for times, processes in jobs:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=room)))
@@ -171,11 +172,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if times > 1:
                 here["data_dir"] = str(enlarge(Path(cfg["data_dir"]), place / "data", times))
             note(f"indexing, {times} x the pairs, num_proc {processes}")
-            indexed.append({"times": times, "num_proc": processes, **fresh(__file__, 6 * 3600, kind="indexing", cfg=here)})
+            indexed.append({"times": times, "num_proc": processes, **ask(__file__, 6 * 3600, kind="indexing", cfg=here)})
             if any(times == row["times"] for row in started):
                 continue
             note(f"second start, {args.batches} batches")
-            found = fresh(__file__, kind="starting", cfg=here, repeats=args.repeats, batches=args.batches)
+            found = ask(__file__, kind="starting", cfg=here, repeats=args.repeats, batches=args.batches)
             started.append({"times": times, **found, "first_seconds": found["seconds"][0], "seconds": spread(found["seconds"]),
                             "batch_seconds": spread(found["batch_seconds"]),
                             "batch_mean_seconds": sum(found["batch_seconds"]) / args.batches,

@@ -28,8 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
-from common import (configure, fresh, growth, headline, interleaved, machine, mib, note, parser, rate, ratio, resident, run,
-                    script, shown, spread, table)
+from common import (configure, fresh, growth, headline, interleaved, machine, mib, note, one_layer, parser, rate, ratio, resident,
+                    run, script, shown, spread, table)
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from detect_hardware import find_hardware
@@ -221,6 +221,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.plot and not args.plot.absolute().parent.is_dir():
         raise script.UserError(f"--plot {args.plot}: no such folder")
     cfg = configure(args)
+    cfg |= one_layer(cfg, folder) if args.quick else {}
     student, tokenizer = load_student(cfg)
     result = {"machine": machine(next(student.parameters()).device)}
     short = short_rows(args, cfg, student, tokenizer, folder) if args.lengths else []

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import forked
 import train_6layer_deltanet as script
-from conftest import ROOT
+from forked import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +174,7 @@ def test_run_with_documents_and_resumed(cfg, tmp_path):
         chosen = cfg | {"total_steps": 10, "warmup_steps": 2, "save_interval": 5, "eval_interval": 10, "log_interval": 5,
                         "output_dir": str(output)}
         words = [w for key, value in chosen.items() if value != script.config[key] for w in (f"--{key}", str(value))]
-        done = subprocess.run([sys.executable, ROOT / "train_6layer_deltanet.py", *words, *more], capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        done = forked.run(ROOT / "train_6layer_deltanet.py", *words, *more)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import detect_hardware
+import forked
 import save_best_checkpoint
 import test_checkpoints as scanner
 import test_mteb_local
@@ -32,8 +33,7 @@ SENTENCES = ["A man is eating food.", "The CAT sleeps on a red sofa!", "", "Déj
 
 def run(name: str, *options: Any, status: int = 0) -> str:
     """stdout of a helper run as a user does, without a network."""
-    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, options)], capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = forked.run(ROOT / name, *options)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
@@ -74,41 +74,51 @@ def opened(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
 LOAD_EVERYWHERE = """
 import importlib.util, json, sys
 import numpy as np, torch
-folder, out = sys.argv[1:]
-sentences = json.load(sys.stdin)
+folders, sentences = sys.argv[1:], json.load(sys.stdin)
 assert importlib.util.find_spec("train_6layer_deltanet") is None
 for name in ("datasets", "scipy", "sentence_transformers", "tqdm.notebook"):
     sys.modules[name] = None  # only torch and transformers
 from transformers import AutoModel, AutoTokenizer
-model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-own = model.encode(sentences)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-x = tokenizer(sentences, padding=True, truncation=True, max_length=256, return_tensors="pt")
-with torch.no_grad():
-    hidden = model(input_ids=x["input_ids"], attention_mask=x["attention_mask"]).last_hidden_state
-mask = x["attention_mask"].unsqueeze(-1)
-plain = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+results = {}
+for folder in folders:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    own = model.encode(sentences)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    x = tokenizer(sentences, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(input_ids=x["input_ids"], attention_mask=x["attention_mask"]).last_hidden_state
+    mask = x["attention_mask"].unsqueeze(-1)
+    plain = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    results[folder] = {"plain": plain.numpy(), "own": own}
 for name in ("datasets", "scipy", "sentence_transformers", "tqdm.notebook"):
     del sys.modules[name]
 from sentence_transformers import SentenceTransformer
-st = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
-assert st.similarity_fn_name == "cosine" and not any(st.prompts.values()) and st.max_seq_length == 256
-np.savez(out, plain=plain.numpy(), own=own, st=st.encode(sentences))
+for number, folder in enumerate(folders):
+    st = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    assert st.similarity_fn_name == "cosine" and not any(st.prompts.values()) and st.max_seq_length == 256
+    np.savez(f"{number}.npz", **results[folder], st=st.encode(sentences))
 """
 
 
-@pytest.mark.parametrize("which", ["best", "final", "saved"])
-def test_saved_folder_opens_elsewhere_and_gives_the_same_embeddings(which, tiny_run, tmp_path):
-    folder = {"best": tiny_run, "final": tiny_run / "final_model", "saved": tmp_path / "saved"}[which]
-    if which == "saved":
-        run("save_best_checkpoint.py", tiny_run / "checkpoint_2.pt", "--output_dir", folder)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, "-c", LOAD_EVERYWHERE, str(folder), str(tmp_path / "out.npz")], cwd=tmp_path, env=env,
+@pytest.fixture(scope="module")
+def elsewhere(tiny_run, tmp_path_factory) -> tuple[dict[str, Path], Path]:
+    """Three saved folders, and where a process that knows only the libraries left what it read from each, in their order."""
+    out = tmp_path_factory.mktemp("elsewhere")
+    folders = {"best": tiny_run, "final": tiny_run / "final_model", "saved": out / "saved"}
+    run("save_best_checkpoint.py", tiny_run / "checkpoint_2.pt", "--output_dir", folders["saved"])
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")}
+    done = subprocess.run([sys.executable, "-c", LOAD_EVERYWHERE, *map(str, folders.values())], cwd=out, env=env,
                           input=json.dumps(SENTENCES), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    student, tokenizer, _ = opened(tiny_run / "checkpoint_2.pt" if which == "saved" else folder)
+    return folders, out
+
+
+@pytest.mark.parametrize("which", ["best", "final", "saved"])
+def test_saved_folder_opens_elsewhere_and_gives_the_same_embeddings(which, tiny_run, elsewhere):
+    folders, out = elsewhere
+    student, tokenizer, _ = opened(tiny_run / "checkpoint_2.pt" if which == "saved" else folders[which])
     expected = script.encode(student, tokenizer, SENTENCES, max_length=256)
-    found = np.load(tmp_path / "out.npz")
+    found = np.load(out / f"{[*folders].index(which)}.npz")
     assert np.abs(found["plain"] - expected).max() < 1e-5
     assert np.abs(found["st"] - expected).max() < 1e-5 and np.abs(found["own"] - expected).max() < 1e-5
 
@@ -131,7 +141,7 @@ def test_saved_folder_without_numba_says_once_that_it_is_slower(tiny_run, tmp_pa
         model = AutoModel.from_pretrained(folder, trust_remote_code=True)
         found = model.encode(["A man eats.", "It rains."])
         np.save(out, model.encode(["A man eats.", "It rains."]))"""
-    done = subprocess.run([sys.executable, "-c", code, str(tiny_run), str(tmp_path / "out.npy")], cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run("-c", tiny_run, tmp_path / "out.npy", code=code, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr.count("several times slower") == 1, done.stderr
     student, tokenizer, _ = opened(tiny_run)
     assert np.abs(np.load(tmp_path / "out.npy") - script.encode(student, tokenizer, ["A man eats.", "It rains."])).max() < 1e-5
@@ -381,18 +391,20 @@ def test_thinning():
 # test_mteb_local.py
 
 
-def test_mteb_gives_each_checkpoint_its_own_training_score(copy, corpus, tmp_path):
+def test_mteb_gives_each_checkpoint_its_own_training_score(copy, corpus, tmp_path, capsys):
     pytest.importorskip("mteb")
     (tmp_path / "sts").mkdir()
     shutil.copy(corpus / "sts" / "generated-test.tsv.gz", tmp_path / "sts" / "STS12.tsv.gz")
     rows = script.read_sts_file(tmp_path / "sts" / "STS12.tsv.gz")
     options = ("--data_dir", tmp_path, "--output_dir", tmp_path / "results", "--tasks", "STS12", "STS13")
-    out = run("test_mteb_local.py", "--checkpoint", copy / "checkpoint_1.pt", *options, status=1)  # STS13 has no data here
+    evaluate = lambda *names: test_mteb_local.main([*map(str, (*names, *options))])  # noqa: E731
+    assert evaluate("--checkpoint", copy / "checkpoint_1.pt") == 1  # STS13 has no data here
+    out = capsys.readouterr().out
     assert "STS13: NOT RUN" in out and "not run" in out
     # Another checkpoint under the same name in the same folder: a score kept by name alone would come back.
     shutil.copy(copy / "checkpoint_4.pt", copy / "checkpoint_1.pt")
     (copy / "checkpoint_1.json").unlink()  # the mark of the replaced file
-    run("test_mteb_local.py", "--checkpoint", copy / "checkpoint_1.pt", "--compare", copy / "checkpoint_2.pt", copy, *options, status=1)
+    assert evaluate("--checkpoint", copy / "checkpoint_1.pt", "--compare", copy / "checkpoint_2.pt", copy) == 1
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
     found = [m["scores"]["STS12"] for m in summary["models"]]
     expected = [script.evaluate_sts(*opened(p)[:2], rows)["spearman"] for p in (copy / "checkpoint_4.pt", copy / "checkpoint_2.pt", copy)]
@@ -402,6 +414,7 @@ def test_mteb_gives_each_checkpoint_its_own_training_score(copy, corpus, tmp_pat
     assert len(list((tmp_path / "results" / "results").glob("*checkpoint_1/*/STS12.json"))) == 2
 
 
+@pytest.mark.slow
 def test_mteb_teacher_and_student_on_stsbenchmark(data_dir, teacher_and_tokenizer, tmp_path):
     pytest.importorskip("mteb")
     cfg = script.parse_config(["--projection_init", "teacher"])

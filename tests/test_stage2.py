@@ -1,7 +1,6 @@
 """The second stage: guided contrastive loss, batches of one source, sources drawn by distance, held-out texts, averages."""
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import forked  # the benches are found from here on
+import generalise
+import kill_soak
+import save_best_checkpoint
 import train_6layer_deltanet as script
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "bench"))
-import generalise  # noqa: E402
-import kill_soak  # noqa: E402
-import save_best_checkpoint  # noqa: E402
 
 
 def units(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -106,7 +103,7 @@ def plan_only(sizes, **changes):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory, few_sts_rows):
     """A tiny teacher and three sources: about 170 pairs, 40 pairs, 3 pairs."""
     cfg = kill_soak.make_tiny(tmp_path_factory.mktemp("tiny"))
     rng = random.Random(5)
@@ -187,7 +184,7 @@ def small_windows() -> None:
 @pytest.fixture(scope="module")
 def run():
     """A function that runs the real command line, forked from one server, and returns what it printed."""
-    server = kill_soak.Runs()
+    server = forked.server()
 
     def start(cfg, output: Path, status: int = 0, **changes) -> str:
         words = {key: str(value) if isinstance(value, Path) else value for key, value in (cfg | {"output_dir": output} | changes).items()}
@@ -196,8 +193,7 @@ def run():
         assert found == status and "Traceback" not in text, text
         return text
 
-    yield start
-    server.close()
+    return start
 
 
 def test_second_stage_from_a_student_and_resumed(tiny, run, tmp_path):

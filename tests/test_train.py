@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import forked
 import train_6layer_deltanet as script
-from conftest import ROOT
+from forked import ROOT
 
 
 def small_config(**changes):
@@ -196,6 +197,7 @@ def test_without_a_compiler_one_line_says_so(compilable, monkeypatch):
         small_config(compile="true", deterministic=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler g++: torch.compile is not tested")
 def test_inductor_gives_the_same(compilable):
     student, teacher, cfg, batches, _ = compilable
@@ -222,7 +224,7 @@ def test_tampered_or_missing_teacher_is_one_line(tmp_path):
         script.load_teacher(small_config(teacher_model=str(tmp_path)))
     code = ("import sys, train_6layer_deltanet as s; s.PACKAGED_SHA256 = '0' * 64\n"
             "try: s.find_teacher(s.config['teacher_model'])\nexcept s.UserError as e: print(e)")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    out = forked.run("-c", code=code).stdout
     assert "sha256 differs" in out
 
 
@@ -468,14 +470,13 @@ def test_learning_rate_is_linear_and_ends_at_zero():
     assert [script.learning_rate(s, cfg) for s in (5, 10, 55, 100)] == [0.5, 1.0, 0.5, 0.0]
 
 
-def tiny_run(corpus, tiny_teacher, output: Path, *extra: str) -> subprocess.CompletedProcess:
+def tiny_run(corpus, tiny_teacher, output: Path, *extra: str) -> forked.Done:
     """The real command line with tiny settings."""
-    return subprocess.run([sys.executable, ROOT / "train_6layer_deltanet.py", "--teacher_model", tiny_teacher, "--data_dir", corpus,
-                           "--d_model", "32", "--num_heads", "2", "--num_layers", "2", "--batch_size", "8", "--threads", "1",
-                           "--gradient_accumulation_steps", "2", "--total_steps", "12", "--warmup_steps", "3",
-                           "--log_interval", "4", "--eval_interval", "6", "--save_interval", "3", "--peak_learning_rate", "1e-3",
-                           "--cache_dir", output.parent / "cache", "--output_dir", output, *extra],
-                          capture_output=True, text=True, timeout=300, cwd=output.parent)
+    return forked.run(ROOT / "train_6layer_deltanet.py", "--teacher_model", tiny_teacher, "--data_dir", corpus,
+                      "--d_model", "32", "--num_heads", "2", "--num_layers", "2", "--batch_size", "8", "--threads", "1",
+                      "--gradient_accumulation_steps", "2", "--total_steps", "12", "--warmup_steps", "3",
+                      "--log_interval", "4", "--eval_interval", "6", "--save_interval", "3", "--peak_learning_rate", "1e-3",
+                      "--cache_dir", output.parent / "cache", "--output_dir", output, *extra, cwd=output.parent)
 
 
 def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
