@@ -1,7 +1,4 @@
-"""CUDA (Triton) kernels of the mixer operator: all that a layer computes between its input and its output projection.
-
-    o, final_state, boundary_states = mixer_forward_cuda(proj, mask, keep, ...)
-    gradients = mixer_backward_cuda(grad_o, grad_final_state, boundary_states, proj, mask, keep, ...)
+"""CUDA (Triton) kernels of the mixer operator (delta_mixer.py): all between a layer's input and output projections.
 
 Convolution, SiLU, normalisation, resonance flux, gates, recurrence and output norm are one launch for all sentences,
 heads and directions: a program owns one (sentence, head), keeps both K x K states on chip and walks over chunks of 16
@@ -19,26 +16,29 @@ tokens that starts from the states S_0 (`tril(., -1)` drops the diagonal, `*` is
     S_C[a] = mix[a] + K~^T (R[:, a] * V - K mix[a]),   mix = M_C ... M_1 S_0,   K~ = diag(beta) X^T K
 
 This is the chunked (WY) delta rule of Yang et al. 2024 (arXiv:2406.06484) with the decays moved into the scalar
-matrix c. The backward pass recomputes everything but the states at the chunk boundaries, in two launches: the
-recurrence with its gates, from the last chunk to the first, then convolution, normalisation and flux. Sums over
-tokens stay on chip, sums over programs are left to PyTorch: no atomics, so the same input gives the same bits.
-tests/test_delta_kernel_cuda.py compares all results with the PyTorch form. Training does not use these kernels yet.
+matrix c. The backward pass recomputes everything but the states at every second chunk's start, in five launches:
+the outputs before their norm, with the states between; the states' gradients, from the last chunk to the first; the
+recurrence with its gates; normalisation and flux; the convolution. Sums over tokens stay on chip, sums over programs
+are left to PyTorch: no atomics, so the same input gives the same bits.
 """
+from __future__ import annotations
 
 import contextlib
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from .delta_mixer import BLOCK, HIDDEN
+
+try:  # in a `try`, as transformers refuses a model of which a file imports, outside of one, what is not installed
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 # Within a chunk work per token grows with its length, at its end the states cost the same for any: with K = 32 both are
 # about equal at 16, which is also the least that a tensor core product takes. Larger tiles do not fit the registers.
 CHUNK = 16
-HEAD_DIMS = (16, 32, 64)
-HIDDEN = 16  # of the flux network
-PRECISIONS = ("ieee", "tf32x3", "tf32")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -113,7 +113,8 @@ def _token(position, T, REVERSED):
 @triton.jit
 def _load_rows(ptr, token, inside, STRIDE, K: tl.constexpr):
     """Rows (C, K) of a matrix as float32, zero where not `inside`."""
-    return tl.load(ptr + token[:, None] * STRIDE + tl.arange(0, K)[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    rows = tl.load(ptr + token[:, None] * STRIDE + tl.arange(0, K)[None, :], mask=inside[:, None], other=0.0)
+    return rows.to(tl.float32)
 
 
 @triton.jit
@@ -137,7 +138,8 @@ def _load_past(x_ptr, mask_ptr, position, lag, T, REVERSED, STRIDE, K: tl.conste
 
 
 @triton.jit
-def _convolve(x_ptr, conv_ptr, mask_ptr, position, T, REVERSED, STRIDE, TAP, K: tl.constexpr, CONVOLUTION: tl.constexpr):
+def _convolve(x_ptr, conv_ptr, mask_ptr, position, T, REVERSED, STRIDE, TAP, K: tl.constexpr,
+              CONVOLUTION: tl.constexpr):
     """The convolution of q, k or v at each position, (C, K). `TAP` is the stride of conv_weight's first dim."""
     x = _load_past(x_ptr, mask_ptr, position, 0, T, REVERSED, STRIDE, K)
     if CONVOLUTION:
@@ -197,21 +199,21 @@ def _gates(logit_ptr, psi, token, written, inside, STRIDE, H, C: tl.constexpr,
 
 
 @triton.jit
-def _prepare(proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-             out_bias_ptr, h, position, token, T, REVERSED, H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr,
-             C: tl.constexpr, HAS_KEEP: tl.constexpr, HIERARCHICAL: tl.constexpr, COUPLING: tl.constexpr,
+def _prepare(proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr,
+             out_weight_ptr, out_bias_ptr, h, position, token, T, REVERSED, STRIDE: tl.constexpr, H: tl.constexpr,
+             K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, HAS_KEEP: tl.constexpr,
+             HIERARCHICAL: tl.constexpr, COUPLING: tl.constexpr,
              FLUX: tl.constexpr, CONVOLUTION: tl.constexpr, READ_GATES: tl.constexpr, PRECISION: tl.constexpr):
     """All that the recurrence takes of a chunk, and where there is a token and where one is written."""
-    STRIDE: tl.constexpr = (3 * K + 5) * H
     inside = position < T
     inside = inside & (tl.load(mask_ptr + token, mask=inside, other=0) != 0)
     written = inside
     if HAS_KEEP:
         written = inside & (tl.load(keep_ptr + token * H, mask=inside, other=0) != 0)
-    q = _normalise(_silu(_convolve(proj_ptr + h * K, conv_ptr + h * K, mask_ptr, position, T, REVERSED, STRIDE, 3 * H * K, K,
-                                   CONVOLUTION)))
-    k = _normalise(_silu(_convolve(proj_ptr + (H + h) * K, conv_ptr + (H + h) * K, mask_ptr, position, T, REVERSED, STRIDE,
+    q = _normalise(_silu(_convolve(proj_ptr + h * K, conv_ptr + h * K, mask_ptr, position, T, REVERSED, STRIDE,
                                    3 * H * K, K, CONVOLUTION)))
+    k = _normalise(_silu(_convolve(proj_ptr + (H + h) * K, conv_ptr + (H + h) * K, mask_ptr, position, T, REVERSED,
+                                   STRIDE, 3 * H * K, K, CONVOLUTION)))
     v = _silu(_convolve(proj_ptr + (2 * H + h) * K, conv_ptr + (2 * H + h) * K, mask_ptr, position, T, REVERSED, STRIDE,
                         3 * H * K, K, CONVOLUTION))
     psi = tl.full((C,), 0.5, dtype=tl.float32)
@@ -293,12 +295,13 @@ def _output_decays(m_ff, m_fs, m_sf, m_ss, r_f, r_s, C: tl.constexpr):
     u_f = to_f * _entry(e_ff, col == C - 1, 1) + to_s * _entry(e_sf, col == C - 1, 1)
     u_s = to_f * _entry(e_fs, col == C - 1, 1) + to_s * _entry(e_ss, col == C - 1, 1)
     return (c, u_f, u_s, _entry(after_ff, last, 0), _entry(after_fs, last, 0), _entry(after_sf, last, 0),
-            _entry(after_ss, last, 0), tl.where(last, 1.0, after_ff + after_fs), tl.where(last, 1.0, after_sf + after_ss))
+            _entry(after_ss, last, 0), tl.where(last, 1.0, after_ff + after_fs),
+            tl.where(last, 1.0, after_sf + after_ss))
 
 
-# A dot's tiles are spread over the warps by rows or by columns, whichever the last dot of a loop's body has more of, for
-# all dots that depend on each other. With 16 tokens and more channels, columns are what leaves no warp with the work of
-# another: so the bodies below end with a product of shape (C, K).
+# A dot's tiles are spread over the warps by rows or by columns, whichever the last dot of a loop's body has more of,
+# for all dots that depend on each other. With 16 tokens and more channels, columns are what leaves no warp with the
+# work of another: so the bodies below end with a product of shape (C, K).
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS", "FIRST_REVERSED"])
@@ -306,17 +309,16 @@ def _forward_kernel(
     proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
     out_bias_ptr, norm_ptr, initial_ptr, o_ptr, final_ptr, states_ptr,
     T, CHUNKS, FIRST_REVERSED,
-    H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, LOG2_C: tl.constexpr,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, LOG2_C: tl.constexpr,
     HAS_KEEP: tl.constexpr, HAS_INITIAL: tl.constexpr, HIERARCHICAL: tl.constexpr, COUPLING: tl.constexpr,
     FLUX: tl.constexpr, CONVOLUTION: tl.constexpr, READ_GATES: tl.constexpr, CARRY: tl.constexpr,
-    SAVE_STATES: tl.constexpr, SAVE_FINAL: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE_STATES: tl.constexpr, SAVE_FINAL: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """o and the final state of one (sentence, head).
 
-    CARRY: a state comes into or leaves some chunk. SAVE_STATES: store the states at the start of every chunk,
-    (CHUNKS, 2, K, K), for the backward pass.
+    CARRY: a state comes into or leaves some chunk. SAVE_STATES: store the states at the start of every SPAN-th chunk
+    but the first, (ceil(CHUNKS / SPAN) - 1, 2, K, K), for the backward pass.
     """
-    STRIDE: tl.constexpr = (3 * K + 5) * H
     n = tl.program_id(0).to(tl.int64)  # n * T * K may pass 2^31
     head = (n % H).to(tl.int32)
     REVERSED = head >= FIRST_REVERSED
@@ -325,7 +327,7 @@ def _forward_kernel(
     keep_ptr += (n // H) * T * H + head
     o_ptr += (n // H) * T * (H * K) + head * K
     if SAVE_STATES:
-        states_ptr += n * CHUNKS * (2 * K * K)
+        states_ptr += (n * (tl.cdiv(CHUNKS, SPAN) - 1) - 1) * (2 * K * K)
     row = tl.arange(0, C)[:, None]
     col = tl.arange(0, C)[None, :]
     channel = tl.arange(0, K)
@@ -338,15 +340,16 @@ def _forward_kernel(
 
     for chunk in range(CHUNKS):
         if SAVE_STATES:
-            _store_state(states_ptr + chunk * (2 * K * K), s_f, K)
-            _store_state(states_ptr + chunk * (2 * K * K) + K * K, s_s, K)
+            if chunk > 0 and chunk % SPAN == 0:
+                _store_state(states_ptr + chunk // SPAN * (2 * K * K), s_f, K)
+                _store_state(states_ptr + chunk // SPAN * (2 * K * K) + K * K, s_s, K)
         position = chunk * C + tl.arange(0, C)
         token = _token(position, T, REVERSED)
         h = _anchor(head)
         q, k, v, psi, beta, m_ff, m_fs, m_sf, m_ss, r_f, r_s, _, _ = _prepare(
             proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-            out_bias_ptr, h, position, token, T, REVERSED, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING, FLUX,
-            CONVOLUTION, READ_GATES, PRECISION)
+            out_bias_ptr, h, position, token, T, REVERSED, STRIDE, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING,
+            FLUX, CONVOLUTION, READ_GATES, PRECISION)
         c, u_f, u_s, l_ff, l_fs, l_sf, l_ss, past_f, past_s = _output_decays(m_ff, m_fs, m_sf, m_ss, r_f, r_s, C)
         x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
         a = w * beta[None, :]
@@ -374,55 +377,77 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["T", "CHUNKS", "FIRST_REVERSED"])
 def _backward_output_kernel(
     proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-    out_bias_ptr, norm_ptr, states_ptr, do_ptr, work_ptr, reads_ptr, whole_ptr, dnorm_ptr,
+    out_bias_ptr, norm_ptr, initial_ptr, saved_ptr, do_ptr, states_ptr, work_ptr, reads_ptr, whole_ptr, dnorm_ptr,
     T, CHUNKS, FIRST_REVERSED,
-    H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, LOG2_C: tl.constexpr,
-    HAS_KEEP: tl.constexpr, HIERARCHICAL: tl.constexpr, COUPLING: tl.constexpr, FLUX: tl.constexpr,
-    CONVOLUTION: tl.constexpr, READ_GATES: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, LOG2_C: tl.constexpr,
+    HAS_KEEP: tl.constexpr, HAS_INITIAL: tl.constexpr, HIERARCHICAL: tl.constexpr, COUPLING: tl.constexpr,
+    FLUX: tl.constexpr, CONVOLUTION: tl.constexpr, READ_GATES: tl.constexpr, CARRY: tl.constexpr, SPAN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The gradients of the output before its norm and of o_norm, and what the states' gradients need, in one chunk.
+    """The gradients of the output before its norm and of o_norm, and what the states' gradients need, in SPAN chunks.
 
-    work (T, 4, K) gets the first of them, K, K~ and Q~; reads (T, 2) gets u, whole (CHUNKS, 4) M_C ... M_1.
+    work (T, 4, K) gets the first of them, K, K~ and Q~; reads (T, 2) gets u, whole (CHUNKS, 4) M_C ... M_1, and states
+    (CHUNKS, 2, K, K) the states at the starts of all chunks, from the saved one.
     """
-    STRIDE: tl.constexpr = (3 * K + 5) * H
-    n = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    chunk = tl.program_id(0) % CHUNKS
-    h = (n % H).to(tl.int32)
-    REVERSED = h >= FIRST_REVERSED
+    spans = tl.cdiv(CHUNKS, SPAN)
+    n = (tl.program_id(0) // spans).to(tl.int64)
+    span = tl.program_id(0) % spans
+    head = (n % H).to(tl.int32)
+    REVERSED = head >= FIRST_REVERSED
     channel = tl.arange(0, K)
-    position = chunk * C + tl.arange(0, C)
-    token = _token(position, T, REVERSED)
-    q, k, v, psi, beta, m_ff, m_fs, m_sf, m_ss, r_f, r_s, inside, written = _prepare(
-        proj_ptr + (n // H) * T * STRIDE, mask_ptr + (n // H) * T, keep_ptr + (n // H) * T * H + h, conv_ptr, bilinear_ptr,
-        scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, h, position, token, T, REVERSED, H, K, HIDDEN, C,
-        HAS_KEEP, HIERARCHICAL, COUPLING, FLUX, CONVOLUTION, READ_GATES, PRECISION)
-    c, u_f, u_s, l_ff, l_fs, l_sf, l_ss, _, _ = _output_decays(m_ff, m_fs, m_sf, m_ss, r_f, r_s, C)
-    x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
-    a = w * beta[None, :]
-    here = position < T
-    rows = work_ptr + n * T * (4 * K) + position[:, None] * (4 * K) + channel[None, :]
-    o = _dot(c * a, v, PRECISION)
     if CARRY:
-        tl.store(rows + K, k, mask=here[:, None])
-        tl.store(rows + 2 * K, beta[:, None] * _dot(tl.trans(x), k, PRECISION), mask=here[:, None])
-        tl.store(reads_ptr + n * T * 2 + position * 2, u_f, mask=here)
-        tl.store(reads_ptr + n * T * 2 + position * 2 + 1, u_s, mask=here)
-        whole_ptr += (n * CHUNKS + chunk) * 4
-        tl.store(whole_ptr, l_ff)
-        tl.store(whole_ptr + 1, l_fs)
-        tl.store(whole_ptr + 2, l_sf)
-        tl.store(whole_ptr + 3, l_ss)
-        q_tilde = q - _dot(a, k, PRECISION)
-        tl.store(rows + 3 * K, q_tilde, mask=here[:, None])
-        states_ptr += (n * CHUNKS + chunk) * (2 * K * K)
-        o += u_f[:, None] * _dot(q_tilde, _load_state(states_ptr, K), PRECISION)
-        o += u_s[:, None] * _dot(q_tilde, _load_state(states_ptr + K * K, K), PRECISION)
-    scale = tl.rsqrt(tl.sum(o * o, axis=1) / K + 1e-6)
-    o *= scale[:, None]
-    do = _load_rows(do_ptr + (n // H) * T * (H * K) + h * K, token, inside, H * K, K)
-    tl.store(dnorm_ptr + (n * CHUNKS + chunk) * K + channel, tl.sum(do * o, axis=0))
-    do *= tl.load(norm_ptr + h * K + channel)[None, :]
-    tl.store(rows, scale[:, None] * (do - o * (tl.sum(do * o, axis=1) / K)[:, None]), mask=here[:, None])
+        states_ptr += n * CHUNKS * (2 * K * K)
+        whole_ptr += n * CHUNKS * 4
+        saved_ptr += (n * (spans - 1) + span - 1) * (2 * K * K)
+        s_f = tl.full((K, K), 0.0, dtype=tl.float32)
+        s_s = tl.full((K, K), 0.0, dtype=tl.float32)
+        if span > 0:
+            s_f = _load_state(saved_ptr, K)
+            s_s = _load_state(saved_ptr + K * K, K)
+        elif HAS_INITIAL:
+            s_f = _load_state(initial_ptr + n * (2 * K * K), K)
+            s_s = _load_state(initial_ptr + n * (2 * K * K) + K * K, K)
+
+    for chunk in range(span * SPAN, tl.minimum(span * SPAN + SPAN, CHUNKS)):
+        position = chunk * C + tl.arange(0, C)
+        token = _token(position, T, REVERSED)
+        h = _anchor(head)
+        q, k, v, psi, beta, m_ff, m_fs, m_sf, m_ss, r_f, r_s, inside, written = _prepare(
+            proj_ptr + (n // H) * T * STRIDE, mask_ptr + (n // H) * T, keep_ptr + (n // H) * T * H + h, conv_ptr,
+            bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, h, position, token, T,
+            REVERSED, STRIDE, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING, FLUX, CONVOLUTION, READ_GATES,
+            PRECISION)
+        c, u_f, u_s, l_ff, l_fs, l_sf, l_ss, past_f, past_s = _output_decays(m_ff, m_fs, m_sf, m_ss, r_f, r_s, C)
+        x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
+        a = w * beta[None, :]
+        here = position < T
+        rows = work_ptr + n * T * (4 * K) + position[:, None] * (4 * K) + channel[None, :]
+        o = _dot(c * a, v, PRECISION)
+        if CARRY:
+            _store_state(states_ptr + chunk * (2 * K * K), s_f, K)
+            _store_state(states_ptr + chunk * (2 * K * K) + K * K, s_s, K)
+            k_tilde = beta[:, None] * _dot(tl.trans(x), k, PRECISION)
+            q_tilde = q - _dot(a, k, PRECISION)
+            tl.store(rows + K, k, mask=here[:, None])
+            tl.store(rows + 2 * K, k_tilde, mask=here[:, None])
+            tl.store(rows + 3 * K, q_tilde, mask=here[:, None])
+            tl.store(reads_ptr + n * T * 2 + position * 2, u_f, mask=here)
+            tl.store(reads_ptr + n * T * 2 + position * 2 + 1, u_s, mask=here)
+            tl.store(whole_ptr + chunk * 4, l_ff)
+            tl.store(whole_ptr + chunk * 4 + 1, l_fs)
+            tl.store(whole_ptr + chunk * 4 + 2, l_sf)
+            tl.store(whole_ptr + chunk * 4 + 3, l_ss)
+            o += u_f[:, None] * _dot(q_tilde, s_f, PRECISION)
+            o += u_s[:, None] * _dot(q_tilde, s_s, PRECISION)
+            s_f, s_s = l_ff * s_f + l_fs * s_s, l_sf * s_f + l_ss * s_s
+            s_f += _dot(tl.trans(k_tilde), past_f[:, None] * v - _dot(k, s_f, PRECISION), PRECISION)
+            s_s += _dot(tl.trans(k_tilde), past_s[:, None] * v - _dot(k, s_s, PRECISION), PRECISION)
+        scale = tl.rsqrt(tl.sum(o * o, axis=1) / K + 1e-6)
+        o *= scale[:, None]
+        do = _load_rows(do_ptr + (n // H) * T * (H * K) + h * K, token, inside, H * K, K)
+        tl.store(dnorm_ptr + (n * CHUNKS + chunk) * K + channel, tl.sum(do * o, axis=0))
+        do *= tl.load(norm_ptr + h * K + channel)[None, :]
+        tl.store(rows, scale[:, None] * (do - o * (tl.sum(do * o, axis=1) / K)[:, None]), mask=here[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
@@ -475,7 +500,7 @@ def _backward_chunk_kernel(
     proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
     out_bias_ptr, states_ptr, dstates_ptr, dproj_ptr, work_ptr, dpsi_ptr,
     T, CHUNKS, FIRST_REVERSED,
-    H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, LOG2_C: tl.constexpr,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, LOG2_C: tl.constexpr,
     HAS_KEEP: tl.constexpr, HIERARCHICAL: tl.constexpr, COUPLING: tl.constexpr, FLUX: tl.constexpr,
     CONVOLUTION: tl.constexpr, READ_GATES: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -485,7 +510,6 @@ def _backward_chunk_kernel(
     dW = dA diag(beta) and G = dW X^T follow dP = tril(G) and dN = -tril(W^T G, -1). K~ adds X^T K to what depends on X:
     with Kx = X^T K and J = X dKx, dN loses tril(Kx J^T, -1) as well and dK gains J.
     """
-    STRIDE: tl.constexpr = (3 * K + 5) * H
     n = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
     h = (n % H).to(tl.int32)
@@ -506,7 +530,7 @@ def _backward_chunk_kernel(
     token = _token(position, T, REVERSED)
     q, k, v, psi, beta, m_ff, m_fs, m_sf, m_ss, r_f, r_s, inside, written = _prepare(
         proj_ptr, mask_ptr, keep_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr,
-        out_bias_ptr, h, position, token, T, REVERSED, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING, FLUX,
+        out_bias_ptr, h, position, token, T, REVERSED, STRIDE, H, K, HIDDEN, C, HAS_KEEP, HIERARCHICAL, COUPLING, FLUX,
         CONVOLUTION, READ_GATES, PRECISION)
     x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
     a = w * beta[None, :]
@@ -688,14 +712,13 @@ def _backward_activation_kernel(
     proj_ptr, mask_ptr, conv_ptr, bilinear_ptr, scale_ptr, in_weight_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr,
     work_ptr, dpsi_ptr, dflux_ptr,
     T, CHUNKS, FIRST_REVERSED,
-    H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, FLUXES: tl.constexpr,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, FLUXES: tl.constexpr,
     FLUX: tl.constexpr, CONVOLUTION: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """From the gradients of q, k, v and psi to those of the flux's parameters and of the convolution's output.
 
     work (T, 4, K), of one (sentence, head) in its own direction, holds the gradients of q, k, v and is overwritten.
     """
-    STRIDE: tl.constexpr = (3 * K + 5) * H
     TAP: tl.constexpr = 3 * H * K
     n = tl.program_id(0).to(tl.int64)
     head = (n % H).to(tl.int32)
@@ -726,8 +749,8 @@ def _backward_activation_kernel(
         tl.store(rows, _activation_gradient(x, dy, True), mask=here[:, None])
         x_k = _convolve(proj_ptr + (H + h) * K, conv_ptr + (H + h) * K, mask_ptr, position, T, REVERSED, STRIDE, TAP, K,
                         CONVOLUTION)
-        x_v = _convolve(proj_ptr + (2 * H + h) * K, conv_ptr + (2 * H + h) * K, mask_ptr, position, T, REVERSED, STRIDE, TAP,
-                        K, CONVOLUTION)
+        x_v = _convolve(proj_ptr + (2 * H + h) * K, conv_ptr + (2 * H + h) * K, mask_ptr, position, T, REVERSED, STRIDE,
+                        TAP, K, CONVOLUTION)
         dk = tl.load(rows + K, mask=here[:, None], other=0.0)
         dv = tl.load(rows + 2 * K, mask=here[:, None], other=0.0)
         if FLUX:
@@ -776,13 +799,12 @@ def _backward_activation_kernel(
 @triton.jit(do_not_specialize=["T", "CHUNKS", "FIRST_REVERSED"])
 def _backward_convolution_kernel(
     proj_ptr, mask_ptr, conv_ptr, work_ptr, dproj_ptr, dconv_ptr, T, CHUNKS, FIRST_REVERSED,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CONVOLUTION: tl.constexpr,
+    STRIDE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, CONVOLUTION: tl.constexpr,
 ):
     """From the gradient of the convolution's output, in work (T, 4, K), to those of q, k, v in proj and of the taps.
 
     Of one chunk and head: dconv (4, 3, K) is the chunk's share.
     """
-    STRIDE: tl.constexpr = (3 * K + 5) * H
     n = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
     h = (n % H).to(tl.int32)
@@ -818,158 +840,88 @@ def launch_options(K: int) -> dict:
     return dict(num_warps=8 if K == 64 else 4 if K == 32 else 2, num_stages=1)
 
 
-def _check(proj, mask, keep, parameters: dict[str, Tensor], initial_state, reverse_heads: int, precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    if proj.dim() != 3 or parameters["o_norm"].dim() != 2:
-        raise ValueError(f"need proj (B, T, (3 K + 5) H) and o_norm (H, K), got {tuple(proj.shape)} and "
-                         f"{tuple(parameters['o_norm'].shape)}")
-    (B, T, _), (H, K) = proj.shape, parameters["o_norm"].shape
-    if K not in HEAD_DIMS:
-        raise ValueError(f"the CUDA kernels take heads of {HEAD_DIMS} channels, got {K}")
-    if proj.dtype not in DTYPES:
-        raise ValueError(f"proj must be float32, bfloat16 or float16, got {proj.dtype}")
-    if not 0 <= reverse_heads <= H:
-        raise ValueError(f"reverse_heads must be in 0..{H}, got {reverse_heads}")
-    shapes = dict(proj=(B, T, (3 * K + 5) * H), mask=(B, T), keep=(B, T, H), conv_weight=(4, 3, H, K),
-                  flux_bilinear=(H, K, K), flux_scale=(H,), flux_in_weight=(HIDDEN, 2 * K + 1), flux_in_bias=(HIDDEN,),
-                  flux_out_weight=(HIDDEN,), flux_out_bias=(1,), o_norm=(H, K), initial_state=(B, H, 2, K, K))
-    for name, x in dict(parameters, proj=proj, mask=mask, keep=keep, initial_state=initial_state).items():
-        if x is None:
-            continue
-        if tuple(x.shape) != shapes[name]:
-            raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(x.shape)}")
-        if (x.dtype == torch.bool) != (name in ("mask", "keep")):
-            raise ValueError(f"{name} must {'' if name in ('mask', 'keep') else 'not '}be bool, got {x.dtype}")
-        if x.device != proj.device or not (x.is_cuda or INTERPRETED.value):
-            raise ValueError(f"{name} is on {x.device}: all tensors must be on one CUDA device "
-                             "(on the CPU only with TRITON_INTERPRET=1 set before the import)")
+def _precision() -> str:
+    """Of the matrix products, as of PyTorch's own: float32, or 10 bits of it (TF32)."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _kernel_inputs(proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: dict[str, Tensor]) -> list[Tensor]:
-    """What the kernels read, as they read it: contiguous, parameters in float32, bool as bytes."""
+def _arguments(proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None,
+               reverse_heads: int, switches: tuple[bool, ...], carry: bool) -> tuple[list, tuple, dict, dict]:
+    """What the kernels take: tensors, contiguous and in float32, bool as bytes; lengths; constants.
+
+    Those are of the kernels that read rows of proj, and of those that prepare all of a chunk.
+    """
+    if not (proj.is_cuda or INTERPRETED.value):
+        raise ValueError(f"tensors on {proj.device}: CUDA kernels take them only with TRITON_INTERPRET=1, set before their import")
+    H, K = parameters[-1].shape
+    convolution, flux, coupling, hierarchical, read_gates = switches
     masks = [proj if m is None else m.contiguous().view(torch.uint8) for m in (mask, keep)]
-    return [proj.contiguous(), *masks, *(x.detach().float().contiguous() for x in parameters.values())]
+    initial = None if initial_state is None else initial_state.detach().float().contiguous()
+    inputs = [proj.contiguous(), *masks, *(x.detach().float().contiguous() for x in parameters), initial]
+    rows = dict(K=K, C=CHUNK, H=H, STRIDE=proj.shape[-1], CONVOLUTION=convolution, **launch_options(K))
+    chunks = dict(rows, HIDDEN=HIDDEN, FLUX=flux, LOG2_C=CHUNK.bit_length() - 1, HAS_KEEP=keep is not None, CARRY=carry,
+                  HIERARCHICAL=hierarchical, COUPLING=coupling, READ_GATES=read_gates, PRECISION=_precision())
+    return inputs, (proj.shape[1], triton.cdiv(proj.shape[1], CHUNK), H - reverse_heads), rows, chunks
 
 
-def mixer_forward_cuda(
-    proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
-    flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
-    initial_state: Tensor | None, reverse_heads: int, hierarchical: bool, coupling: bool, flux: bool, convolution: bool,
-    read_gates: bool, output_final_state: bool, save_states: bool, precision: str = "ieee",
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The mixer operator, without autograd.
-
-    Args:
-        proj: (B, T, (3 K + 5) H), of each token q (H, K), k (H, K), v (H, K), then the logits (H) of beta, a_fast, a_slow,
-            g_fast, g_slow. float32, bfloat16 or float16, used in float32. K in {16, 32, 64}, T >= 1.
-        mask: (B, T) bool, False at padding. keep: (B, T, H) bool, False where a write is dropped, or None.
-        conv_weight: (4, 3, H, K), tap i looks i tokens back. flux_bilinear: (H, K, K). flux_scale: (H).
-        flux_in_weight: (16, 2 K + 1). flux_in_bias, flux_out_weight: (16). flux_out_bias: (1). o_norm: (H, K).
-        initial_state: (B, H, 2, K, K), or None for zeros.
-        reverse_heads: so many of the last heads read right to left.
-        save_states: return what `mixer_backward_cuda` needs besides the inputs.
-        precision: of the matrix products. "ieee": float32, relative errors of about 1e-7. "tf32x3": three TF32 tensor
-            core products for each, about 1e-6; "tf32": one, about 1e-3.
-
-    Returns:
-        o (B, T, H K) in proj's type; the final state (B, H, 2, K, K) float32, each head's in its own direction, or None;
-        the states at the chunks' starts (B, H, ceil(T / 16), 2, K, K) float32, or None if not asked for or all zero
-        (T <= 16 and no initial state).
-
-    Raises:
-        ValueError: a shape, type, device, head width or precision that the kernels do not take.
-    """
-    parameters = dict(conv_weight=conv_weight, flux_bilinear=flux_bilinear, flux_scale=flux_scale,
-                      flux_in_weight=flux_in_weight, flux_in_bias=flux_in_bias, flux_out_weight=flux_out_weight,
-                      flux_out_bias=flux_out_bias, o_norm=o_norm)
-    _check(proj, mask, keep, parameters, initial_state, reverse_heads, precision)
-    (B, T, _), (H, K) = proj.shape, o_norm.shape
-    chunks = triton.cdiv(T, CHUNK)
-    f32 = dict(dtype=torch.float32, device=proj.device)
-    carried = chunks > 1 or initial_state is not None
-    o = torch.empty((B, T, H * K), dtype=proj.dtype, device=proj.device)
-    final_state = torch.empty((B, H, 2, K, K), **f32) if output_final_state else None
-    states = torch.empty((B, H, chunks, 2, K, K), **f32) if save_states and carried else None
-    if B > 0:
-        inputs = _kernel_inputs(proj, mask, keep, parameters)
-        with _device_of(proj):
-            _forward_kernel[(B * H,)](
-                *inputs, None if initial_state is None else initial_state.float().contiguous(), o, final_state, states,
-                T, chunks, H - reverse_heads, H=H, K=K, HIDDEN=HIDDEN, C=CHUNK, LOG2_C=CHUNK.bit_length() - 1,
-                HAS_KEEP=keep is not None, HAS_INITIAL=initial_state is not None, HIERARCHICAL=hierarchical,
-                COUPLING=coupling, FLUX=flux, CONVOLUTION=convolution, READ_GATES=read_gates,
-                CARRY=carried or output_final_state, SAVE_STATES=states is not None, SAVE_FINAL=output_final_state,
-                PRECISION=precision, **launch_options(K))
-    return o, final_state, states
+def mixer_forward(o: Tensor, final: Tensor, saved: Tensor, proj: Tensor, mask: Tensor, keep: Tensor | None,
+                  parameters: list[Tensor], initial_state: Tensor | None, reverse_heads: int,
+                  switches: tuple[bool, ...]) -> None:
+    """Fill `o`, `final` and `saved`, made by `outputs`; empty ones are not wanted."""
+    carry = proj.shape[1] > CHUNK or initial_state is not None or final.numel() > 0
+    inputs, lengths, _, chunks = _arguments(
+        proj, mask, keep, parameters, initial_state, reverse_heads, switches, carry)
+    with _device_of(proj):
+        if o.numel():
+            _forward_kernel[(len(proj) * chunks["H"],)](
+                *inputs, o, final, saved, *lengths, HAS_INITIAL=initial_state is not None, SPAN=BLOCK // CHUNK,
+                SAVE_STATES=saved.numel() > 0, SAVE_FINAL=final.numel() > 0, **chunks)
 
 
-def mixer_backward_cuda(
-    grad_o: Tensor, grad_final_state: Tensor | None, boundary_states: Tensor | None,
-    proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
-    flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
-    initial_state: Tensor | None, reverse_heads: int, hierarchical: bool, coupling: bool, flux: bool, convolution: bool,
-    read_gates: bool, precision: str = "ieee",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `mixer_forward_cuda` in proj, its eight parameters and initial_state (None where there is none).
-
-    Args:
-        grad_o: (B, T, H K). grad_final_state: (B, H, 2, K, K) or None. boundary_states: the forward pass's third result
-            for the same inputs; where it was not saved (None), it is computed again.
-
-    Returns: the gradients, that of proj in proj's type, of the others in float32.
-    """
-    parameters = dict(conv_weight=conv_weight, flux_bilinear=flux_bilinear, flux_scale=flux_scale,
-                      flux_in_weight=flux_in_weight, flux_in_bias=flux_in_bias, flux_out_weight=flux_out_weight,
-                      flux_out_bias=flux_out_bias, o_norm=o_norm)
-    switches = (reverse_heads, hierarchical, coupling, flux, convolution, read_gates)
-    _check(proj, mask, keep, parameters, initial_state, reverse_heads, precision)
-    (B, T, _), (H, K) = proj.shape, o_norm.shape
-    chunks = triton.cdiv(T, CHUNK)
-    carried = chunks > 1 or initial_state is not None
-    if boundary_states is None and carried:
-        _, _, boundary_states = mixer_forward_cuda(proj, mask, keep, *parameters.values(), initial_state, *switches, False,
-                                                   True, precision)
-    f32 = dict(dtype=torch.float32, device=proj.device)
-    carry = carried or grad_final_state is not None
-    if boundary_states is None and carry:
-        boundary_states = torch.zeros((B, H, 1, 2, K, K), **f32)
+def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, proj: Tensor, mask: Tensor,
+                   keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None, reverse_heads: int,
+                   switches: tuple[bool, ...]) -> list[Tensor]:
+    """Gradients of proj, in its type, and in float32 of the eight parameters and the initial state."""
+    (B, T, _), (H, K) = proj.shape, parameters[-1].shape
+    convolution, flux, *_ = switches
+    chunks, f32 = triton.cdiv(T, CHUNK), dict(dtype=torch.float32, device=proj.device)
+    carry = chunks > 1 or initial_state is not None or grad_final is not None
     sizes = [K * K, 1, HIDDEN * (2 * K + 1), HIDDEN, HIDDEN, 1]
-    d_flux = (torch.empty if flux and B > 0 else torch.zeros)((B, H, sum(sizes)), **f32)
-    d_conv = (torch.empty if convolution and B > 0 else torch.zeros)((B, H, chunks, 4, 3, K), **f32)
+    d_flux = (torch.empty if flux else torch.zeros)((B, H, sum(sizes)), **f32)
+    d_conv = (torch.empty if convolution else torch.zeros)((B, H, chunks, 4, 3, K), **f32)
     d_norm = torch.empty((B, H, chunks, K), **f32)
     dproj = torch.empty_like(proj, memory_format=torch.contiguous_format)
-    work, dpsi = torch.empty((B, H, T, 4, K), **f32), torch.empty((B, H, T), **f32)
-    reads, whole = torch.empty((B, H, T, 2), **f32), torch.empty((B, H, chunks, 4), **f32)
-    dstates = torch.empty((B, H, chunks, 2, K, K), **f32) if carry else None
-    dinitial = None if initial_state is None else torch.empty((B, H, 2, K, K), **f32)
-    if B > 0:
-        inputs = _kernel_inputs(proj, mask, keep, parameters)
-        lengths = T, chunks, H - reverse_heads
-        shape = dict(K=K, C=CHUNK, **launch_options(K))
-        tokens = dict(shape, H=H, CONVOLUTION=convolution)
-        chunk = dict(tokens, HIDDEN=HIDDEN, FLUX=flux, PRECISION=precision, LOG2_C=CHUNK.bit_length() - 1, HAS_KEEP=keep is not None, HIERARCHICAL=hierarchical,
-                     COUPLING=coupling, READ_GATES=read_gates, CARRY=carry)
+    dproj[..., (3 * K + 5) * H:] = 0  # what fills the row
+    dinitial = torch.empty(0 if initial_state is None else initial_state.shape, **f32)
+    if B:
+        work, dpsi = torch.empty((B, H, T, 4, K), **f32), torch.empty((B, H, T), **f32)
+        reads, whole = torch.empty((B, H, T, 2), **f32), torch.empty((B, H, chunks, 4), **f32)
+        states, dstates = (torch.empty((B, H, chunks, 2, K, K) if carry else 0, **f32) for _ in range(2))
+        inputs, lengths, rows, of_chunks = _arguments(
+            proj, mask, keep, parameters, initial_state, reverse_heads, switches, carry)
+        (*inputs, norm, initial), span = inputs, BLOCK // CHUNK
         with _device_of(proj):
-            _backward_output_kernel[(B * H * chunks,)](
-                *inputs, boundary_states, grad_o.contiguous(), work, reads, whole, d_norm, *lengths, **chunk)
+            _backward_output_kernel[(B * H * triton.cdiv(chunks, span),)](
+                *inputs, norm, initial, saved, grad_o.contiguous(), states, work, reads, whole, d_norm, *lengths,
+                HAS_INITIAL=initial is not None, SPAN=span, **of_chunks)
             if carry:
                 _backward_states_kernel[(B * H,)](
-                    work, reads, whole, None if grad_final_state is None else grad_final_state.float().contiguous(), dstates,
-                    dinitial, T, chunks, HAS_DFINAL=grad_final_state is not None, SAVE_DINITIAL=dinitial is not None,
-                    PRECISION=precision, **shape)
+                    work, reads, whole, None if grad_final is None else grad_final.float().contiguous(), dstates,
+                    dinitial, *lengths[:2], K=K, C=CHUNK, HAS_DFINAL=grad_final is not None,
+                    SAVE_DINITIAL=initial is not None, PRECISION=_precision(), **launch_options(K))
             _backward_chunk_kernel[(B * H * chunks,)](
-                *inputs[:-1], boundary_states, dstates, dproj, work, dpsi, *lengths, **chunk)
-            proj, mask, _, *weights, _ = inputs
-            _backward_activation_kernel[(B * H,)](proj, mask, *weights, work, dpsi, d_flux, *lengths, FLUXES=sum(sizes),
-                                                  HIDDEN=HIDDEN, FLUX=flux, PRECISION=precision, **tokens)
-            _backward_convolution_kernel[(B * H * chunks,)](proj, mask, weights[0], work, dproj, d_conv, *lengths, **tokens)
+                *inputs, states, dstates, dproj, work, dpsi, *lengths, **of_chunks)
+            proj, mask, _, *weights = inputs
+            _backward_activation_kernel[(B * H,)](
+                proj, mask, *weights, work, dpsi, d_flux, *lengths, FLUXES=sum(sizes), HIDDEN=HIDDEN, FLUX=flux,
+                PRECISION=_precision(), **rows)
+            _backward_convolution_kernel[(B * H * chunks,)](
+                proj, mask, weights[0], work, dproj, d_conv, *lengths, **rows)
     d_bilinear, d_scale, *d_shared = d_flux.sum(0).split(sizes, 1)
     d_in_weight, d_in_bias, d_out_weight, d_out_bias = torch.cat(d_shared, 1).sum(0).split(sizes[2:])
-    return (dproj, d_conv.sum((0, 2)).permute(1, 2, 0, 3).contiguous(), d_bilinear.reshape(H, K, K),
-            d_scale.flatten(), d_in_weight.view(HIDDEN, 2 * K + 1), d_in_bias, d_out_weight, d_out_bias, d_norm.sum((0, 2)),
-            dinitial)
+    return [dproj, d_conv.sum((0, 2)).permute(1, 2, 0, 3), d_bilinear.reshape(H, K, K), d_scale.flatten(),
+            d_in_weight.view(HIDDEN, 2 * K + 1), d_in_bias, d_out_weight, d_out_bias, d_norm.sum((0, 2)), dinitial]

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # a signal during the imports below, which take seco
         signal.signal(_number, lambda number, _: os._exit(128 + number))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
+import argparse
 import ast
 import copy
 import difflib
@@ -45,12 +46,14 @@ import zlib
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, Callable, Iterable, Iterator
 
 if sys.version_info < (3, 10):
@@ -66,6 +69,7 @@ from safetensors.torch import load_file as load_safetensors, save as dump_safete
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -116,7 +120,6 @@ config: dict[str, Any] = {
     "contrastive_scale": 20.0,  # factor on the cosine before the softmax
     "label_smoothing": 0.1,  # of the contrastive targets
     "guided_contrastive": False,  # no negatives that the teacher scores above the positive; more from the query's side
-    "guided_margin": 0.0,  # cosine below the positive's from which on they are left out already
     "distillation_weight": 1.0,  # weight of the squared L2 distance between final embeddings
     "layer_distill_weight": 1.5,  # weight of the mean squared distance between hidden states
     "orthogonal_reg_weight": 0.01,  # weight of ||W^T W - I||^2 over the projections
@@ -126,7 +129,6 @@ config: dict[str, Any] = {
     "spearman_pairs": 512,  # in-batch pairs that the Spearman and ranking losses compare
     "ranking_loss_weight": 0.2,  # weight of the pairwise ranking hinge
     "ranking_margin": 0.05,  # cosine margin the student keeps between pairs the teacher orders
-    "similarity_distill_weight": 0.0,  # weight of the squared difference of the in-batch similarity matrices
     "state_dropout": 0.10,  # share of state updates dropped
     "dropout": 0.15,  # on embeddings, mixer and FFN outputs
     # data
@@ -155,6 +157,7 @@ config: dict[str, Any] = {
     "sts_name": "auto",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz; auto: stsb, else generated
     "best_model_split": "test",  # split whose Spearman chooses the best model: test or validation
     "output_dir": "deltanet_minilm_6layers_FIXED_FROM_SCRATCH",  # checkpoints, metrics and models
+    "report_to": "",  # where metrics go beside metrics.jsonl: tensorboard, wandb or trackio, if it is installed
     # device
     "device": "auto",  # cuda if there is one, else cpu
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
@@ -232,7 +235,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("test", "validation"),
-           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false")}
+           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false"),
+           "report_to": ("", "tensorboard", "wandb", "trackio")}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
                      "learned_pooling", "learned_positions")
@@ -240,7 +244,7 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
 # (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
              "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
-             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
+             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout", "report_to")
 FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing on another machine
 
 
@@ -306,7 +310,7 @@ def parse_config(argv: list[str]) -> dict[str, Any]:
 
 def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """`cfg` if its values make sense together, else UserError naming the key."""
-    rules = [(key, cfg[key] in allowed, f"one of {', '.join(allowed)}") for key, allowed in CHOICES.items()]
+    rules = [(key, cfg[key] in allowed, f"one of {', '.join(x or 'empty' for x in allowed)}") for key, allowed in CHOICES.items()]
     rules += [(key, math.isfinite(cfg[key]) and cfg[key] >= 0, "finite and not negative")
               for key, default in config.items() if isinstance(default, float)]
     for bound, keys in ((0, ("warmup_steps", "keep_checkpoints", "threads", "num_proc")), (2, ("batch_size", "spearman_pairs")),
@@ -585,44 +589,48 @@ def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight:
     return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
 
 
-kernel: Any = None  # delta_kernel.py as a module, from the first layer that is built on
+kernel: Any = None  # delta_mixer.py as a module, from the first layer that is built on
+KERNEL_FILES = ("delta_mixer.py", "delta_kernel.py", "delta_kernel_cuda.py")
 
 
 def load_kernel() -> Any:
-    """`kernel`, loaded if it is not: delta_kernel.py beside this file, or None without the package numba.
+    """`kernel`, loaded if it is not: delta_mixer.py beside this file, with the devices' kernels that it imports when it needs them.
 
-    It is run from a copy named after its content in the user's cache folder, so that it is compiled once for all saved models that
-    hold the same one, and is one module in a process that opens several. A folder that cannot be written is replaced by a temporary one.
+    They are a package run from copies in the user's cache folder, named after their content, so that they are compiled once for all
+    saved models that hold the same ones, and are one module in a process that opens several. A folder that cannot be written is
+    replaced by a temporary one.
     """
     global kernel
-    if kernel is not None or importlib.util.find_spec("numba") is None:
+    if kernel is not None:
         return kernel
-    source = Path(__file__).with_name("delta_kernel.py").read_bytes()
-    name = f"delta_kernel_{hashlib.sha256(source).hexdigest()[:12]}"
+    files = {name: Path(__file__).with_name(name).read_bytes() for name in KERNEL_FILES}
+    name = f"deltanet_{hashlib.sha256(b''.join(files.values())).hexdigest()[:12]}"
     if name not in sys.modules:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet"
-        path, own = folder / f"{name}.py", folder / f".{name}.{os.getpid()}"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet" / name
         try:
-            if not path.is_file() or path.read_bytes() != source:
-                folder.mkdir(parents=True, exist_ok=True)
-                own.write_bytes(source)
-                os.replace(own, path)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, source in ((folder / file, source) for file, source in files.items()):
+                if not path.is_file() or path.read_bytes() != source:
+                    own = path.with_name(f".{path.name}.{os.getpid()}")
+                    own.write_bytes(source)
+                    os.replace(own, path)
         except OSError:
-            path = Path(tempfile.mkdtemp()) / f"{name}.py"
-            path.write_bytes(source)
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    kernel = sys.modules[name]
+            folder = Path(tempfile.mkdtemp())
+            for file, source in files.items():
+                (folder / file).write_bytes(source)
+        package = ModuleType(name)
+        package.__path__, sys.modules[name] = [str(folder)], package
+    kernel = importlib.import_module(f"{name}.delta_mixer")
     return kernel
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether the compiled kernel runs where `x` is; warns once, on a CPU, if it is missing."""
-    if x.device.type == "cpu" and kernel is None and not torch.compiler.is_compiling():
-        warnings.warn(
-            "without the package numba this model is several times slower on a CPU: pip install numba", stacklevel=1)
-    return x.device.type == "cpu" and kernel is not None
+def has_kernel(x: Tensor, channels: int = 32) -> bool:
+    """Whether compiled kernels for heads of `channels` run where `x` is; warns once if a package for them is missing."""
+    device = x.device.type
+    if device in kernel.PACKAGES and device not in kernel.DEVICES and not torch.compiler.is_compiling():
+        package = kernel.PACKAGES[device]
+        warnings.warn(f"without the package {package} this model is several times slower on {device}: pip install {package}", stacklevel=1)
+    return device in kernel.DEVICES and (device == "cpu" or channels in kernel.CUDA_CHANNELS)
 
 
 def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
@@ -714,7 +722,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
         proj = self.project(x, part)
         with torch.autocast(x.device.type, enabled=False):
-            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x) else parallel_mixer))(
+            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x, channels) else parallel_mixer))(
                 proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part], self.flux_bilinear[part],
                 torch.exp(-self.flux_log_temperature.view(heads)[part]), self.flux_in.weight, self.flux_in.bias,
                 self.flux_out.weight.view(-1), self.flux_out.bias, self.o_norm.view(heads, channels)[part],
@@ -810,7 +818,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up, self.down
-        if not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
+        if x.is_cuda or not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
                 or up.out_features % 16:
             return down(F.gelu(up(x)))
         if torch.is_grad_enabled():
@@ -858,7 +866,7 @@ class DeltaNetStudent(PreTrainedModel):
 
         The overlap: see `state_overlap`; 0 without a slow state.
         """
-        positions, states, overlaps = self.position_embeddings.weight, [], []
+        positions, states, finals, mask = self.position_embeddings.weight, [], [], mask.bool()
         if self.config.learned_positions:
             if input_ids.shape[1] > len(positions):
                 raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
@@ -873,8 +881,8 @@ class DeltaNetStudent(PreTrainedModel):
             x = norm(add(x, drop(mixed)))
             x = ffn_norm(add(x, drop(ffn(x))))
             states = [x] if last_alone else [*states, x]
-            overlaps += [state_overlap(final)] if wanted else []
-        overlap = torch.stack(overlaps).mean() if wanted else x.new_zeros(())
+            finals += [final] if wanted else []
+        overlap = state_overlap(torch.stack(finals)) if wanted else x.new_zeros(())
         return states, overlap if output_state_overlap else None
 
     def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -945,7 +953,7 @@ def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict
         student.train(was_training)
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs at DDP's buckets
     student.hidden_states = MethodType(compiled, student)
-    teacher.compile(dynamic=True, backend=backend)
+    teacher.compile(dynamic=True, fullgraph=True, backend=backend)
     return True
 
 
@@ -1034,6 +1042,7 @@ def window_table(length: int) -> tuple[np.ndarray, np.ndarray]:
 def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
     """The teacher's hidden state after each layer, a list of (B, T, D); of long texts by windows (see `window_table`)."""
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        mask = mask.bool()[:, None, None]  # of four axes it is taken as it is; of two, transformers would look whether all are real
         return teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
 
     if input_ids.shape[1] <= TEACHER_WHOLE:
@@ -1091,15 +1100,14 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
 
 
 def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys: Tensor, scale: float = 20.0,
-                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None,
-                     margin: float = 0.0) -> Tensor:
+                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Symmetric in-batch cross-entropy on scaled cosines (MultipleNegativesRanking, InfoNCE; arXiv:1705.00652).
 
     Anchor i's candidates are all positives and all hard negatives; positive j's are all anchors. A candidate with the
     text of the anchor or of its positive is no negative. Smoothing spreads over the remaining candidates.
 
     With a guide, an anchor's candidates are all anchors too, a positive's all positives; one whose cosine with the query
-    is, by the guide, above that of the query's own pair less `margin` is left out: it may well be another right answer
+    is, by the guide, above that of the query's own pair is left out: it may well be another right answer
     (GISTEmbed, arXiv:2402.16829, with one softmax over all four kinds where this has one for each side).
 
     Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts; guide:
@@ -1108,7 +1116,7 @@ def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys
     n, sides = len(anchors), (anchors, positives, negatives)
     side_keys = keys.split([n, n, len(negatives)])
     own = torch.eye(n, dtype=torch.bool, device=keys.device)
-    limit = (guide[0] * guide[1]).sum(1, keepdim=True) - margin if guide else None
+    limit = (guide[0] * guide[1]).sum(1, keepdim=True) if guide else None
 
     def direction(query: int, *others: int) -> Tensor:
         candidates, candidate_keys = (torch.cat([x[i] for i in others]) for x in (sides, side_keys))
@@ -1128,58 +1136,54 @@ def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(-1).mean()
 
 
-def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, tokens: Tensor | float | None = None) -> Tensor:
     """Squared distance of hidden states, (B, T, D) each, averaged over layers, real tokens and channels.
 
-    mask (B, T). Layer-wise distillation as in TinyBERT (arXiv:1909.10351), without a projection: the widths are equal.
+    mask (B, T); `tokens`: the number to divide by instead of its own, where it is a part of a batch. Layer-wise distillation as in
+    TinyBERT (arXiv:1909.10351), without a projection: the widths are equal.
     """
-    per_layer = [((s.float() - t).square().mean(-1) * mask).sum() for s, t in zip(student, teacher)]
-    return torch.stack(per_layer).mean() / mask.sum()
+    apart = (torch.stack(student).float() - torch.stack(teacher)).square().mean(-1)
+    return (apart * mask).sum() / (len(student) * (mask.sum() if tokens is None else tokens))
 
 
 def orthogonal_regularisation_loss(student: DeltaNetStudent) -> Tensor:
     """Mean over all q, k, v, o projections W of ||W^T W - I||_F^2 (arXiv:1609.07093)."""
-    terms = [(w.T @ w - torch.eye(w.shape[1], device=w.device, dtype=w.dtype)).square().sum()
-             for mixer in student.deltanet_layers for w in mixer.projections()]
-    return torch.stack(terms).mean()
-
-
-def similarity_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the cosines of all pairs of sentences; student, teacher (N, D) of unit length.
-
-    Similarity-preserving distillation (arXiv:1907.09682) without its row normalisation.
-    """
-    return (student @ student.T - teacher @ teacher.T).square().mean()
+    weights = torch.stack([w for mixer in student.deltanet_layers for w in mixer.projections()])  # (4 L, D, D)
+    return (weights.mT @ weights - torch.eye(weights.shape[-1], device=weights.device)).square().sum() / len(weights)
 
 
 def spread_pairs(similarity: Tensor, count: int) -> Tensor:
-    """Flat indices of at most `count` entries whose values are spread evenly from the smallest to the largest.
+    """Flat indices (count,) of entries whose values are spread evenly from the smallest to the largest; repeats stand side by side.
 
     Most in-batch pairs are unrelated: a random choice would leave the upper half of the range to the positives.
     """
     values, order = similarity.flatten().sort()
-    wanted = torch.linspace(values[0].item(), values[-1].item(), count, device=values.device, dtype=values.dtype)
-    return order[torch.searchsorted(values, wanted).clamp(max=len(values) - 1).unique()]
+    wanted = torch.lerp(values[0], values[-1], torch.linspace(0, 1, count, device=values.device, dtype=values.dtype))
+    return order[torch.searchsorted(values, wanted).clamp(max=len(values) - 1)]
 
 
-def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -> Tensor:
+def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05, counted: Tensor | None = None) -> Tensor:
     """1 - Pearson of the student's soft ranks and the teacher's ranks: a Spearman correlation with a gradient.
 
     The soft rank of x_i is sum_j sigmoid((x_i - x_j) / temperature) (Qin et al. 2010, doi:10.1007/s10791-009-9124-x).
-    Args: student, teacher (P,), similarities of the same pairs. Returns a scalar in [0, 2].
+    Args: student, teacher (P,), similarities of the same pairs; counted (P,), 1, or 0 for those to leave out.
+    Returns a scalar in [0, 2].
     """
-    soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature).sum(1)
-    ranks = 0.5 * torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype).sum(1)  # less a constant; ties have their mean
-    soft, ranks = soft - soft.mean(), ranks - ranks.mean()
-    return 1 - (soft * ranks).sum() / (soft.norm() * ranks.norm() + 1e-8)
+    counted = torch.ones_like(student) if counted is None else counted
+    soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature) @ counted
+    ranks = 0.5 * torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype) @ counted  # less a constant; ties have their mean
+    soft, ranks = ((x - x @ counted / counted.sum()) * counted for x in (soft, ranks))
+    return 1 - soft @ ranks / (soft.norm() * ranks.norm() + 1e-8)
 
 
-def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05) -> Tensor:
+def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05, counted: Tensor | None = None) -> Tensor:
     """Mean hinge max(0, margin - (s_i - s_j)) over all i, j with t_i > t_j (RankNet's pairs, a margin loss).
 
-    Args: student, teacher (P,), similarities of the same pairs.
+    Args: student, teacher (P,), similarities of the same pairs; counted (P,), 1, or 0 for those to leave out.
     """
-    ordered = teacher[:, None] > teacher[None, :]
+    ordered = (teacher[:, None] > teacher[None, :]).to(student.dtype)
+    if counted is not None:
+        ordered = ordered * torch.outer(counted, counted)
     hinge = F.relu(margin - (student[:, None] - student[None, :]))
     return (hinge * ordered).sum() / ordered.sum().clamp(min=1)
 
@@ -1195,26 +1199,25 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
     if cfg["contrastive_weight"]:
         losses["contrastive"] = contrastive_loss(
             a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"],
-            (ta, tp, tn) if cfg["guided_contrastive"] else None, cfg["guided_margin"])
+            (ta, tp, tn) if cfg["guided_contrastive"] else None)
     if cfg["distillation_weight"]:
         losses["distillation"] = embedding_distillation_loss(student, teacher)
-    if cfg["similarity_distill_weight"]:
-        losses["similarity_distill"] = similarity_distillation_loss(student, teacher)
     if cfg["spearman_loss_weight"] or cfg["ranking_loss_weight"]:
         target = ta @ tp.T
         chosen = spread_pairs(target, cfg["spearman_pairs"])
-        scores, target = (a @ p.T).flatten()[chosen], target.flatten()[chosen]
+        counted = (chosen.diff(prepend=chosen.new_full((1,), -1)) != 0).to(a.dtype)  # each entry once
+        scores, target = (x.flatten().index_select(0, chosen) for x in (a @ p.T, target))
         if cfg["spearman_loss_weight"]:
-            losses["spearman"] = spearman_loss(scores, target, cfg["spearman_temperature"])
+            losses["spearman"] = spearman_loss(scores, target, cfg["spearman_temperature"], counted)
         if cfg["ranking_loss_weight"]:
-            losses["ranking"] = pairwise_ranking_loss(scores, target, cfg["ranking_margin"])
+            losses["ranking"] = pairwise_ranking_loss(scores, target, cfg["ranking_margin"], counted)
     return losses
 
 
 LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillation_weight",
                 "layer_distill": "layer_distill_weight", "orthogonal_reg": "orthogonal_reg_weight",
                 "ortho_state_reg": "ortho_state_reg_weight", "spearman": "spearman_loss_weight",
-                "ranking": "ranking_loss_weight", "similarity_distill": "similarity_distill_weight"}
+                "ranking": "ranking_loss_weight"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1575,6 +1578,25 @@ def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.
         rows[side] = np.concatenate([rows[side], *made])
 
 
+@dataclass
+class MicroBatch:
+    """What goes through the models at once: n anchors, n positives and m hard negatives of a step, in this order."""
+
+    pairs: int  # n
+    keys: Tensor  # (2 n + m,), text keys
+    groups: list[tuple[Tensor, Tensor]]  # the sentences by length: a few ids and masks (N, T), each padded for itself
+    restore: Tensor  # (2 n + m,), the index that puts the sentences of the groups back in the order of the keys
+    sources: Tensor | None = None  # (n,), the pairs' sources by number; None if they count for no source
+    long: bool = False  # whether the positives are documents and the anchors their queries
+    states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, D)
+    target: Tensor | None = None  # (2 n + m, D), the teacher's embeddings
+    tokens: int = 0  # real tokens of the groups, and what they are padded to: known once it is on the device
+    padded: int = 0
+    host_keys: Tensor | None = None  # `keys` on the CPU
+    path: Path | None = None  # of the teacher's kept results
+    copied: Any = None  # event of the stream that copied it
+
+
 class PairStream:
     """A data set read in order with `datasets` streaming, tokenised as it comes; `seek` and `take` in windows of rows.
 
@@ -1775,14 +1797,8 @@ class PairData:
             except (KeyError, TypeError, ValueError, IndexError):
                 raise UserError(f"stream {stream.name}: the checkpoint does not say where it stood") from None
 
-    def batch(self, step: int) -> list[dict[str, Any]]:
-        """The micro-batches of step `step` (counted from 1).
-
-        Each is a dict: `pairs`, the number n of pairs; `sources` (n,), their sources by number; `keys` (2 n + m,) text
-        keys of anchors, positives and the m hard negatives, in this order; `groups`, these sentences sorted by length
-        as a few (ids, mask) pairs, each (N, T) with its own padded length; `restore`, the index that puts the sorted
-        sentences back in the order of the keys. With a `long_share`, some steps are of documents: see `LongData.batch`.
-        """
+    def batch(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of step `step` (counted from 1); with a `long_share`, some steps are of documents."""
         cfg = self.cfg
         before, until = (math.floor(number * cfg["long_share"]) for number in (step - 1, step))
         if until > before:
@@ -1807,8 +1823,8 @@ class PairData:
                 table[mask] = np.concatenate([ids[i] for i in members])
                 groups.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
             keys = torch.from_numpy(np.concatenate([rows[f"key_{s}"][r] for s, r in sides]))
-            micro_batches.append({"pairs": len(part), "sources": torch.from_numpy(rows["source"][part]), "keys": keys,
-                                  "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
+            micro_batches.append(MicroBatch(len(part), keys, groups, torch.from_numpy(np.argsort(order, kind="stable")),
+                                            torch.from_numpy(rows["source"][part])))
         return micro_batches
 
 
@@ -1870,7 +1886,7 @@ class LongData:
             self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
         return self.ends[number + 1]
 
-    def batch(self, number: int) -> list[dict[str, Any]]:
+    def batch(self, number: int) -> list[MicroBatch]:
         """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
 
         Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of
@@ -1894,7 +1910,7 @@ class LongData:
         return [self.micro_batch(texts, part) for part in np.split(order, np.maximum.accumulate(ends))]
 
     @staticmethod
-    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> dict[str, Any]:
+    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> MicroBatch:
         """The micro-batch of the pairs `part` of a batch's texts."""
         ids = [texts[side][i] for side in ("anchor", "positive") for i in part]
         real = np.array([len(x) for x in ids])
@@ -1905,8 +1921,7 @@ class LongData:
             groups.append(pad_batch([ids[i] for i in members]))
             start += len(members)
         keys = torch.from_numpy(np.concatenate([texts[f"key_{side}"][part] for side in ("anchor", "positive")]))
-        return {"pairs": len(part), "keys": keys, "groups": groups, "long": True,
-                "restore": torch.from_numpy(np.argsort(order, kind="stable"))}
+        return MicroBatch(len(part), keys, groups, torch.from_numpy(np.argsort(order, kind="stable")), long=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1997,6 +2012,11 @@ def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, s
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints and saved models
+#
+# What `read_student` reads, and where the record of it stands (step, scores, sources, teacher's scores, start):
+#   checkpoint_N.pt       trained tensors, optimiser, config, progress; checkpoint_N.json, run.json and scores.json
+#   pytorch_model.bin     all tensors, in a folder that two libraries open; training_config.json and scores.json
+#   student.safetensors   trained tensors in float16: a compact export; config.json (the training's) and metrics.json
 
 
 def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], None] = lambda: None) -> None:
@@ -2011,24 +2031,39 @@ def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], 
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch.save's word for a full disk
-            raise error.__context__ from None
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save's word for a full disk
         raise
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8, atomically."""
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return record
 
 
 def config_hash(cfg: dict[str, Any]) -> str:
     """Twelve hex digits that change when a key does on which the weights depend."""
-    return hashlib.sha256(json.dumps({k: v for k, v in cfg.items() if k not in FREE_KEYS}, sort_keys=True).encode()).hexdigest()[:12]
+    fixed = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def trainable_state(student: DeltaNetStudent) -> dict[str, Tensor]:
@@ -2036,8 +2071,9 @@ def trainable_state(student: DeltaNetStudent) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer: torch.optim.Optimizer, cfg: dict[str, Any],
-                    best: dict[str, Any], progress: dict[str, Any], summary: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer: torch.optim.Optimizer,
+                    cfg: dict[str, Any], best: dict[str, Any], progress: dict[str, Any],
+                    summary: dict[str, Any]) -> Path:
     """Write checkpoint_{step}.pt, then checkpoint_{step}.json with its size and sha256, which commits it."""
     path = folder / f"checkpoint_{step}.pt"
     content = {"student": trainable_state(student), "optimizer": optimizer.state_dict(), "step": step,
@@ -2054,14 +2090,16 @@ def load_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: a file that would unpack to more is a bomb
+        if path.suffix == ".safetensors":
+            return {name: tensor.float() for name, tensor in load_safetensors(path).items()}
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: what would unpack to more is a bomb
             if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it declares more data than it holds")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would call {code[1]}" if code else first_line(error)[:120]
-        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: " + (f"it would call {code[1]}" if code else first_line(error)[:120])
+        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -2069,15 +2107,15 @@ def load_file(path: Path) -> dict[str, Any]:
 
 def verify_checkpoint(path: Path) -> str | None:
     """None if the checkpoint is whole, else what is wrong with it."""
+    mark = path.with_suffix(".json")
     try:
-        mark = json.loads(path.with_suffix(".json").read_text())
-        size, digest, step = mark["bytes"], mark["sha256"], mark["step"]
+        step, size, digest = (json.loads(mark.read_text())[key] for key in ("step", "bytes", "sha256"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{path.with_suffix('.json').name} is missing or unreadable: the checkpoint was not finished"
+        return f"{mark.name} is missing or unreadable: the checkpoint was not finished"
     if not path.is_file():
         return "the file is missing"
     if path.stem != f"checkpoint_{step}":
-        return f"{path.with_suffix('.json').name} is of step {step}"
+        return f"{mark.name} is of step {step}"
     if path.stat().st_size != size:
         return f"it has {path.stat().st_size} bytes instead of {size}"
     return None if file_sha256(path) == digest else "its sha256 differs from what was written"
@@ -2091,49 +2129,45 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def find_checkpoint(folder: Path, step: int, log: Callable[[str], None] = print) -> Path | None:
     """The checkpoint to resume from: of exactly `step`, or the newest whole one for -1 (None if there is none)."""
-    steps = checkpoint_steps(folder)
+    steps, file = checkpoint_steps(folder), lambda number: folder / f"checkpoint_{number}.pt"
     if step == -1:
-        if not steps:
-            log(f"note: no checkpoint in {folder}; starting at step 0")
-            return None
-        for candidate in reversed(steps):
-            path = folder / f"checkpoint_{candidate}.pt"
-            if (fault := verify_checkpoint(path)) is None:
-                return path
-            log(f"warning: passing over {path}: {fault}")
-        raise UserError(f"{folder}: none of the checkpoints {steps} is whole; move them away to start again (nothing was changed)")
-    path = folder / f"checkpoint_{step}.pt"
+        for newest in reversed(steps):
+            if (fault := verify_checkpoint(file(newest))) is None:
+                return file(newest)
+            log(f"warning: passing over {file(newest)}: {fault}")
+        if steps:
+            raise UserError(f"{folder}: none of the checkpoints {steps} is whole; move them away to start again "
+                            "(nothing was changed)")
+        log(f"note: no checkpoint in {folder}; starting at step 0")
+        return None
     if step not in steps:
-        raise UserError(f"resume_from_step {step}: no {path}; there are steps {steps if steps else 'none'}")
-    if fault := verify_checkpoint(path):
-        good = next((s for s in reversed(steps) if verify_checkpoint(folder / f"checkpoint_{s}.pt") is None), None)
-        raise UserError(f"{path}: damaged, {fault}; the newest whole checkpoint is "
-                        + (f"step {good}: use --resume_from_step {good}" if good else "none: start again from 0"))
-    return path
+        raise UserError(f"resume_from_step {step}: no {file(step)}; there are steps {steps if steps else 'none'}")
+    if fault := verify_checkpoint(file(step)):
+        good = next((number for number in reversed(steps) if verify_checkpoint(file(number)) is None), None)
+        advice = f"step {good}: use --resume_from_step {good}" if good else "none: start again from 0"
+        raise UserError(f"{file(step)}: damaged, {fault}; the newest whole checkpoint is {advice}")
+    return file(step)
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None:
-    """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value that does not fit."""
+    """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value not fitting."""
     own = student.state_dict()
-    needed = set(trainable_state(student))
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{where}: holds no state dict of a student")
-    if missing := sorted(needed - set(state)):
+    if missing := sorted(set(trainable_state(student)) - set(state)):
         raise UserError(f"{where}: {missing[0]} is missing; is it a checkpoint of another architecture?")
     for name, tensor in state.items():
         if name not in own:
             raise UserError(f"{where}: unknown tensor {name}; is it a checkpoint of another architecture?")
         if tensor.shape != own[name].shape:
             raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if tensor.is_meta or tensor.dtype not in FLOATS or tensor.layout != torch.strided or not torch.isfinite(tensor).all():
+        plain = tensor.dtype in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} is not of finite numbers")
     student.load_state_dict(state, strict=False)
-
-
-STUDENT_FILES = ("pytorch_model.bin", "student.safetensors", "model.safetensors")  # what a folder may hold, best first
 
 
 def recorded_config(found: Any, where: Path) -> dict[str, Any]:
@@ -2150,91 +2184,59 @@ def recorded_config(found: Any, where: Path) -> dict[str, Any]:
         raise UserError(f"{where}: its config does not fit: {error}") from None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return record
-
-
-def recorded_init(record: dict[str, Any]) -> dict[str, Any] | None:
-    """What `record` says of the student that a run started from (see `init_student`), or None."""
-    return record["init"] if isinstance(record.get("init"), dict) else None
-
-
-def recorded_scores(folder: Path, step: int) -> dict[str, float]:
-    """The scores that metrics.jsonl of `folder` holds for `step`: {"validation_spearman": ...}, or {}."""
-    scores: dict[str, float] = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            values = json.loads(line)
-            if values["step"] == step:
-                scores |= {k.split("/")[1]: v for k, v in values.items() if re.match(r"\w+/(validation|test)_", k)}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # the last line of a running training may be half written
-    return scores
+STUDENT_FILES = ("pytorch_model.bin", "student.safetensors", "model.safetensors")  # what a folder may hold, best first
 
 
 def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Tensors, config and record of a saved student, before it is known whether they fit.
 
-    `path` is a checkpoint_N.pt, a pytorch_model.bin or .safetensors file with its config.json beside it, or the folder of
-    one. The record: kind (checkpoint, model or export), file, sha256, and where known step, evaluation and scores.
+    `path` is one of the files above, or the folder of one of the last two. The record: kind (checkpoint, model or
+    export), file, sha256; step, evaluation, sources, teacher, init, chosen, each None where unknown; scores.
     Raises UserError for anything else.
     """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in STUDENT_FILES if (path / name).is_file()), None)
-        if found is None:
-            raise UserError(f"{path}: holds none of {', '.join(STUDENT_FILES)}; give a checkpoint file or a saved model's folder")
-        path = found
+        found = [path / name for name in STUDENT_FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: holds none of {', '.join(STUDENT_FILES)}; give a checkpoint file or a saved "
+                            "model's folder")
+        path = found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix == ".pt" and path.with_suffix(".json").is_file() and (fault := verify_checkpoint(path)):
+    folder, mark = path.parent, path.with_suffix(".json")
+    if path.suffix == ".pt" and mark.is_file() and (fault := verify_checkpoint(path)):
         raise UserError(f"{path}: damaged, {fault}")
-    folder, info = path.parent, {"file": str(path), "sha256": file_sha256(path)}
-    if path.suffix == ".safetensors":
-        try:
-            state = {name: t.float() for name, t in load_safetensors(path).items()}
-        except Exception as error:  # a damaged file can fail in the header or in any tensor
-            raise UserError(f"{path}: not a whole safetensors file ({first_line(error)[:120]})") from None
+    state, digest = load_file(path), file_sha256(path)
+    if {"student", "config"} <= set(state):
+        kind, cfg, step = "checkpoint", recorded_config(state["config"], path), state.get("step")
+        entries = lambda value: value if isinstance(value, dict) else {}  # noqa: E731  a foreign file may hold anything
+        scored = [*map(entries, entries(state.get("best")).values()), entries(read_record(mark).get("scores"))]
+        record = next((scores for scores in scored if scores.get("step") == step), {}) | {
+            "step": step, "evaluation": cfg["sts_name"], "init": entries(state.get("progress")).get("init"),
+            "sources": read_record(folder / "run.json").get("sources"),
+            "teacher": read_record(folder / "scores.json").get("teacher")}
+        state = state["student"]
     else:
-        state = load_file(path)
-    if "student" in state and "config" in state:
-        cfg, step = recorded_config(state["config"], path), state.get("step")
-        best = state.get("best") if isinstance(state.get("best"), dict) else {}
-        scores = next((b for b in best.values() if isinstance(b, dict) and b.get("step") == step), {})
-        info |= {"kind": "checkpoint", "step": step, "evaluation": cfg["sts_name"],
-                 "scores": {k: v for k, v in scores.items() if k != "step"} or recorded_scores(folder, step)}
-        progress = state.get("progress") if isinstance(state.get("progress"), dict) else {}
-        return state["student"], cfg, info | {"init": recorded_init(progress),
-                                              "sources": read_record(folder / "run.json").get("sources"),
-                                              "teacher": read_record(folder / "scores.json").get("teacher")}
-    if not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
-    if not any(name.startswith("deltanet_layers.") for name in state):
-        raise UserError(f"{path}: has no deltanet_layers; it holds a model of another architecture")
-    saved = read_record(folder / "config.json")
-    if not saved:
-        raise UserError(f"{path}: no config.json beside it, so its architecture is unknown; keep it in its folder")
-    if saved.get("model_type", DeltaNetConfig.model_type) != DeltaNetConfig.model_type:
-        raise UserError(f"{path}: config.json beside it is of a {saved['model_type']!r} model, another architecture")
-    export = "model_type" not in saved  # an export's config.json is the training config itself
-    record = read_record(folder / ("metrics.json" if export else "scores.json"))
-    trained = read_record(folder / "training_config.json") or read_record(folder / "run.json").get("config", {})
-    cfg = recorded_config(trained | saved, folder / "config.json")
-    if record.get("sha256", info["sha256"]) != info["sha256"]:
-        raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
-    return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),
-                               "evaluation": record.get("evaluation"), "sources": record.get("sources"), "teacher": record.get("teacher"),
-                               "init": recorded_init(record),
-                               "chosen": record.get("chosen", "training kept it" if not export else None),
-                               "scores": {k: v for k, v in record.items() if k.endswith(("_spearman", "_pearson"))}}
+        if not any(str(name).startswith("deltanet_layers.") for name in state):
+            raise UserError(f"{path}: has no deltanet_layers; it is no checkpoint, or one of another architecture")
+        saved = read_record(folder / "config.json")
+        if not saved:
+            raise UserError(f"{path}: no config.json beside it, so its architecture is unknown; keep it in its folder")
+        if saved.get("model_type", DeltaNetConfig.model_type) != DeltaNetConfig.model_type:
+            raise UserError(f"{path}: config.json beside it is of another architecture, {saved['model_type']!r}")
+        kind = "model" if "model_type" in saved else "export"  # an export's config.json is the training config itself
+        trained = read_record(folder / "training_config.json") or read_record(folder / "run.json").get("config", {})
+        cfg = recorded_config(trained | saved, folder / "config.json")
+        record = read_record(folder / ("scores.json" if kind == "model" else "metrics.json"))
+        if record.get("sha256", digest) != digest:
+            raise UserError(f"{path}: its sha256 differs from that recorded beside it: damaged, or written apart")
+        if kind == "model":
+            record.setdefault("chosen", "training kept it")
+    info = {"kind": kind, "file": str(path), "sha256": digest}
+    info |= {key: record.get(key) for key in ("step", "evaluation", "sources", "teacher", "chosen")}
+    info["init"] = record["init"] if isinstance(record.get("init"), dict) else None
+    scores = {k: v for k, v in record.items() if k.startswith(("validation_", "test_")) and isinstance(v, (int, float))}
+    return state, cfg, info | {"scores": scores}
 
 
 def open_student(path: str | Path, teacher: PreTrainedModel) -> tuple[DeltaNetStudent, dict[str, Any], dict[str, Any]]:
@@ -2243,7 +2245,8 @@ def open_student(path: str | Path, teacher: PreTrainedModel) -> tuple[DeltaNetSt
     return student_from(state, cfg, info["file"], teacher), cfg, info
 
 
-def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teacher: PreTrainedModel) -> DeltaNetStudent:
+def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str,
+                 teacher: PreTrainedModel) -> DeltaNetStudent:
     """A student of `cfg` with the tensors `state`; what `state` does not hold is the teacher's."""
     for key, theirs in (("d_model", teacher.config.hidden_size), ("num_layers", teacher.config.num_hidden_layers)):
         if cfg[key] != theirs:
@@ -2253,88 +2256,77 @@ def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teac
     return student.eval()
 
 
-MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; generated from train_6layer_deltanet.py, not edited by hand."""
-from __future__ import annotations
-
-import hashlib
-import importlib.util
-import math
-import os
-import sys
-import tempfile
-import warnings
-from pathlib import Path
-from typing import Any, Callable
-
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
-
-if False:  # transformers copies a file that is named like this
-    from .delta_kernel import hierarchical_mixer
-'''
-
-
-# Read with the code that it is the source of: `inspect.getsource` reads the file again, which may be edited during a run.
-SOURCE, KERNEL_SOURCE = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, "delta_kernel.py"))
+# Read with the code that it is the source of: `inspect.getsource` reads the file again, which a run's user may edit.
+SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="utf-8")
+                           for name in (Path(__file__).name, *KERNEL_FILES))
 
 
 def modelling_source() -> str:
-    """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
-    nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
-    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig, parallel_mixer,
-             load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise,
-             pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
-    found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
+    """The slim modelling file of a saved folder: this script's own model classes, and the imports that they use."""
+    body, lines = ast.parse(SOURCE).body, SOURCE.splitlines()
+    nodes = {node.name: node for node in body if hasattr(node, "name")}
+    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig,
+             parallel_mixer, load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool,
+             encode, encode_tokens, tokenise, pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent,
+             state_overlap)
+    found = [nodes[part.__name__] for part in parts]
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\n"
-    return header + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    code = "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    used = {node.id for part in found for node in ast.walk(part) if isinstance(node, ast.Name)} | {"annotations"}
+    kept = [ast.unparse(node) for node in imports
+            if used & {(name.asname or name.name).split(".")[0] for name in node.names}]
+    return "\n".join([
+        '"""Enhanced Hierarchical DeltaNet sentence encoder, generated from train_6layer_deltanet.py."""', *kept, "",
+        "if False:  # transformers copies a file that is named like this",
+        *(f"    from .{name[:-3]} import mixer" for name in KERNEL_FILES),
+        "", f"PIECE, kernel, KERNEL_FILES = {PIECE}, None, {KERNEL_FILES}", code])
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
     """Tokens of the longest text that a student of this config, or the one that it started from, was trained on."""
-    earlier = longest_read(recorded_config(init.get("config"), Path("init")), recorded_init(init)) if init else 0
-    return max(longest_text(cfg), earlier)
+    if not isinstance(init, dict):
+        return longest_text(cfg)
+    return max(longest_text(cfg), longest_read(recorded_config(init.get("config"), Path("init")), init.get("init")))
 
 
-def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
-    """A folder that sentence-transformers and transformers open: weights, code, configs, tokenizer, scores."""
-    folder.mkdir(parents=True, exist_ok=True)
-    longest = longest_read(cfg, recorded_init(scores))
+def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any],
+               record: dict[str, Any]) -> list[str]:
+    """A folder that sentence-transformers and transformers open, `record` in scores.json; returns its files' names."""
+    longest, module = longest_read(cfg, record.get("init")), "sentence_transformers.models."
     architecture = student.config.to_dict() | {
         "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
-        "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
+        "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig",
+                     "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
-    for name, code in (("modeling_deltanet.py", modelling_source()), ("delta_kernel.py", KERNEL_SOURCE)):
-        write_atomic(folder / name, lambda file: file.write(code.encode()))  # noqa: B023  called at once
-    write_json(folder / "config.json", architecture)
-    write_json(folder / "modules.json", [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}])
-    for name in ("1_Pooling", "2_Normalize"):
-        (folder / name).mkdir(exist_ok=True)
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
-    write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
-                                                              "similarity_fn_name": "cosine"})
+    parts = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    values = {
+        "config.json": architecture, "training_config.json": cfg,
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": module + name}
+                         for i, (path, name) in enumerate(parts)],
+        "1_Pooling/config.json": {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True},
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": longest, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None,
+                                              "similarity_fn_name": "cosine"}}
+    content = {"modeling_deltanet.py": modelling_source().encode(),
+               **{name: code.encode() for name, code in zip(KERNEL_FILES, KERNEL_SOURCES)},
+               **{name: (json.dumps(value, indent=2) + "\n").encode() for name, value in values.items()}}
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as scratch:
-        for file in map(Path, tokenizer.save_pretrained(scratch)):
-            if file.is_file():
-                write_atomic(folder / file.name, lambda out: out.write(file.read_bytes()))
-    write_json(folder / "training_config.json", cfg)
+        files = [Path(file) for file in tokenizer.save_pretrained(scratch)]
+        content |= {file.name: file.read_bytes() for file in files if file.is_file()}
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / name, lambda file: file.write(data))  # noqa: B023  called at once
     state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
     # Scores never stand beside weights that they are not of; if the disk is full, the old ones of both stay.
     write_atomic(folder / "pytorch_model.bin", lambda file: torch.save(state, file),
                  before=lambda: (folder / "scores.json").unlink(missing_ok=True))
-    write_json(folder / "scores.json", {**scores, "sha256": file_sha256(folder / "pytorch_model.bin")})
+    write_json(folder / "scores.json", {**record, "sha256": file_sha256(folder / "pytorch_model.bin")})
+    return [*content, "pytorch_model.bin", "scores.json"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2364,7 +2356,7 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling."""
+    """Fused AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -2373,7 +2365,29 @@ def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.opti
     return torch.optim.AdamW([
         {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
          "lr_multiplier": cfg["mixer_lr_multiplier"] if mixer else 1.0}
-        for (mixer, decay), parameters in sorted(groups.items())], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+        for (mixer, decay), parameters in sorted(groups.items())], lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+@torch.no_grad()
+def update(optimizer: torch.optim.AdamW, values: Iterable[Tensor], rate: float, limit: float, processes: "Processes", check: int = 0) -> Tensor:
+    """A step of the fused `optimizer` at learning rate `rate`, gradients clipped to the global norm `limit`; nothing waits for the device.
+
+    Where one of the losses `values` (scalars) or the norm is not finite, on any process, the optimiser's kernel leaves weights and
+    averages as they are (`found_inf`, which AMP's gradient scaling has it for); clipping is its division by `grad_scale`.
+    Returns: on the device (N + 1 + 2 processes,), losses and norm; of several processes each one's doubt, and its `check`.
+    """
+    norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], foreach=True)
+    row = torch.stack([*values, norm])
+    bad = (~row.isfinite()).any().float()
+    if processes.count > 1:  # one process's doubt is all's, or their weights would part
+        doubts = row.new_zeros(2, processes.count, dtype=torch.float64)
+        doubts[0, processes.rank], doubts[1, processes.rank] = bad, check
+        row, bad = torch.cat([row, processes.sum(doubts).flatten()]), doubts[0].amax().float()
+    optimizer.found_inf, optimizer.grad_scale = bad, ((norm + 1e-6) / limit).clamp(min=1)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]
+    optimizer.step()
+    return row
 
 
 class Processes:
@@ -2461,6 +2475,7 @@ class Trainer:
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
         self.teacher_autocast = (lambda: torch.autocast("cuda", torch.float16)) if self.device.type == "cuda" else self.autocast
         self.distances: Tensor | None = None  # (2, S): a source's squared distances to the teacher, and pairs
+        self.kept_weights: dict[tuple, Tensor] = {}
         self.cache, self.full = None, False
         if cfg["teacher_cache"]:
             digest = hashlib.sha256(cfg["precision"].encode())
@@ -2476,24 +2491,54 @@ class Trainer:
             self.replica = DistributedDataParallel(Replica(student, self.forward), process_group=self.processes.group,
                                                    find_unused_parameters=unused)
             self.replica.register_comm_hook(self.processes.group, sum_gradients)
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def teach(self, micro: dict[str, Any]) -> None:
+    def upload(self, batch: list[MicroBatch]) -> list[MicroBatch]:
+        """`batch` on the device, and what of it the host needs to know: `host_keys`, its `tokens` and what they are `padded` to.
+
+        On CUDA from pinned memory and by a stream of its own: in a thread, while the step before runs. A batch that has been here stays.
+        """
+        def moved(x: Tensor) -> Tensor:
+            return x.pin_memory().to(self.device, non_blocking=True) if self.copies else x.to(self.device)
+
+        if batch[0].tokens:
+            return batch
+        found = []
+        with torch.cuda.stream(self.copies) if self.copies else nullcontext():
+            for micro in batch:
+                path, masks = None, [mask for _, mask in micro.groups]
+                if self.cache:
+                    digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro.groups for x in group))
+                    path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
+                found.append(replace(
+                    micro, keys=moved(micro.keys), restore=moved(micro.restore), host_keys=micro.keys, path=path,
+                    sources=None if micro.sources is None else moved(micro.sources),
+                    groups=[(moved(ids), moved(mask)) for ids, mask in micro.groups],
+                    tokens=sum(int(mask.sum()) for mask in masks), padded=sum(mask.numel() for mask in masks)))
+            found[0].copied = self.copies.record_event() if self.copies else None
+        return found
+
+    def arrive(self, batch: list[MicroBatch]) -> None:
+        """On CUDA, let this stream wait for the copies of `upload`, whose memory must not be used again before it is done with them."""
+        if self.copies:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(batch[0].copied)
+            for x in (x for micro in batch for x in [*sum(micro.groups, ()), micro.restore, micro.keys, micro.sources]):
+                if x is not None:
+                    x.record_stream(stream)
+
+    def teach(self, micro: MicroBatch) -> None:
         """Put the teacher's hidden states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
-        path = None
-        if self.cache:
-            digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro["groups"] for x in group))
-            path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
-        micro["groups"] = [(ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
-                           for ids, mask in micro["groups"]]
-        micro["states"] = self.recall(path) if path else None
-        if micro["states"] is None:
+        path = micro.path
+        micro.states = self.recall(path) if path else None
+        if micro.states is None:
             with self.teacher_autocast():
-                micro["states"] = [teacher_states(self.teacher, *group) for group in micro["groups"]]
+                micro.states = [teacher_states(self.teacher, *group) for group in micro.groups]
             if path:
-                micro["states"] = [[x.half() for x in states] for states in micro["states"]]
-                self.keep(path, micro["states"])
-        micro["target"] = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro["states"], micro["groups"])])
-        micro["target"] = micro["target"][micro["restore"].to(self.device)]
+                micro.states = [[x.half() for x in states] for states in micro.states]
+                self.keep(path, micro.states)
+        micro.target = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)])
+        micro.target = micro.target.index_select(0, micro.restore)
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
         """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
@@ -2515,36 +2560,42 @@ class Trainer:
                 print(f"note: teacher_cache {self.cache}: {error}; not all results are kept")
             self.full = True
 
-    def forward(self, micro: dict[str, Any], seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, micro: MicroBatch, seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Embeddings of a micro-batch, and its share of the losses that are sums over sentences or tokens.
 
         The random state is set from `seed`, so a second forward draws the same dropout masks.
         """
         cfg, vectors = self.cfg, []
-        local: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        local: dict[str, list[Tensor]] = defaultdict(list)
         torch.manual_seed(seed)
-        for (ids, mask), target in zip(micro["groups"], micro["states"]):
+        for (ids, mask), target in zip(micro.groups, micro.states):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
             vectors.append(mean_pool(self.student.weigh(states[-1], mask).float(), mask))
             if cfg["layer_distill_weight"]:
-                local["layer_distill"] = local["layer_distill"] + \
-                    layer_distillation_loss(states, target, mask) * (mask.sum() / tokens)
+                local["layer_distill"].append(layer_distillation_loss(states, target, mask, tokens))
             if overlap is not None:
-                local["ortho_state_reg"] = local["ortho_state_reg"] + overlap * (len(ids) / sentences)
-        return torch.cat(vectors)[micro["restore"].to(self.device)], dict(local)
+                local["ortho_state_reg"].append(overlap * (len(ids) / sentences))
+        return torch.cat(vectors).index_select(0, micro.restore), {name: sum(parts[1:], parts[0]) for name, parts in local.items()}
 
-    def exchange(self, passes: list[Any], own: list[int], batch: list[dict[str, Any]]) -> list[Any]:
+    def weights(self, names: Iterable[str], cfg: dict[str, Any]) -> Tensor:
+        """The weights of the losses `names`, on the device; copied there once."""
+        wanted = tuple(cfg[LOSS_WEIGHTS[name]] for name in names)
+        if wanted not in self.kept_weights:
+            self.kept_weights[wanted] = torch.tensor(wanted, device=self.device)
+        return self.kept_weights[wanted]
+
+    def exchange(self, passes: list[Any], own: list[int], batch: list[MicroBatch]) -> list[Any]:
         """The forward passes of the whole batch from those of its micro-batches `own`; gives every micro-batch its target.
 
         A sum to which each process adds zeros for the micro-batches of the others: nothing is rounded, sizes may differ.
         """
         names, dim = [n for n in ("layer_distill", "ortho_state_reg") if self.cfg[LOSS_WEIGHTS[n]]], self.cfg["d_model"]
-        rows = [2 * dim * len(micro["restore"]) for micro in batch]
+        rows = [2 * dim * len(micro.restore) for micro in batch]
         whole = torch.zeros(sum(rows) + len(rows) * len(names), device=self.device)
         parts = [part.split([n, *[1] * len(names)]) for part, n in zip(whole.split([n + len(names) for n in rows]), rows)]
         for i, (vectors, local) in zip(own, passes):
-            torch.cat([vectors.detach(), batch[i]["target"]], out=parts[i][0].view(-1, dim))
+            torch.cat([vectors.detach(), batch[i].target], out=parts[i][0].view(-1, dim))
             for name, part in zip(names, parts[i][1:]):
                 part.copy_(local[name].detach())
         if self.device.type == "cuda":
@@ -2552,11 +2603,11 @@ class Trainer:
         self.processes.busy += time.perf_counter() - self.processes.since
         self.processes.sum(whole)
         for micro, part in zip(batch, parts):
-            micro["target"] = part[0].view(2, -1, dim)[1]
+            micro.target = part[0].view(2, -1, dim)[1]
         return [(part[0].view(2, -1, dim)[0], {name: x[0] for name, x in zip(names, part[1:])}) for part in parts]
 
-    def step_gradients(self, batch: list[dict[str, Any]], step: int, cached: bool | None = None) -> dict[str, float]:
-        """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted.
+    def step_gradients(self, batch: list[MicroBatch], step: int, cached: bool | None = None) -> dict[str, Tensor]:
+        """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted; all on the device.
 
         `cached` (default: when there are several micro-batches) keeps no graph between the forward passes and the
         losses: embeddings of all micro-batches first, their gradients from the losses of the whole batch, then each
@@ -2566,11 +2617,12 @@ class Trainer:
         exchanged embeddings, so each has the exact gradients of its own embeddings without differentiating the exchange;
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
-        cfg, processes = self.long_cfg if batch[0].get("long") else self.cfg, self.processes
+        cfg, processes = self.long_cfg if batch[0].long else self.cfg, self.processes
         cached = len(batch) > 1 if cached is None or self.replica else cached
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
-        tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
-        sentences = sum(len(micro["restore"]) for micro in batch)
+        batch = [replace(micro) for micro in self.upload(batch)]
+        self.arrive(batch)
+        tokens, sentences = sum(m.tokens for m in batch), sum(len(m.restore) for m in batch)
         for i in own:
             self.teach(batch[i])
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
@@ -2580,41 +2632,38 @@ class Trainer:
             passes = self.exchange(passes, own, batch)
 
         leaves = [vectors.detach().requires_grad_() for vectors, _ in passes]
-        student, target = gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch)
-        pairs = sum(m["pairs"] for m in batch)
-        keys = gather_sides([m["keys"].to(self.device) for m in batch], batch)
-        whole = batch_losses(student, target, pairs, keys, cfg)
-        if self.distances is not None and "sources" in batch[0]:
+        student, target = gather_sides(leaves, batch), gather_sides([m.target for m in batch], batch)
+        pairs = sum(m.pairs for m in batch)
+        values = batch_losses(student, target, pairs, gather_sides([m.keys for m in batch], batch), cfg)
+        if self.distances is not None and batch[0].sources is not None:
             apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
             known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
-            self.distances.index_add_(1, torch.cat([m["sources"] for m in batch]).to(self.device), known)
-        if whole:
-            sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in whole.items()).backward()
-        values = {name: loss.item() for name, loss in whole.items()}
-        for _, local in passes:
-            for name, loss in local.items():
-                values[name] = values.get(name, 0.0) + loss.item()
+            self.distances.index_add_(1, torch.cat([m.sources for m in batch]), known)
+        if values:
+            torch.stack([*values.values()]).backward(self.weights(values, cfg))
+        values = {name: loss.detach() for name, loss in values.items()}
+        for name in passes[0][1]:
+            values[name] = sum((local[name].detach() for _, local in passes[1:]), passes[0][1][name].detach())
 
         for i in own:
             micro, leaf = batch[i], leaves[i]
             with self.replica.no_sync() if self.replica and i != own[-1] else nullcontext():
                 vectors, local = (self.replica or self.forward)(micro, seeds[i], tokens, sentences) if cached else passes[i]
-                objective = sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in local.items())
-                if leaf.grad is not None:
-                    objective = objective + (vectors * leaf.grad).sum()
-                objective.backward()
-            micro.pop("states"), passes.__setitem__(i, None)
+                ends = [(vectors, leaf.grad)] if leaf.grad is not None else []
+                ends += [(torch.stack([*local.values()]), self.weights(local, cfg))] if local else []
+                torch.autograd.backward(*zip(*((x, grad) for x, grad in ends if x.requires_grad)))
+            micro.states = passes[i] = None
         if cfg["orthogonal_reg_weight"]:  # the same on every process, so it is added after their sum
             loss = orthogonal_regularisation_loss(self.student)
             (cfg["orthogonal_reg_weight"] * loss).backward()
-            values["orthogonal_reg"] = loss.item()
-        values["total"] = sum(cfg[LOSS_WEIGHTS[name]] * value for name, value in values.items())
+            values["orthogonal_reg"] = loss.detach()
+        values["total"] = torch.stack([*values.values()]) @ self.weights(values, cfg)
         return values
 
 
-def gather_sides(parts: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
+def gather_sides(parts: list[Tensor], batch: list[MicroBatch]) -> Tensor:
     """Rows of all micro-batches as one tensor: all anchors, all positives, all hard negatives."""
-    sides = [part.split([m["pairs"], m["pairs"], len(part) - 2 * m["pairs"]]) for part, m in zip(parts, batch)]
+    sides = [part.split([m.pairs, m.pairs, len(part) - 2 * m.pairs]) for part, m in zip(parts, batch)]
     return torch.cat([side[i] for i in range(3) for side in sides])
 
 
@@ -2631,35 +2680,107 @@ def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batc
     return [proj, mask.to(device), keep.to(device), *parameters]
 
 
-def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None) -> float:
-    """Largest difference of the mixers that `device` has from the sequential reference; UserError above 1e-3.
+TF32_LIMIT = 0.03  # of a mixer's difference from its reference where products have TF32's 10 bits
 
-    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry.
+
+def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None, heads: int = 4, channels: int = 32,
+                 precision: str = "highest", limit: float = 1e-3) -> float:
+    """Largest difference of the mixers that `device` has from the sequential reference; UserError above `limit`.
+
+    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry. The reference is computed in float32,
+    the mixers with products of `precision`: by default that too, as TF32's rounding would hide a wrong result.
     """
     if mixers is None:
         mixers = {"parallel form": parallel_mixer}
-        mixers |= {"kernel": load_kernel().hierarchical_mixer} if device.type == "cpu" and load_kernel() else {}
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32's rounding would hide a wrong result
-    inputs, worst = mixer_example(device), 0.0
+        mixers |= {"kernel": load_kernel().hierarchical_mixer} if device.type == "cpu" and "cpu" in load_kernel().DEVICES else {}
+    inputs, worst, before = mixer_example(device, heads, channels), 0.0, torch.get_float32_matmul_precision()
 
-    def results(form: Callable, **options: Any) -> list[Tensor]:
-        found = form(*inputs, reverse_heads=2, output_final_state=True, **options)
-        return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
+    def results(form: Callable, precision: str = "highest", **options: Any) -> list[Tensor]:
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found = form(*inputs, reverse_heads=heads // 2, output_final_state=True, **options)
+            return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
     for name, form in mixers.items():
-        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, results(form), strict=True))
-        if not difference < 1e-3:
-            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch "
-                            "or Numba, or this device computes wrongly; try --device cpu, or other versions")
+        found = results(form, precision)
+        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, found, strict=True))
+        if not difference < limit:
+            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch, "
+                            "Numba or Triton, or this device computes wrongly; try --device cpu, or other versions")
         worst = max(worst, difference)
-    torch.set_float32_matmul_precision(precision)
     return worst
 
 
+def time_mixer(form: Callable, cfg: dict[str, Any], device: torch.device, sentences: int, seconds: float) -> float:
+    """Seconds that a layer's mixer takes forward and backward on `sentences` of max_length, the median over `seconds`."""
+    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
+    *inputs, _ = mixer_example(device, heads, channels, sentences, cfg["max_length"])
+    if cfg["precision"] == "bf16":
+        inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
+    options = {"reverse_heads": heads // 2 if cfg["bidirectional"] else 0, "convolution": cfg["short_convolution"],
+               "flux": cfg["resonance_flux"], "coupling": cfg["cross_timescale_coupling"],
+               "hierarchical": cfg["hierarchical_memory"], "read_gates": cfg["read_gates"]}
+
+    def once() -> None:
+        o, _ = form(*inputs, **options)
+        torch.autograd.grad(o.sum(), [x for x in inputs if x.requires_grad], allow_unused=True)
+
+    once()  # compiles
+    return Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=seconds).median
+
+
+def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device, forms: dict[str, Callable] | None = None,
+                 log: Callable[[str], None] = print, slowest: Callable[..., list[float]] = lambda *seconds: [*seconds],
+                 seconds: float = 0.5) -> str:
+    """Give the student's layers the fastest form of the mixer that is right on `device`; its name. UserError if none is.
+
+    Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and one what was
+    taken. `slowest`: from this process's times those of the slowest one, so that all take the same form. Deterministic runs take the
+    first that is right, as times differ from run to run.
+    """
+    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
+    if forms is None:
+        operator, forms = load_kernel(), {"parallel form": parallel_mixer}
+        if device.type in operator.DEVICES:
+            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": operator.hierarchical_mixer} | forms
+        elif device.type in operator.PACKAGES:
+            log(f"mixer: its kernel is left out: the package {operator.PACKAGES[device.type]} is not installed")
+    sentences, times = 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"]), []
+    for name, form in forms.items():
+        try:
+            check_mixers(device, {name: form}, heads, channels)
+            if (precision := torch.get_float32_matmul_precision()) != "highest" and device.type == "cuda":
+                check_mixers(device, {name: form}, heads, channels, precision, TF32_LIMIT)
+            times.append(0.0 if cfg["deterministic"] else time_mixer(form, cfg, device, sentences, seconds))
+        except Exception as error:  # UserError, or a compiler's or the driver's: each has a type of its own
+            reason = [type(error).__name__, *(line.strip() for line in str(error).splitlines() if line.strip())]
+            log(f"mixer: the {name} is left out: {reason[0]}: {reason[-1][:250]}")
+            times.append(math.inf)
+    ranking = sorted((x for x in zip(slowest(*times), forms) if x[0] < math.inf), key=lambda x: x[0])
+    if not ranking:
+        raise UserError(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other versions")
+    (time_taken, taken), *others = ranking
+    for layer in student.deltanet_layers:
+        layer.mixer = forms[taken]
+    if not others:
+        why = "the only one left"
+    elif cfg["deterministic"]:
+        why = "not timed, as the run is deterministic"
+    else:
+        why = ", ".join(f"{other / time_taken:.1f} times the {name}'s speed" for other, name in others)
+        why += f" at {sentences} x {cfg['max_length']} tokens, forward and backward"
+    log(f"mixer: {taken}, {why}")
+    return taken
+
+
 class RunLock:
-    """The output folder's lock, held by one process; raises UserError with the holder's pid and host."""
+    """The output folder's lock, held by one process; raises UserError with the holder's pid and host.
+
+    Not filelock's: the versions that other releases of datasets bring empty the file that names the holder.
+    """
 
     def __init__(self, folder: Path, log: Callable[[str], None] = print):
         self.file = open(folder / ".lock", "a+")
@@ -2668,7 +2789,8 @@ class RunLock:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder}: in use by another run ({holder or 'unknown'}); stop it or choose another output_dir") from None
+            raise UserError(f"{folder}: in use by another run ({holder or 'unknown'}); stop it or choose another "
+                            "output_dir") from None
         if holder:
             log(f"note: taking over the lock that a dead run left ({holder})")
         self.file.truncate(0)
@@ -2690,7 +2812,7 @@ class Stop(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT end training after the step, and anything else at once, as a second SIGINT does; SIGUSR1 saves."""
+    """SIGTERM and SIGINT end training after the step, and else at once, as a second SIGINT does; SIGUSR1 saves."""
 
     def __init__(self):
         self.stop: Stop | None = None
@@ -2699,51 +2821,89 @@ class Signals:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
+        said = f"{signal.Signals(number).name} received"
         if number == signal.SIGUSR1:
             self.save = True
         elif not self.training or (number == signal.SIGINT and self.stop):
-            os.write(2, f"{signal.Signals(number).name} received: ended at once; continue with --resume latest\n".encode())
+            os.write(2, f"{said}: ended at once; continue with --resume latest\n".encode())
             os._exit(128 + number)
         else:
-            self.stop = Stop(128 + number, f"{signal.Signals(number).name} received")
+            self.stop = Stop(128 + number, said)
+
+
+class Report:
+    """Metrics for a tool that shows them: TensorBoard's files, or a run of wandb or trackio, whose calls are alike.
+
+    `name` is the run's: one that was begun before is continued, after step `step`. UserError if it cannot be.
+    """
+
+    def __init__(self, tool: str, folder: Path, name: str, step: int, cfg: dict[str, Any]):
+        self.tool, self.name = tool, name
+        try:
+            if tool == "tensorboard":
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:  # the same files by a smaller package
+                    from tensorboardX import SummaryWriter
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            else:
+                known = {"id": name} if tool == "wandb" else {}  # trackio knows a run by its name
+                self.writer = importlib.import_module(tool).init(project="deltanet", name=name, config=cfg,
+                                                                 resume="allow", **known)
+        except ImportError as error:
+            raise UserError(f"report_to {tool}: {error.name} is not installed; pip install {tool}") from None
+        except Exception as error:  # no login, no network, no space: each tool has errors of its own
+            raise UserError(f"report_to {tool}: cannot be started ({first_line(error)[:160]})") from None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """The numbers among `values`."""
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        if self.tool != "tensorboard":
+            return self.writer.log(numbers, step=step)
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close() if self.tool == "tensorboard" else self.writer.finish()
 
 
 def run_environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and git commit: what is needed to repeat a run."""
-    import datasets
-    import transformers
-    try:
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                             capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        git = ""
-    return {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "datasets": datasets.__version__, "numpy": np.__version__,
+    git = shutil.which("git") and subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {"python": platform.python_version(), "platform": platform.platform(),
+            **{name: version(name) for name in ("torch", "transformers", "datasets", "numpy")},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(), "git_commit": git or None}
+            "threads": torch.get_num_threads(), "git_commit": git and git.stdout.strip() or None}
+
+
+def plot_spearman(axis: Any, rows: list[dict[str, Any]], teacher: dict[str, float], name: str) -> None:
+    """Both splits' Spearman of `rows` ({"step", "validation_spearman", ...}) on `axis`, the teacher's dashed."""
+    for split, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
+        if (key := f"{split}_spearman") in teacher:
+            points = sorted((row["step"], row[key]) for row in rows if key in row)
+            axis.plot([x for x, _ in points], [y for _, y in points], ".-", color=colour, label=f"student, {split}")
+            axis.axhline(teacher[key], ls="--", color=colour, label=f"teacher, {split}")
+    axis.set(title=f"Spearman, {name}", xlabel="step")
+    axis.legend(fontsize=7)
 
 
 def plot_curves(folder: Path, teacher_scores: dict[str, float], group: str) -> None:
-    """training_curves.png from metrics.jsonl: losses, Spearman with the teacher's as a line, learning rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """training_curves.png from metrics.jsonl: losses, Spearman, learning rate."""
+    from matplotlib.figure import Figure
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
-    curve = lambda axis, key, **kw: axis.plot(*zip(*[(x["step"], x[key]) for x in lines if key in x]), **kw)  # noqa: E731
-    for key in sorted({k for x in lines for k in x if k.startswith("loss/")}):
-        curve(axes[0], key, label=key.removeprefix("loss/"))
-    for split, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
-        if any(f"{group}/{split}_spearman" in x for x in lines):
-            curve(axes[1], f"{group}/{split}_spearman", label=f"student, {split}", marker=".", color=colour)
-        axes[1].axhline(teacher_scores[f"{split}_spearman"], ls="--", color=colour, label=f"teacher, {split}")
-    if any("lr" in x for x in lines):
-        curve(axes[2], "lr")
-    axes[0].set(title="losses", xlabel="step", yscale="log"), axes[1].set(title=f"Spearman, {group}", xlabel="step")
-    axes[2].set(title="learning rate", xlabel="step"), axes[0].legend(fontsize=7), axes[1].legend(fontsize=7)
-    figure.tight_layout()
-    write_atomic(folder / "training_curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
-    plt.close(figure)
+    figure = Figure(figsize=(15, 4), layout="tight")
+    losses, scores, rate = figure.subplots(1, 3)
+    for key in sorted({k for line in lines for k in line if k.startswith("loss/") or k == "lr"}):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        (rate if key == "lr" else losses).plot(*zip(*points), label=key.removeprefix("loss/"))
+    losses.set(title="losses", xlabel="step", yscale="log")
+    losses.legend(fontsize=7)
+    rows = [{key.removeprefix(f"{group}/"): value for key, value in line.items()} for line in lines]
+    plot_spearman(scores, rows, teacher_scores, group)
+    rate.set(title="learning rate", xlabel="step")
+    write_atomic(folder / "training_curves.png", lambda file: figure.savefig(file, dpi=100))
 
 
 def choose_device(cfg: dict[str, Any], local_rank: int | None = None) -> torch.device:
@@ -2757,40 +2917,48 @@ def choose_device(cfg: dict[str, Any], local_rank: int | None = None) -> torch.d
     if cfg["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    use_cuda = cfg["device"] == "cuda" or (cfg["device"] == "auto" and torch.cuda.is_available())
-    if use_cuda and local_rank is not None:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun's --nproc-per-node is above {torch.cuda.device_count()}, the number of GPUs here")
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cuda" if use_cuda else "cpu")
+    if cfg["device"] == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"torchrun's --nproc-per-node is above {torch.cuda.device_count()}, the number of GPUs here")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
-def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimizer, cfg: dict[str, Any]) -> dict[str, Any]:
-    """Restore student and optimiser from `path`; returns the checkpoint's other entries. UserError names what differs."""
+def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimizer,
+           cfg: dict[str, Any]) -> dict[str, Any]:
+    """Restore student and optimiser from `path`; returns the checkpoint's entries. UserError names what differs."""
     content = load_file(path)
     if missing := {"student", "optimizer", "step", "best", "config", "progress"} - set(content):
         raise UserError(f"{path}: {min(missing)} is missing; it is not a training checkpoint")
     try:
         for key, value in (config | content["config"]).items():  # a key that came later had its default's effect
+            if key not in cfg and value:
+                print(f"note: {path}: was trained with {key} = {value!r}, a key that is no more")
             if key in cfg and key not in FREE_KEYS and cfg[key] != value:
-                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {shlex.quote(str(value))}")
+                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} "
+                                f"{shlex.quote(str(value))}")
             if key in ("total_steps", "warmup_steps") and cfg[key] != value:
                 print(f"note: {key} was {value}, is now {cfg[key]}: the learning rate follows the new schedule")
         load_student_state(student, content["student"], str(path))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
         for p in student.parameters():
             state, shapes = optimizer.state.get(p, {}), {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-            if state and ({k: t.shape for k, t in state.items()} != shapes or not all(torch.isfinite(t).all() for t in state.values())):
-                raise ValueError(f"the averages of a parameter of shape {tuple(p.shape)} are of other shapes, or not finite")
-        numbers = [content["step"], content["progress"]["bad_steps"], *content["progress"]["sums"].values(),
-                   *(best[key] for best in content["best"].values() for key in ("step", "validation_spearman", "test_spearman"))]
-        if not isinstance(content["progress"].get("data", {}), dict):
+            fits = {name: t.shape for name, t in state.items()} == shapes
+            if state and not (fits and all(torch.isfinite(t).all() for t in state.values())):
+                raise ValueError(f"averages of a parameter of {tuple(p.shape)} are of other shapes, or not finite")
+        progress, scores = content["progress"], ("step", "validation_spearman", "test_spearman")
+        numbers = [content["step"], progress["bad_steps"], *progress["sums"].values(),
+                   *(best[key] for best in content["best"].values() for key in scores)]
+        if not isinstance(progress.get("data", {}), dict):
             raise ValueError("progress.data is no dict")
         if path.stem != f"checkpoint_{content['step']}" or not all(isinstance(x, (int, float)) for x in numbers):
             raise ValueError("steps, sums and scores must be numbers, the step that of the file's name")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: its config, optimiser state or progress does not fit ({str(error)[:200]!r})") from None
+        reason = repr(str(error)[:200])
+        raise UserError(f"{path}: its config, optimiser state or progress does not fit ({reason})") from None
     return content
 
 
@@ -2816,37 +2984,46 @@ def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrai
 
 
 class Run:
-    """One training run in its output folder: metrics, evaluation, checkpoints."""
+    """A training run in its output folder: metrics, evaluation, checkpoints. `prepare`, `train`, `finish`; `close`."""
+
+    report: Report | None = None
 
     def __init__(self, cfg: dict[str, Any]):
         self.cfg, self.folder, self.signals, self.lock = cfg, Path(cfg["output_dir"]), Signals(), None
         self.processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if cfg["gradient_accumulation_steps"] < self.processes.count:
-            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the "
-                            f"{self.processes.count} processes needs a micro-batch; set --gradient_accumulation_steps "
-                            f"{self.processes.count} or more")
+        self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
+        self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
+        self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
+        self.data: PairData | None = None
+        self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: its data, places in streams
+        self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
+        self.unsettled: list[tuple] = []  # steps whose losses are still on the device alone
+        self.means: dict[str, float] = {}  # of that line
+        self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
+        if cfg["gradient_accumulation_steps"] < (count := self.processes.count):
+            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the {count} "
+                            f"processes needs a micro-batch; set --gradient_accumulation_steps {count} or more")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.processes.rank == 0:  # only this process writes
-                self.lock = RunLock(self.folder)
+            self.lock = RunLock(self.folder) if self.processes.rank == 0 else None  # only this process writes
         except OSError as error:
             raise UserError(f"output_dir {self.folder}: cannot be written ({error.strerror})") from None
-        try:
-            self.prepare()
-        except BaseException:
-            self.release()
-            raise
 
-    def release(self) -> None:
-        """Let the next run have the folder."""
+    def close(self) -> None:
+        """Let the next run have the folder; a signal from here on ends at once."""
+        self.signals.training = False
+        if self.data:
+            self.data.builder.shutdown(wait=False, cancel_futures=True)
         if self.lock:
             self.lock.release()
+        if self.report:
+            self.report.close()
 
     def prepare(self) -> None:
-        """Models, checkpoint and data."""
+        """Models, checkpoint and data; nothing in the folder is changed before all of them fit."""
         cfg, processes = self.cfg, self.processes
-        for stale in [p for d in (".", "*_*", "final_model/*_*", "final_model") for p in self.folder.glob(f"{d}/.*.tmp-*")]:
-            if self.lock:
+        for place in (".", "*_*", "final_model/*_*") if self.lock else ():
+            for stale in list(self.folder.glob(f"{place}/.*.tmp-*")):
                 stale.unlink(missing_ok=True)
         self.device = choose_device(cfg, int(os.environ["LOCAL_RANK"]) if processes.count > 1 else None)
         processes.connect(self.device, cfg["peer_timeout"])
@@ -2855,48 +3032,26 @@ class Run:
               f"{check_mixers(self.device):.1e}")
         self.student = build_student(cfg, self.teacher).to(self.device)
         self.teacher.to(self.device)
+        if self.device.type == "cuda":
+            choose_mixer(self.student, cfg, self.device, slowest=lambda *seconds: processes.table(*seconds).amax(0).tolist())
         if compile_models(self.student, self.teacher, cfg, self.device):
             print("compile: student and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
-        self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
-        self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
-        self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
-        self.data: PairData | None = None
-        self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: fingerprints of its data, positions of its streams
-        self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
-        self.means: dict[str, float] = {}  # of that line
-        self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
         self.begin()
-        self.data = load_training_data(cfg, self.tokenizer)
-        changed = set((self.progress.get("data") or self.data.fingerprints).items()) ^ set(self.data.fingerprints.items())
-        if changed:
-            raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
-                            "data, or start again in another output_dir (nothing was changed)")
-        if self.step:
-            self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
-        count = len(self.data.names)
-        try:
-            distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
-            if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
-                raise ValueError
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
-        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
-        processes.wait()
-        found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
-        if (found != found[0]).any():
-            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or data than "
-                            "rank 0: output_dir and data_dir must hold the same on every machine")
+        self.open_report()
+        self.open_data()
         self.sts = load_sts_splits(cfg)
-        self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"], processes.encode)
-                                for s, r in self.sts.items()}
-        self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
-                               for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
-        self.supersede()
+        self.teacher_cosines = {split: sts_cosines(self.teacher, self.tokenizer, rows, cfg["max_length"],
+                                                   processes.encode) for split, rows in self.sts.items()}
+        self.teacher_scores = {
+            f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
+            for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
         if self.lock:
-            write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
-                                                  "processes": processes.count, "init": self.init,
-                                                  **run_environment(self.device)})
+            self.supersede()
+            write_json(self.folder / "run.json", {
+                "config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names, "init": self.init,
+                "processes": processes.count, "report": self.report and self.report.name,
+                **run_environment(self.device)})
         self.banner()
         processes.wait()  # for process 0's files
 
@@ -2912,61 +3067,92 @@ class Run:
                 raise UserError(f"{path}: is beyond total_steps {cfg['total_steps']}; set that higher")
             print(f"resumed from {path}")
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
-            raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
-                            "or another output_dir (nothing was changed)")
+            raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue "
+                            "them, or another output_dir (nothing was changed)")
         self.init = self.progress.get("init")
         if not path and cfg["init_student"]:
             self.init = init_student(self.student, cfg, self.teacher)
             print(f"student: from {self.init['file']}, step {self.init['step']}")
-        lines = self.metrics_path.read_bytes().splitlines(keepends=True) if path and self.metrics_path.exists() else []
+        lines = []
+        if path and self.metrics_path.exists():
+            lines = [x for x in self.metrics_path.read_bytes().splitlines(keepends=True) if x.endswith(b"\n")]
         try:
-            self.kept_metrics = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
+            self.kept_metrics = [line for line in lines if json.loads(line)["step"] <= self.step]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove it") from None
+            raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove "
+                            "it") from None
+
+    def open_report(self) -> None:
+        """What `report_to` names; a resumed run goes on in the report that it began."""
+        if self.lock and (tool := self.cfg["report_to"]):
+            begun = read_record(self.folder / "run.json").get("report") if self.step else None
+            place = re.sub(r"[^\w.-]", "-", self.folder.resolve().name)
+            self.report = Report(tool, self.folder, begun or f"{place}-{os.urandom(4).hex()}", self.step, self.cfg)
+
+    def open_data(self) -> None:
+        """The training data, at the place where the checkpoint left them; the same in every process."""
+        self.data = load_training_data(self.cfg, self.tokenizer)
+        ours = self.data.fingerprints
+        if changed := set((self.progress.get("data") or ours).items()) ^ set(ours.items()):
+            raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; "
+                            "give the same data, or start again in another output_dir (nothing was changed)")
+        if self.step:
+            self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
+        count = len(self.data.names)
+        try:
+            distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
+            if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
+                raise ValueError
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
+        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
+        self.processes.wait()
+        found = self.processes.table(stable_seed(self.step, config_hash(self.cfg), ours) % 2**52)
+        if (found != found[0]).any():
+            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or "
+                            "data than rank 0: output_dir and data_dir must hold the same on every machine")
 
     def supersede(self) -> None:
-        """Put aside what the folder holds of later steps, which this continuation will take again: metrics, checkpoints, best model."""
-        if not self.lock:
-            return
+        """Put aside what the folder holds of later steps, which are taken again: metrics, checkpoints, best model."""
         write_atomic(self.metrics_path, lambda file: file.writelines(self.kept_metrics))
         for step in (s for s in checkpoint_steps(self.folder) if s > self.step):  # damaged, or of another continuation
             print(f"note: checkpoint_{step} is newer than this continuation: renamed to checkpoint_{step}.*.superseded")
             for old in self.folder.glob(f"checkpoint_{step}.*[nt]"):
                 old.rename(f"{old}.superseded")
         path, best = self.folder / "pytorch_model.bin", self.best.get(self.cfg["best_model_split"], {})
-        step, newest = best.get("step", 0), read_record(self.folder / "scores.json").get("step")
-        newest = newest if isinstance(newest, int) else -1  # -1: weights without scores, which a kill leaves
-        if not path.exists() or 0 <= newest <= self.step:
+        newest = read_record(self.folder / "scores.json").get("step")
+        if not path.exists() or (isinstance(newest, int) and newest <= self.step):  # weights without scores: a kill's
             return
+        step = best.get("step", 0)
         checkpoint = self.folder / f"checkpoint_{step}.pt"
         if verify_checkpoint(checkpoint):  # not there, or not whole
             path.rename(f"{path}.superseded")
-            print(f"note: {path} is newer than this continuation: renamed to {path.name}.superseded; no checkpoint holds the best "
-                  f"student until now, of step {step}, so the next evaluation writes one")
+            print(f"note: {path} is newer than this continuation: renamed to {path.name}.superseded; no checkpoint "
+                  f"holds the best student until now, of step {step}, so the next evaluation writes one")
             self.best.pop(self.cfg["best_model_split"], None)
             return
-        self.save_model(self.folder, best, student_from(load_file(checkpoint)["student"], self.cfg, str(checkpoint), self.teacher))
+        self.save_model(self.folder, best, open_student(checkpoint, self.teacher)[0])
         print(f"note: {path} was newer than this continuation: it is the best student until now again, of step {step}")
 
     def banner(self) -> None:
         """Say what a step is, and how much disk the run takes; stop if there is plainly not enough."""
-        cfg, batch = self.cfg, self.cfg["batch_size"]
-        parts = cfg["gradient_accumulation_steps"]
+        cfg, batch, parts = self.cfg, self.cfg["batch_size"], self.cfg["gradient_accumulation_steps"]
+        trained = sum(t.numel() for t in trainable_state(self.student).values())
         print(f"processes: {self.processes.count}; pairs per step: {batch}; micro-batch: {batch // parts} x {parts}; "
               f"negatives per anchor: {batch - 1}; steps per epoch: {self.data.size / batch:,.0f}; "
-              f"trained parameters: {sum(t.numel() for t in trainable_state(self.student).values()):,}")
-        state_bytes = 3 * sum(t.numel() * 4 for t in trainable_state(self.student).values())
-        count = (cfg["total_steps"] - self.step) // cfg["save_interval"]
+              f"trained parameters: {trained:,}")
+        count, size = (cfg["total_steps"] - self.step) // cfg["save_interval"], 12 * trained  # weights and two averages
         if cfg["keep_checkpoints"]:
             count = min(count, cfg["keep_checkpoints"] + 3)
-        needed, free = count * state_bytes + 4e8, shutil.disk_usage(self.folder).free
-        print(f"disk: {count} checkpoints of {state_bytes / 1e6:.0f} MB and the models take {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB free")
+        needed, free = count * size + 4e8, shutil.disk_usage(self.folder).free
+        print(f"disk: {count} checkpoints of {size / 1e6:.0f} MB and the models take {needed / 1e9:.1f} GB; "
+              f"{free / 1e9:.1f} GB free")
         if needed > free:
-            raise UserError(f"{self.folder}: {needed / 1e9:.1f} GB of checkpoints do not fit in {free / 1e9:.1f} GB; set "
-                            "--keep_checkpoints 5, a larger --save_interval, or another --output_dir")
+            raise UserError(f"{self.folder}: {needed / 1e9:.1f} GB of checkpoints do not fit in {free / 1e9:.1f} GB; "
+                            "set --keep_checkpoints 5, a larger --save_interval, or another --output_dir")
 
     def write_metrics(self, values: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl; what a full disk refuses is kept for the next write."""
+        """Append a line to metrics.jsonl; what a full disk refuses is kept for the next write. Tell the report."""
         if not self.lock:
             return
         self.unwritten += (json.dumps({"step": self.step, **values}) + "\n").encode()
@@ -2974,6 +3160,12 @@ class Run:
             self.flush_metrics()
         except OSError as error:
             print(f"warning: {self.metrics_path}: step {self.step} not written yet ({error})")
+        try:
+            if self.report:
+                self.report.write(self.step, values)
+        except Exception as error:  # training goes on without a network or a tool's server
+            print(f"warning: report_to {self.report.tool}: stopped at step {self.step} ({first_line(error)})")
+            self.report = None
 
     def flush_metrics(self) -> None:
         while self.unwritten:
@@ -2984,6 +3176,7 @@ class Run:
     def evaluate(self) -> None:
         """Score both splits; keep the student as pytorch_model.bin if it is the best by `best_model_split`."""
         cfg, scores = self.cfg, {}
+        self.settle()
         for split, rows in self.sts.items():
             try:
                 found = evaluate_sts(self.student, self.tokenizer, rows, cfg["max_length"], self.teacher_cosines[split],
@@ -2992,36 +3185,37 @@ class Run:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
-        distance, count = self.distances.tolist()
-        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()} | {
-            f"distance/{name}": round(d / n, 6) for name, d, n in zip(self.data.names, distance, count) if n})
+        distances = zip(self.data.names, *self.distances.tolist())
+        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()}
+                           | {f"distance/{name}": round(sum_ / n, 6) for name, sum_, n in distances if n})
         self.scores = {"step": self.step, **scores}
         tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
                    f"test {scores['test_spearman']:.4f}")
         for split in self.sts:
-            key = f"{split}_spearman"
-            if scores[key] > self.best.get(split, {}).get(key, -2.0):
+            if scores[key := f"{split}_spearman"] <= self.best.get(split, {}).get(key, -2.0):
+                continue
+            try:
                 if split == cfg["best_model_split"]:
-                    try:
-                        self.save_model(self.folder, scores)
-                    except OSError as error:
-                        print(f"warning: best model of step {self.step} not written ({error}); the next better one will be")
-                        continue
-                self.best[split] = {"step": self.step, **scores}
+                    self.save_model(self.folder, scores)
+                self.best[split] = dict(self.scores)
+            except OSError as error:
+                print(f"warning: best model of step {self.step} not written ({error}); the next better one will be")
         self.processes.wait()
 
     def save_model(self, folder: Path, scores: dict[str, float], student: DeltaNetStudent | None = None) -> None:
         """`save_model` of this run's student, or of another of its steps, which `scores` then name."""
         if self.lock:
             save_model(folder, student or self.student, self.tokenizer, self.cfg, {
-                "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
-                "best_model_split": self.cfg["best_model_split"], **({"init": self.init} if self.init else {})})
+                "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names,
+                "teacher": self.teacher_scores, "best_model_split": self.cfg["best_model_split"],
+                **({"init": self.init} if self.init else {})})
 
     def save(self, why: str = "save_interval") -> None:
         """Write a checkpoint, while the other processes wait."""
+        self.settle()
         if not all(torch.isfinite(t).all() for t in trainable_state(self.student).values()):
-            raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an earlier "
-                            "one with a lower peak_learning_rate")
+            raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an "
+                            "earlier one with a lower peak_learning_rate")
         if self.lock:
             self.write_checkpoint(why)
         self.processes.wait()
@@ -3040,19 +3234,19 @@ class Run:
             self.failed_saves += 1
             print(f"warning: checkpoint of step {self.step} not written ({error}); older ones are whole")
             if self.failed_saves == 3:
-                raise UserError(f"{self.folder}: three checkpoints in a row could not be written ({error}); free some space "
-                                "and --resume latest") from None
+                raise UserError(f"{self.folder}: three checkpoints in a row could not be written ({error}); free some "
+                                "space and --resume latest") from None
             return
         self.failed_saves = 0
-        if self.cfg["keep_checkpoints"]:
+        if keep := self.cfg["keep_checkpoints"]:
             steps = checkpoint_steps(self.folder)
             whole = [step for step in steps if (self.folder / f"checkpoint_{step}.json").exists()]
-            for step in {*steps} - {*whole[-self.cfg["keep_checkpoints"]:], *(b["step"] for b in self.best.values())}:
+            for step in {*steps} - {*whole[-keep:], *(best["step"] for best in self.best.values())}:
                 for suffix in (".json", ".pt"):
                     (self.folder / f"checkpoint_{step}{suffix}").unlink(missing_ok=True)
 
     def agree(self) -> Stop | None:
-        """The end that a signal to any process asks for, else None; a SIGUSR1 to any of them saves here. All do the same."""
+        """The end that a signal to any process asks for, or None; a SIGUSR1 to any of them saves here, in all."""
         asked = self.processes.table(self.signals.stop.status if self.signals.stop else 0, self.signals.save).amax(0)
         status, save = int(asked[0]), bool(asked[1])
         if save:
@@ -3072,7 +3266,8 @@ class Run:
         pairs, seconds, waited, started = 0, 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
-            coming = pool.submit(self.data.batch, self.step + 1)
+            prepare = lambda step: trainer.upload(self.data.batch(step))  # noqa: E731
+            coming = pool.submit(prepare, self.step + 1)
             self.signals.training = True
             while not (stop := self.agree()) and self.step < cfg["total_steps"]:
                 begun = time.perf_counter()
@@ -3084,15 +3279,11 @@ class Run:
                 if self.step % self.data.WINDOW == 0:
                     self.next_window()
                 if self.step < cfg["total_steps"]:
-                    coming = pool.submit(self.data.batch, self.step + 1)
-                pairs += sum(micro["pairs"] for micro in batch)
-                values = self.optimise(trainer, batch)
-                if values:
-                    for key, value in values.items():
-                        self.sums[key] = self.sums.get(key, 0.0) + value
-                    steps = "long_steps" if batch[0].get("long") else "steps"
-                    self.sums[steps] = self.sums.get(steps, 0) + 1
+                    coming = pool.submit(prepare, self.step + 1)
+                pairs += sum(micro.pairs for micro in batch)
+                self.optimise(trainer, batch)
                 if self.step % cfg["log_interval"] == 0:
+                    self.settle()
                     seconds = time.perf_counter() - started
                     self.log_line(bar, self.step - since, pairs, seconds, waited)
                     pairs, waited, started, since = 0, 0.0, time.perf_counter(), self.step
@@ -3118,10 +3309,12 @@ class Run:
         So early, because the next window is already being built. All processes take process 0's distances, whose sums
         may be rounded otherwise than their own.
         """
-        distances = self.processes.table(*self.distances.flatten().tolist())[0].view(2, -1)
+        if self.processes.rank:
+            self.distances.zero_()
+        self.processes.sum(self.distances)
         if self.cfg["source_focus"]:
-            self.data.plan(self.step // self.data.WINDOW + 1, distances.numpy())
-        self.distances.copy_(distances / 2)
+            self.data.plan(self.step // self.data.WINDOW + 1, self.distances.cpu().numpy())
+        self.distances /= 2
 
     def log_line(self, bar: tqdm, done: int, pairs: int, seconds: float, waited: float) -> None:
         """A line in metrics.jsonl; speeds are of the `done` steps, of `pairs` pairs, taken in `seconds`."""
@@ -3146,58 +3339,92 @@ class Run:
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
 
-    def optimise(self, trainer: Trainer, batch: list[dict[str, Any]]) -> dict[str, float] | None:
-        """One optimiser step. A loss or gradient that is not finite skips it: None."""
-        cfg = self.cfg
+    def optimise(self, trainer: Trainer, batch: list[MicroBatch]) -> None:
+        """One optimiser step. What came of it stays on the device until `settle` reads it."""
         self.optimizer.zero_grad(set_to_none=True)
-        masks = [mask for micro in batch for _, mask in micro["groups"]]
-        padding = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
         values = trainer.step_gradients(batch, self.step)
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
-        wrong = next((name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)), None)
-        keys = torch.cat([micro["keys"] for micro in batch])
-        doubts, batches = self.processes.table(wrong is not None, float((keys % 2**31).sum())).T
-        if (batches != batches[0]).any():
-            raise UserError(f"step {self.step}: rank {int((batches != batches[0]).nonzero()[0])} has another batch than rank 0: the "
-                            "data must be the same on every machine")
-        if doubts.any():  # one process's doubt is all's, or their weights would part
-            wrong = wrong or "a number of another process"
-        if wrong:
-            self.bad_steps += 1
-            self.write_metrics({"bad/step": self.step, "bad/loss": wrong, "bad/batch": keys.tolist()})
-            print(f"warning: step {self.step} skipped: {wrong} is not finite; its batch is PairData.batch({self.step})")
-            if self.bad_steps >= cfg["max_bad_steps"]:
-                raise UserError(f"step {self.step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
-                                "saved. Resume from the newest checkpoint with a lower peak_learning_rate or precision float32")
-            return None
-        self.bad_steps = 0
-        rate = learning_rate(self.step, cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_multiplier"]
-        self.optimizer.step()
-        if batch[0].get("long"):
-            return {f"long/{name}": value for name, value in {**values, "grad_norm": norm, "padding": padding}.items()}
-        return {**{f"loss/{name}": value for name, value in values.items()}, "grad_norm": norm, "data/padding": padding}
+        keys = torch.cat([micro.host_keys for micro in batch])
+        row = update(self.optimizer, values.values(), learning_rate(self.step, self.cfg), self.cfg["gradient_clip"], self.processes,
+                     int((keys % 2**31).sum()))
+        padding = 1 - sum(micro.tokens for micro in batch) / sum(micro.padded for micro in batch)
+        self.unsettled.append((self.step, [*values, "gradient norm"], row, keys, padding, bool(batch[0].long)))
+
+    def settle(self) -> None:
+        """Read what the steps since the last time gave, by one copy: sums for the next line in metrics.jsonl, and the steps that were skipped.
+
+        Raises UserError after `max_bad_steps` skipped in a row, or where a process had another batch than the first.
+        """
+        unsettled, self.unsettled, count = self.unsettled, [], self.processes.count
+        numbers = iter(torch.cat([row for _, _, row, *_ in unsettled]).tolist() if unsettled else [])
+        for step, names, _, keys, padding, long in unsettled:
+            values = dict(zip(names, islice(numbers, len(names))))
+            doubts, batches = ([*islice(numbers, count)] if count > 1 else [0.0] for _ in range(2))
+            if batches != batches[:1] * len(batches):
+                raise UserError(f"step {step}: rank {[x != batches[0] for x in batches].index(True)} has another batch than rank 0: the "
+                                "data must be the same on every machine")
+            wrong = next((name for name, value in values.items() if not math.isfinite(value)), "a number of another process" if any(doubts) else None)
+            self.bad_steps = self.bad_steps + 1 if wrong else 0
+            if wrong:
+                self.write_metrics({"step": step, "bad/step": step, "bad/loss": wrong, "bad/batch": keys.tolist()})
+                print(f"warning: step {step} skipped: {wrong} is not finite; its batch is PairData.batch({step})")
+                if self.bad_steps >= self.cfg["max_bad_steps"]:
+                    raise UserError(f"step {step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
+                                    "saved. Resume from the newest checkpoint with a lower peak_learning_rate or precision float32")
+                continue
+            norm, prefix = values.pop("gradient norm"), "long/" if long else ""
+            found = {**{f"{prefix or 'loss/'}{name}": value for name, value in values.items()},
+                     f"{prefix}grad_norm": norm, f"{prefix or 'data/'}padding": padding, "long_steps" if long else "steps": 1}
+            for key, value in found.items():
+                self.sums[key] = self.sums.get(key, 0) + value
 
     def finish(self) -> None:
         """The final model, loaded back as a check; the curves; and a report of the last and the best scores."""
-        group = self.group
+        prefix, final = f"{self.group}/", self.folder / "final_model"
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        scored = [line for line in lines if f"{group}/test_spearman" in line]
-        last = {k.removeprefix(f"{group}/"): v for k, v in scored[-1].items()} if scored and scored[-1]["step"] == self.step else {}
-        final = self.folder / "final_model"
+        scored = [line for line in lines if f"{prefix}test_spearman" in line]
+        last = next((line for line in scored[-1:] if line["step"] == self.step), {})
+        last = {key.removeprefix(prefix): value for key, value in last.items()}
         self.save_model(final, last)
         sentences = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell on Monday."]
         loaded = AutoModel.from_pretrained(final, trust_remote_code=True).to(self.device)
         again = encode(loaded, AutoTokenizer.from_pretrained(final, trust_remote_code=True), sentences)
-        if not np.allclose(again, encode(self.student, self.tokenizer, sentences), atol=1e-5 if self.device.type == "cpu" else 1e-3):
+        tolerance = 1e-5 if self.device.type == "cpu" else 1e-3
+        if not np.allclose(again, encode(self.student, self.tokenizer, sentences), atol=tolerance):
             raise UserError(f"{final}: loaded back, it gives other embeddings than the student in memory")
         print(f"{final} loaded back; cosines of {sentences}:\n{np.round(again @ again.T, 3)}")
-        plot_curves(self.folder, self.teacher_scores, group)
+        plot_curves(self.folder, self.teacher_scores, self.group)
         write_json(self.folder / "results.json", {
             "evaluation": self.cfg["sts_name"], "teacher": self.teacher_scores, "last": last, "best": self.best,
             "evaluations": len(scored), "left_out": self.data.left_out,
             "leaks_dropped": self.data.leaks + sum(stream.leaks for stream in self.data.streams)})
+        for split, best in self.best.items():
+            print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, "
+                  f"test {best['test_spearman']:.4f}")
+
+
+def run_helper(parser: argparse.ArgumentParser, argv: list[str] | None, work: Callable[[argparse.Namespace], dict],
+               page: Callable[[dict], str], failed: Callable[[dict], bool] = lambda result: False) -> int:
+    """A helper's `main`: prints `work(arguments)`, by `page` or with --json as JSON; returns the exit status.
+
+    0; 1 if the result has `failed`; 2 after one line, for what a user can mend.
+    """
+    import transformers
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        result = work(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = error.filename or getattr(args, "output_dir", None)
+        print(f"error: {where}: cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if args.json else page(result))
+    return int(failed(result))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3208,31 +3435,31 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file is up to date
     try:
-        cfg = parse_config(sys.argv[1:] if argv is None else argv)
-        run = Run(cfg)
+        run = Run(parse_config(sys.argv[1:] if argv is None else argv))
+        run.prepare()
         print(f"teacher on {run.cfg['sts_name']}: " + ", ".join(f"{k} {v:.4f}" for k, v in run.teacher_scores.items()))
         run.train()
         run.processes.leave()
-        if not run.lock:
-            return 0
-        run.finish()
-        for split, best in run.best.items():
-            print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, test {best['test_spearman']:.4f}")
+        if run.lock:
+            run.finish()
         return 0
     except Stop as stop:
-        print(f"{stop}; newest checkpoint in {run.folder}: {checkpoint_steps(run.folder)[-1:]}; continue with --resume latest")
+        print(f"{stop}; newest checkpoint in {run.folder}: {checkpoint_steps(run.folder)[-1:]}; continue with --resume "
+              "latest")
         return stop.status
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py, with --max_length as long as "
-              "joined_length if texts are joined)", file=sys.stderr)
+        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py, with "
+              "--max_length as long as joined_length if texts are joined)", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error)):
+        lost = re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error))
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
             raise
-        where, absent = (f"step {run.step}", run.processes.absent()) if run else ("start", "another process")
+        training = run and run.data
+        where, absent = (f"step {run.step}", run.processes.absent()) if training else ("start", "another process")
         reason = re.sub(r"\[\S+\] ", "", first_line(error))[:120]
         print(f"error: rank {os.environ['RANK']}, {where}: no answer from {absent} ({reason}); "
               "continue with --resume latest", file=sys.stderr, flush=True)
@@ -3241,10 +3468,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         if run:
-            run.signals.training = False  # a signal from here on ends at once
-            if run.data:
-                run.data.builder.shutdown(wait=False, cancel_futures=True)
-            run.release()
+            run.close()
 
 
 if __name__ == "__main__":

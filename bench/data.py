@@ -92,7 +92,7 @@ def starting(cfg: dict[str, Any], tokenizer: Any, repeats: int, batches: int) ->
         begun = time.perf_counter()
         batch = data.batch(step)
         drawn.append(time.perf_counter() - begun)
-        masks = [mask for micro in batch for _, mask in micro["groups"]]
+        masks = [mask for micro in batch for _, mask in micro.groups]
         real, padded = real + sum(int(m.sum()) for m in masks), padded + sum(m.numel() for m in masks)
     return {"pairs": data.size, "seconds": seconds, "batch_seconds": drawn, "padding": 1 - real / padded, "bytes_before": before,
             "peak_bytes": peak_rss(), "anonymous_before": anonymous, "anonymous_opened": opened,

@@ -1,7 +1,9 @@
 """The CPU kernel against the parallel form and the sequential reference: outputs, final states, all gradients; threads, forks, compilers."""
 import os
+import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -215,3 +217,44 @@ def test_feed_forward_with_and_without_gradients(monkeypatch):
         found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *ffn.parameters()])])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# The choice at the start of a run
+
+
+def choose(forms=None, **changes) -> tuple[str, list[str], object]:
+    """The name taken, the lines said, and the form that the student's layers have then."""
+    cfg = script.config | {"batch_size": 8, "max_length": 64, "gradient_accumulation_steps": 2, "d_model": 64, "num_heads": 2} | changes
+    student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=64, num_heads=2, num_layers=2, vocab_size=9))
+    lines: list[str] = []
+    name = script.choose_mixer(student, cfg, torch.device("cpu"), forms, lines.append, seconds=0.02)
+    assert len({layer.mixer for layer in student.deltanet_layers}) == 1
+    return name, lines, student.deltanet_layers[0].mixer
+
+
+def test_fastest_form_is_taken():
+    name, (line,), form = choose()
+    assert name == "Numba kernel" and form is script.kernel.hierarchical_mixer
+    assert re.fullmatch(r"mixer: Numba kernel, \d+\.\d times the parallel form's speed at 8 x 64 tokens, forward and backward", line)
+    assert float(line.split()[3]) > 1
+
+
+def test_a_form_that_is_wrong_or_fails_is_left_out_in_one_line():
+    def wrong(*inputs, **options):
+        return tuple(x if x is None else 1.01 * x for x in script.parallel_mixer(*inputs, **options))
+
+    def broken(*inputs, **options):
+        raise RuntimeError("at 3:1:\n  x = tl.dot(a)\n\nptxas fatal: no such instruction\n")
+
+    name, lines, form = choose({"wrong": wrong, "broken": broken, "parallel form": script.parallel_mixer})
+    assert name == "parallel form" and form is script.parallel_mixer and all("\n" not in line for line in lines)
+    assert re.match("mixer: the wrong is left out: UserError: .* differs from its reference by", lines[0])
+    assert lines[1:] == ["mixer: the broken is left out: RuntimeError: ptxas fatal: no such instruction", "mixer: parallel form, the only one left"]
+    with pytest.raises(script.UserError, match="no form of the mixer"):
+        choose({"broken": broken})
+
+
+def test_deterministic_runs_do_not_depend_on_times():
+    slow = lambda *inputs, **options: [time.sleep(0.3), script.parallel_mixer(*inputs, **options)][1]  # noqa: E731
+    assert choose({"slow": slow, "parallel form": script.parallel_mixer}, deterministic=True)[0] == "slow"
+    assert choose({"slow": slow, "parallel form": script.parallel_mixer})[0] == "parallel form"

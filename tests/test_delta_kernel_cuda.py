@@ -1,4 +1,4 @@
-"""The CUDA kernels of the mixer, in Triton's interpreter: outputs, final states and all gradients; compiled for GPUs that are not there."""
+"""The operator with its CUDA kernels in Triton's interpreter: outputs, final states, all gradients; compiled for GPUs that are not there."""
 import json
 import os
 import subprocess
@@ -9,83 +9,90 @@ import pytest
 import torch
 
 import train_6layer_deltanet as script
-from test_delta_kernel import example
+from test_delta_kernel import assert_equal, example, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-import delta_kernel_cuda as kernels  # noqa: E402
-
+operator = script.load_kernel()
+kernels = operator.kernels("cuda")
 SWITCHES = ("hierarchical", "coupling", "flux", "convolution", "read_gates")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 
-def narrow(inputs: list, heads: int = 2, channels: int = 32) -> list:
-    """The inputs with rows of exactly (3 K + 5) H numbers, as these kernels read them."""
-    return [inputs[0][..., :heads * (3 * channels + 5)].contiguous(), *inputs[1:]]
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """The CUDA kernels in place of the CPU's."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    monkeypatch.setattr(operator, "kernels", lambda device: kernels)
 
 
-def compare(inputs: list, tolerance: float = 1e-4, final: bool = True, **off: bool) -> None:
-    """Kernels against the parallel form in float32, with random gradients of o, and of the final states if `final`."""
-    switches = {name: off.get(name, True) for name in SWITCHES}
-    leaves = [x.detach().float().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
-    o, state = script.parallel_mixer(*leaves, reverse_heads=1, output_final_state=True, **switches)
-    generator = torch.Generator().manual_seed(1)
-    grad_o, grad_state = (torch.randn(x.shape, generator=generator) for x in (o, state))
-    floats = [x for x in leaves if x is not None and x.requires_grad]
-    expected = torch.autograd.grad((o * grad_o).sum() + final * (state * grad_state).sum(), floats, allow_unused=True, materialize_grads=True)
-    plain, values = [x if x is None else x.detach() for x in inputs], (1, *switches.values())
-    found_o, found_state, boundaries = kernels.mixer_forward_cuda(*plain, *values, final, True)
-    found = kernels.mixer_backward_cuda(grad_o.to(found_o.dtype), grad_state if final else None, boundaries, *plain, *values)
-    assert found_o.dtype == found[0].dtype == inputs[0].dtype and (found_state is not None) == final
-    pairs = [(found_o, o), *([(found_state, state)] if final else []), *zip((x for x in found if x is not None), expected, strict=True)]
-    for i, (a, b) in enumerate(pairs):
-        assert a.shape == b.shape and (a.float() - b).abs().max() <= tolerance * (1 + b.abs().max()), (i, (a - b).abs().max())
+def compare(inputs: list, tolerance: float = 1e-4, **options) -> None:
+    """The operator against the parallel form in float32."""
+    found = results(operator.hierarchical_mixer, inputs, **options)
+    expected = results(script.parallel_mixer, [x.float() if x is not None and x.is_floating_point() else x for x in inputs], **options)
+    assert found[2].dtype == inputs[0].dtype and not found[2][..., inputs[3].shape[2] * (3 * inputs[3].shape[3] + 5):].any()
+    assert_equal([x.float() for x in found], expected, tolerance)
 
 
-@pytest.mark.parametrize("length, case", [*((n, "") for n in (1, 5, 16, 17, 37)), *((n, "no dropout, no state") for n in (1, 17))])
+@pytest.mark.parametrize("length, case", [*((n, "") for n in (1, 5, 16, 17, 37, 70)), *((n, "no dropout, no state") for n in (1, 17, 50))])
 def test_lengths(length, case):
-    compare(narrow(example(length, case, batch=1)), final=bool(case))
+    compare(example(length, case, batch=1))
+
+
+@pytest.mark.parametrize("length", [9, 34])
+def test_without_the_final_state(length):
+    inputs, found = example(length, "no dropout, no state", batch=1), []
+    leaves = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    for form in (operator.hierarchical_mixer, script.parallel_mixer):
+        o, final = form(*leaves, reverse_heads=1)
+        assert final is None
+        found.append([o, *torch.autograd.grad(o.square().sum(), [x for x in leaves if x is not None and x.requires_grad])])
+    assert_equal(*found)
 
 
 @pytest.mark.parametrize("case", ["padded", "hole", "repeated tokens", "beta near 0", "beta near 1", "retentions near 0", "retentions near 1"])
 def test_extremes(case):
-    compare(narrow(example(18, case, batch={"padded": 3, "hole": 2}.get(case, 1))))
+    compare(example(18, case, batch={"padded": 3, "hole": 2}.get(case, 1)))
 
 
 @pytest.mark.parametrize("off", SWITCHES)
 def test_switches(off):
-    compare(narrow(example(18, batch=1)), **{off: False})
+    compare(example(18, batch=1), **{off: False})
 
 
 @pytest.mark.parametrize("channels", [16, 64])
 def test_other_head_widths(channels):
-    compare(narrow(example(18, batch=1, channels=channels), 2, channels))
+    compare(example(18, batch=1, channels=channels))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_half_precision_projections(dtype, tolerance):
-    """Computed in float32: only o and the gradient of proj are rounded."""
-    inputs = narrow(example(12, batch=1))
-    compare([inputs[0].to(dtype), *inputs[1:]], tolerance)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_projections(dtype):
+    """Computed in float32: only the gradient of proj is rounded."""
+    inputs = example(12, batch=1)
+    inputs[0] = inputs[0].to(dtype)
+    compare(inputs, 1e-2)
 
 
 def test_strided_inputs():
-    inputs = narrow(example(5))
+    inputs = example(5)
     strided = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x for x in inputs]
-    for a, b in zip(*(kernels.mixer_forward_cuda(*x, 1, *[True] * 7) for x in (inputs, strided))):
-        assert a is b is None or torch.equal(a, b)
+    for a, b in zip(results(operator.hierarchical_mixer, inputs), results(operator.hierarchical_mixer, strided)):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("position, wrong, message", [
-    (0, torch.zeros(3, 5, 208), "proj must have shape"), (0, torch.zeros(3, 5, 202).double(), "proj must be float32"),
-    (1, torch.ones(3, 5), "mask must be bool"), (4, torch.zeros(2, 32, 16), "flux_bilinear must have shape"),
-    (10, torch.zeros(2, 24), "channels, got 24"), (11, torch.zeros(3, 2, 32, 32), "initial_state must have shape"),
-    (8, torch.zeros(16, device="meta"), "flux_out_weight is on meta")])
-def test_errors_are_one_clear_line(position, wrong, message):
-    inputs = narrow(example(5))
-    inputs[position] = wrong
-    with pytest.raises(ValueError, match=message) as error:
-        kernels.mixer_forward_cuda(*inputs, 1, *[True] * 7)
-    assert "\n" not in str(error.value)
+def test_operator_is_whole_for_autograd_and_compilers():
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in example(34, "padded", batch=1)]
+    torch.library.opcheck(operator.mixer, (*leaves, 1, *[True] * 7))
+    assert operator.mixer(*leaves, 1, *[True] * 7)[2].shape == (1, 2, 1, 2, 32, 32)  # the state at token 32
+
+
+@pytest.mark.parametrize("setting, precision", [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_products_are_as_precise_as_pytorch_s(setting, precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert kernels._precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.slow
@@ -115,7 +122,7 @@ def compile_kernels(capability: int, precision: str = "tf32") -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     constants = dict(K=32, H=12, C=16, LOG2_C=4, HIDDEN=16, HAS_KEEP=True, HAS_INITIAL=False, HIERARCHICAL=True, COUPLING=True, FLUX=True,
-                     CONVOLUTION=True, READ_GATES=True, CARRY=True, SAVE_STATES=True, SAVE_FINAL=True, HAS_DFINAL=True,
+                     CONVOLUTION=True, READ_GATES=True, CARRY=True, SAVE_STATES=True, SAVE_FINAL=True, HAS_DFINAL=True, STRIDE=1216, SPAN=2,
                      SAVE_DINITIAL=False, FLUXES=32 * 32 + 1 + 16 * 65 + 33, PRECISION=precision)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for name in ("_forward_kernel", "_backward_output_kernel", "_backward_states_kernel", "_backward_chunk_kernel",

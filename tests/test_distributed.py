@@ -87,7 +87,7 @@ def dump_first_step(path: str) -> None:
         for kind, values in {"off": [0.0, 0.0], "on": rates}.items() if step == 1 else ():
             for name, value in zip(names, values):
                 setattr(self.student.config, name, value)
-            losses = original(self, copy.deepcopy(batch), step, cached)
+            losses = {n: x.item() for n, x in original(self, copy.deepcopy(batch), step, cached).items()}
             found[kind] = losses, {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
             self.student.zero_grad(set_to_none=True)
             torch.save([found, {n: p.detach().clone() for n, p in self.student.named_parameters()}], f"{path}-{RANK}.pt")
@@ -102,7 +102,7 @@ def spoil_and_slow_rank_1(_: str) -> None:
 
     def spoiled_step(self, batch, step, cached=None):
         self.now = step
-        return step_gradients(self, batch, step, cached) | ({"distillation": float("nan")} if step == 2 else {})
+        return step_gradients(self, batch, step, cached) | ({"distillation": torch.tensor(float("nan"))} if step == 2 else {})
 
     def spoiled_forward(self, *arguments):
         time.sleep(0.3)
@@ -120,7 +120,7 @@ def spoil_and_slow_rank_1(_: str) -> None:
 def tiny(tmp_path_factory) -> dict[str, Any]:
     """Micro-batches of 3, 3, 2, 2 and 2 pairs, which 2 and 4 processes cannot share evenly; hard negatives; dropout on."""
     return kill_soak.make_tiny(tmp_path_factory.mktemp("tiny")) | {
-        "batch_size": 12, "gradient_accumulation_steps": 5, "peak_learning_rate": 1e-3, "similarity_distill_weight": 1.0,
+        "batch_size": 12, "gradient_accumulation_steps": 5, "peak_learning_rate": 1e-3,
         "guided_contrastive": True, "source_focus": 1.0}
 
 

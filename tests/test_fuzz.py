@@ -207,6 +207,16 @@ def test_mutated_checkpoints_through_the_loaders(tiny, tmp_path, numbers):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
+def test_keys_that_are_no_more_stop_nothing(tiny, tmp_path, capsys):
+    """A checkpoint of an earlier version resumes and opens; what had an effect there is said."""
+    path, config = tmp_path / "checkpoint_4.pt", tiny.content["config"]
+    torch.save(tiny.content | {"config": config | {"similarity_distill_weight": 20.0, "guided_margin": 0.0}}, path)
+    content = script.resume(path, tiny.student, script.build_optimizer(tiny.student, config), config)
+    assert content["step"] == 4 and script.read_student(path)[1].keys() == script.config.keys()
+    notes = capsys.readouterr().out
+    assert "similarity_distill_weight = 20.0, a key that is no more" in notes and "guided_margin" not in notes
+
+
 def quiet_main(main: Callable[[list[str]], int], argv: list[str], capsys: Any) -> tuple[int, str]:
     """Exit status and output of a script's `main`."""
     capsys.readouterr()
