@@ -196,22 +196,27 @@ def long_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, token
             before, attention = (length, min(seconds["attention"])), None
             row |= {"attention_seconds": spread(seconds["attention"]),
                     "speed_against_attention": ratio(seconds["attention"], seconds["student"])}
+        kinds, peaks = ["student"] if reason else ["student", "attention"], {}
+        for group in [kinds] if args.quick else [[kind] for kind in kinds]:
+            peaks |= fresh(__file__, kinds=group, cfg=cfg, length=length)["growth"]
         for kind in ("student", "attention"):
-            peak = None if kind == "attention" and reason else fresh(__file__, kind=kind, cfg=cfg, length=length)["growth"]
+            peak = peaks.get(kind)
             row |= {f"{kind}_peak_bytes": peak, f"{kind}_bytes_per_token": peak and peak / length}
         rows.append(row)
     return rows
 
 
-def worker(kind: str, cfg: dict[str, Any], length: int) -> dict[str, Any]:
-    """Bytes by which one text's peak exceeds the model, which has read a short text before."""
+def worker(kinds: list[str], cfg: dict[str, Any], length: int) -> dict[str, Any]:
+    """Bytes by which one text's peak exceeds the model, which has read a short text before, for each kind of model."""
     student, tokenizer = load_student(cfg)
-    device = next(student.parameters()).device
-    model = long_attention(cfg, length).to(device) if kind == "attention" else student
-    read = lambda text: script.encode(model, tokenizer, [text], batch_size=1, max_length=None)  # noqa: E731
-    read(make_texts(tokenizer, 16, 1)[0])
-    text = make_texts(tokenizer, length, 1)[0]
-    return {"growth": growth(lambda: read(text), device), "before": resident()}
+    device, found = next(student.parameters()).device, {}
+    for kind in kinds:
+        model = long_attention(cfg, length).to(device) if kind == "attention" else student
+        read = lambda text: script.encode(model, tokenizer, [text], batch_size=1, max_length=None)  # noqa: B023, E731
+        read(make_texts(tokenizer, 16, 1)[0])
+        text = make_texts(tokenizer, length, 1)[0]
+        found[kind] = growth(lambda: read(text), device)  # noqa: B023  called at once
+    return {"growth": found, "before": resident()}
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

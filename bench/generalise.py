@@ -85,7 +85,7 @@ def drawn_keys(data: script.PairData, steps: int) -> set[int]:
 
 def seen_keys(cfg: dict[str, Any], info: dict[str, Any], tokenizer: Any) -> set[int]:
     """Keys of all texts that the student of config `cfg` and record `info`, or the one that it started from, was trained on."""
-    data = script.load_training_data(cfg, tokenizer, note)
+    data = script.load_training_data(cfg | {"long_share": 0.0}, tokenizer, note)  # documents are no sentences
     if sorted(data.names) != sorted(info.get("sources") or data.names):
         raise script.UserError(f"{cfg['data_dir']}: holds other sources than {info['file']} was trained on; give those, or --drawn none")
     if not cfg["source_focus"]:
