@@ -2269,8 +2269,8 @@ def modelling_source() -> str:
             if used & {(name.asname or name.name).split(".")[0] for name in node.names}]
     return "\n".join([
         '"""Enhanced Hierarchical DeltaNet sentence encoder, generated from train_6layer_deltanet.py."""', *kept, "",
-        "if False:  # transformers copies a file that is named like this", "    from .delta_kernel import hierarchical_mixer",
-        "", f"PIECE, kernel = {PIECE}, None", code])
+        "if False:  # transformers copies a file that is named like this",
+        "    from .delta_kernel import hierarchical_mixer", "", f"PIECE, kernel = {PIECE}, None", code])
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
