@@ -129,7 +129,8 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
     """README.md of a model at `place`: how to load, scores and how they came about, architecture, data, limits."""
     total, c = sum(p.numel() for p in student.parameters()), student.config
     trained = sum(t.numel() for t in trainable_state(student).values())
-    teacher, name = info["teacher"] or {}, "STS-B" if info["evaluation"] == "stsb" else info["evaluation"]
+    name = "STS-B" if info["evaluation"] == "stsb" else info["evaluation"]
+    teacher = {f"{split}_teacher_agreement": 1.0 for split in ("validation", "test")} | (info["teacher"] or {})
     rows = [f"| {name} {key.replace('_', ', ', 1).replace('_', ' ')} | {value:.4f} | "
             + (f"{teacher[key]:.4f} |" if key in teacher else "not recorded |")
             for key, value in info["scores"].items()]

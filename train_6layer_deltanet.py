@@ -2109,7 +2109,8 @@ def verify_checkpoint(path: Path) -> str | None:
     """None if the checkpoint is whole, else what is wrong with it."""
     mark = path.with_suffix(".json")
     try:
-        step, size, digest = (json.loads(mark.read_text())[key] for key in ("step", "bytes", "sha256"))
+        found = json.loads(mark.read_text())
+        step, size, digest = found["step"], found["bytes"], found["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{mark.name} is missing or unreadable: the checkpoint was not finished"
     if not path.is_file():
@@ -2235,7 +2236,8 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
     info = {"kind": kind, "file": str(path), "sha256": digest}
     info |= {key: record.get(key) for key in ("step", "evaluation", "sources", "teacher", "chosen")}
     info["init"] = record["init"] if isinstance(record.get("init"), dict) else None
-    scores = {k: v for k, v in record.items() if k.startswith(("validation_", "test_")) and isinstance(v, (int, float))}
+    scores = {k: v for k, v in record.items()
+              if str(k).startswith(("validation_", "test_")) and isinstance(v, (int, float))}
     return state, cfg, info | {"scores": scores}
 
 
@@ -2850,8 +2852,8 @@ class Report:
                 known = {"id": name} if tool == "wandb" else {}  # trackio knows a run by its name
                 self.writer = importlib.import_module(tool).init(project="deltanet", name=name, config=cfg,
                                                                  resume="allow", **known)
-        except ImportError as error:
-            raise UserError(f"report_to {tool}: {error.name} is not installed; pip install {tool}") from None
+        except ImportError:
+            raise UserError(f"report_to {tool}: {tool} is not installed; pip install {tool}") from None
         except Exception as error:  # no login, no network, no space: each tool has errors of its own
             raise UserError(f"report_to {tool}: cannot be started ({first_line(error)[:160]})") from None
 
@@ -2994,11 +2996,10 @@ class Run:
         self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
         self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
         self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
-        self.data: PairData | None = None
+        self.sums, self.means = {}, {}  # of metrics: since the last line in metrics.jsonl, and of that line
         self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: its data, places in streams
-        self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
         self.unsettled: list[tuple] = []  # steps whose losses are still on the device alone
-        self.means: dict[str, float] = {}  # of that line
+        self.data: PairData | None = None
         self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
         if cfg["gradient_accumulation_steps"] < (count := self.processes.count):
             raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the {count} "
@@ -3073,14 +3074,11 @@ class Run:
         if not path and cfg["init_student"]:
             self.init = init_student(self.student, cfg, self.teacher)
             print(f"student: from {self.init['file']}, step {self.init['step']}")
-        lines = []
-        if path and self.metrics_path.exists():
-            lines = [x for x in self.metrics_path.read_bytes().splitlines(keepends=True) if x.endswith(b"\n")]
+        lines = self.metrics_path.read_bytes().splitlines(keepends=True) if path and self.metrics_path.exists() else []
         try:
-            self.kept_metrics = [line for line in lines if json.loads(line)["step"] <= self.step]
+            self.kept_metrics = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= self.step]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove "
-                            "it") from None
+            raise UserError(f"{self.metrics_path}: a line of it is no JSON object with a step; remove it") from None
 
     def open_report(self) -> None:
         """What `report_to` names; a resumed run goes on in the report that it began."""

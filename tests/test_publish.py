@@ -56,7 +56,7 @@ def numbers(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def events(path: Path) -> Iterator[Any]:
-    """The events of a TensorBoard file: records of a length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    """The events of a TensorBoard file: records of a length (8 bytes), a checksum (4), the event, a checksum (4)."""
     from tensorboardX.proto.event_pb2 import Event
     content = path.read_bytes()
     while content:
@@ -196,9 +196,13 @@ def checkpoint(tiny, tmp_path_factory) -> str:
                                       cfg, {}, {"sums": {}}, {"scores": {"step": 0, **SCORES}}))
 
 
+def push(checkpoint: str, folder: Path, name: str, *more: str) -> int:
+    return save_best_checkpoint.main([checkpoint, "--output_dir", str(folder), "--push_to_hub", name, *more])
+
+
 def test_push_to_hub_sends_the_whole_model_in_one_commit(hub, checkpoint, tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    assert save_best_checkpoint.main([checkpoint, "--output_dir", str(out), "--push_to_hub", "some/model", "--json"]) == 0
+    assert push(checkpoint, out, "some/model", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["hub"] == f"http://127.0.0.1:{hub.server_port}/some/model"
     assert {token for _, token, _ in hub.asked} == {"Bearer hf_secret"}
@@ -206,7 +210,8 @@ def test_push_to_hub_sends_the_whole_model_in_one_commit(hub, checkpoint, tiny, 
     head, *entries = [json.loads(line) for line in commit.splitlines()]
     assert head["value"]["summary"].startswith("Step 0: checkpoint_0.pt")
     sent = {entry["value"]["path"]: base64.b64decode(entry["value"]["content"]) for entry in entries}
-    assert sorted(sent) == result["files"] and {"pytorch_model.bin", "tokenizer.json", "1_Pooling/config.json"} < set(sent)
+    assert sorted(sent) == result["files"]
+    assert {"pytorch_model.bin", "tokenizer.json", "1_Pooling/config.json"} < set(sent)
     for name in set(sent) - {"training_config.json"}:
         assert sent[name] == (out / name).read_bytes(), name
     assert tiny["data_dir"] not in sent["training_config.json"].decode()  # no folder of this machine
@@ -224,7 +229,7 @@ def test_push_to_hub_that_cannot_be_is_one_line(hub, checkpoint, tmp_path, monke
     from huggingface_hub import constants
 
     def refused(name: str) -> str:
-        assert save_best_checkpoint.main([checkpoint, "--output_dir", str(tmp_path / "out"), "--push_to_hub", name]) == 2
+        assert push(checkpoint, tmp_path / "out", name) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: push_to_hub") and error.count("\n") == 1 and len(error) < 400
         return error
