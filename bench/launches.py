@@ -69,10 +69,11 @@ def make_trainer(cfg: dict[str, Any]) -> tuple[script.Trainer, torch.optim.AdamW
     return script.Trainer(student, teacher, cfg), script.build_optimizer(student, cfg)
 
 
-def count_step(cfg: dict[str, Any]) -> tuple[Counter, int]:
-    """Operators by part, and FLOP of the matrix products, of a step: its second one, as the first sets up AdamW's averages."""
-    trainer, optimizer = make_trainer(cfg)
-    batch, operators = trainer.upload(make_batch(cfg)), Operators()
+def count_step(trainer: script.Trainer, optimizer: torch.optim.AdamW, **sizes: int) -> tuple[Counter, int]:
+    """Operators by part, and FLOP of the matrix products, of a step of the trainer's config with other `sizes`."""
+    cfg = trainer.cfg | sizes
+    operators, trainer.distances = Operators(), torch.zeros(2, 1, dtype=torch.float64)  # as a run measures its sources
+    batch = trainer.upload([micro | {"sources": torch.zeros(micro["pairs"], dtype=torch.int64)} for micro in make_batch(cfg)])
     plain = lambda self, x: self.down(torch.nn.functional.gelu(self.up(x)))  # noqa: E731  as on a GPU
 
     def step() -> None:
@@ -85,17 +86,15 @@ def count_step(cfg: dict[str, Any]) -> tuple[Counter, int]:
                                   (trainer, "forward", operators.inside("forward", trainer.forward)),
                                   (torch.autograd, "backward", operators.inside("backward", torch.autograd.backward))):
             stack.enter_context(mock.patch.object(target, name, new))
-        step()
         flops = stack.enter_context(FlopCounterMode(display=False))
         stack.enter_context(operators)
         step()
     return operators.counts, flops.get_total_flops()
 
 
-def kept_bytes(cfg: dict[str, Any]) -> int:
-    """Bytes that autograd keeps from the forward pass of a batch in one go to the backward pass, without weights."""
-    trainer, _ = make_trainer(cfg)
-    (micro,), kept = trainer.upload(make_batch(cfg | {"gradient_accumulation_steps": 1})), {}
+def kept_bytes(trainer: script.Trainer, pairs: int) -> int:
+    """Bytes that autograd keeps from the forward pass of so many pairs in one go to the backward pass, without weights."""
+    (micro,), kept = trainer.upload(make_batch(trainer.cfg | {"batch_size": pairs})), {}
     trainer.teach(micro)
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -120,9 +119,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         cfg = configure(args, gradient_accumulation_steps=parts)
         script.choose_device(cfg)
         note(f"{preset}, {parts} micro-batches")
+        trainer, optimizer = make_trainer(cfg)
+        count_step(trainer, optimizer, batch_size=2 * parts, max_length=8)  # the first one sets up AdamW's averages
         pairs, row = 2 * parts, {"preset": preset, "micro_batches": parts, "pairs": cfg["batch_size"], "arithmetic": []}
         for length in (8,) if args.quick else (24, cfg["max_length"]):
-            found = [count_step(cfg | {"batch_size": n, "max_length": length}) for n in (pairs, 2 * pairs)]
+            found = [count_step(trainer, optimizer, batch_size=n, max_length=length) for n in (pairs, 2 * pairs)]
             operators, tflop = found[0][0], extrapolate(cfg["batch_size"], pairs, *(flop for _, flop in found)) / 1e12
             row["arithmetic"].append({"tokens": length, "tflop": tflop})
         for found in row["arithmetic"]:
@@ -130,12 +131,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         row |= {"operators": {part: operators[part] for part in PARTS}, "total": operators.total(),
                 "launch_milliseconds": {str(us): operators.total() * us / 1e3 for us in MICROSECONDS}}
         rows.append(row)
-    args.preset = "specification"
-    cfg = configure(args)
-    kept = extrapolate(cfg["batch_size"], 1, *(kept_bytes(cfg | {"batch_size": n}) for n in (1, 2)))
+        if len(rows) == 1:
+            kept, whole = extrapolate(cfg["batch_size"], 1, *(kept_bytes(trainer, n) for n in (1, 2))), cfg
     return {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", "bench/launches.py", *sys.argv[1:]]),
             "settings": {"repeats": 1, "microseconds": MICROSECONDS, "tflops": TFLOPS}, "machine": machine(torch.device("cpu")),
-            "rows": rows, "kept_gib": kept / 2**30, "kept_of": f"{cfg['batch_size']} pairs of {cfg['max_length']} tokens in one go"}
+            "rows": rows, "kept_gib": kept / 2**30, "kept_of": f"{whole['batch_size']} pairs of {whole['max_length']} tokens in one go"}
 
 
 def page(result: dict[str, Any]) -> str:
