@@ -871,7 +871,8 @@ class DeltaNetStudent(PreTrainedModel):
             if input_ids.shape[1] > len(positions):
                 raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
             positions = positions[:input_ids.shape[1]]
-        drop = lambda x: F.dropout(x, self.config.dropout, self.training)  # noqa: E731
+        rate = self.config.dropout if self.training else 0.0
+        drop = lambda x: torch.native_dropout(x, rate, True)[0] if rate else x  # noqa: E731  keeps a byte, where F.dropout keeps a float on a CPU
         add = lambda x, y: x + y if torch.is_grad_enabled() else y.add_(x)  # noqa: E731  a long text needs the room
         wanted = output_state_overlap and self.config.hierarchical_memory
         x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
@@ -1687,6 +1688,7 @@ class PairData:
         self.documents: LongData | None = None
         self.fingerprints: dict[str, str] = {}  # of every source's token ids
         self.leaks, self.cached = 0, (-1, None, None)
+        self.at_once = self.group_tokens = 0  # padded tokens that are one micro-batch whatever is configured, that a group must spare
         self.ahead, self.builder = (-1, None), ThreadPoolExecutor(1)  # the next window is built while this one is used
 
     @property
@@ -1802,14 +1804,15 @@ class PairData:
         cfg = self.cfg
         before, until = (math.floor(number * cfg["long_share"]) for number in (step - 1, step))
         if until > before:
-            return self.documents.batch(until)
+            return self.documents.batch(until, self.at_once)
         rows, batches = self.window((step - 1) // self.WINDOW)
         chosen = batches[(step - 1) % self.WINDOW]
         second = np.maximum(rows["positive_length"][chosen], rows["negative_length"][chosen])
         chosen = chosen[np.argsort(second, kind="stable")]
         lengths = np.array(pad_lengths(cfg))
-        micro_batches = []
-        for part in np.array_split(chosen, cfg["gradient_accumulation_steps"]):
+        micro_batches, real = [], np.stack([rows[f"{side}_length"][chosen] for side in ("anchor", "positive", "negative")])
+        whole = (real > 0).sum() * lengths[np.searchsorted(lengths, real.max())] <= self.at_once
+        for part in np.array_split(chosen, 1 if whole else cfg["gradient_accumulation_steps"]):
             negative = part[rows["negative_length"][part] > 0]
             sides = [("anchor", part), ("positive", part), ("negative", negative)]
             ids = [rows[s][i:i + n] for s, r in sides for i, n in zip(rows[f"{s}_start"][r], rows[f"{s}_length"][r])]
@@ -1817,6 +1820,9 @@ class PairData:
             padded = lengths[np.searchsorted(lengths, real)]
             order, groups = np.argsort(real, kind="stable"), []
             limits = np.unique([padded[piece[-1]] for piece in np.array_split(order, cfg["length_groups"]) if len(piece)])
+            for low, high in zip(limits[:-1], limits[1:]):  # a group that spares fewer tokens joins the next one
+                members = (padded <= low) & (padded > max(limits[limits < low], default=0))
+                limits = limits[(limits != low) | (members.sum() * (high - low) >= self.group_tokens)]
             for low, high in zip([0, *limits[:-1]], limits):
                 members = order[(real[order] > low) & (real[order] <= high)]
                 table, mask = np.zeros((len(members), high), np.int64), np.arange(high) < real[members, None]
@@ -1886,7 +1892,7 @@ class LongData:
             self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
         return self.ends[number + 1]
 
-    def batch(self, number: int) -> list[MicroBatch]:
+    def batch(self, number: int, at_once: int = 0) -> list[MicroBatch]:
         """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
 
         Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of
@@ -1903,7 +1909,8 @@ class LongData:
             texts[side] = [x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids]
             texts[f"key_{side}"] = table[f"key_{side}"].to_numpy()
         lengths = np.array([len(x) for x in texts["positive"]])
-        order, parts = np.argsort(lengths, kind="stable"), self.cfg["gradient_accumulation_steps"]
+        whole = 1.25 * sum(len(x) for side in ("anchor", "positive") for x in texts[side]) <= at_once  # padding is a fifth at most
+        order, parts = np.argsort(lengths, kind="stable"), 1 if whole else self.cfg["gradient_accumulation_steps"]
         ends = np.searchsorted(np.cumsum(lengths[order]), lengths.sum() * np.arange(1, parts) / parts)
         ends = np.maximum(ends, np.arange(1, parts))  # none is empty
         ends = np.minimum(ends, len(order) - parts + np.arange(1, parts))
@@ -2985,6 +2992,14 @@ def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrai
             "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
 
 
+GROUP_TOKENS = 4096  # padded tokens that a group of one length must spare on a GPU: about 5 ms of an L40, as are its 1,000 launches
+
+
+def tokens_at_once(used: int, tokens: int, free: int) -> int:
+    """Padded tokens that fit in nine tenths of `free` bytes, if `tokens` of them took `used`."""
+    return int(0.9 * free * tokens / used)
+
+
 class Run:
     """A training run in its output folder: metrics, evaluation, checkpoints. `prepare`, `train`, `finish`; `close`."""
 
@@ -3103,6 +3118,9 @@ class Run:
                 raise ValueError
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
+        self.fitted = self.progress.get("fitted")  # on a GPU: padded tokens of one micro-batch, device's memory in bytes
+        if self.fitted is not None and not (isinstance(self.fitted, list) and [*map(type, self.fitted)] == [int, int]):
+            raise UserError(f"checkpoint_{self.step}: its progress.fitted is no pair of numbers")
         self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
         self.processes.wait()
         found = self.processes.table(stable_seed(self.step, config_hash(self.cfg), ours) % 2**52)
@@ -3226,7 +3244,7 @@ class Run:
                             {"sums": self.sums, "bad_steps": self.bad_steps, "data": self.data.fingerprints,
                              "streams": self.data.positions(self.step), "distances": self.distances.tolist(),
                              "plans": self.data.plans(self.step) if self.cfg["source_focus"] else None,
-                             "init": self.init},
+                             "init": self.init, "fitted": self.fitted},
                             {"why": why, "scores": self.scores, "losses": self.means})
         except OSError as error:
             self.failed_saves += 1
@@ -3256,10 +3274,11 @@ class Run:
     def train(self) -> None:
         """All remaining steps."""
         cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.processes)
+        self.student.train()
+        self.fit(trainer)
         trainer.distances = self.distances
         if self.step == 0 and not self.kept_metrics:
             self.evaluate()
-        self.student.train()
         begun_at = since = self.step
         pairs, seconds, waited, started = 0, 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
@@ -3300,6 +3319,32 @@ class Run:
                             "--resume latest")
         if stop:
             raise stop
+
+    def fit(self, trainer: Trainer) -> None:
+        """On one GPU, let batches that fit in its memory be one micro-batch, so that none goes forward twice, and groups be worth their launches.
+
+        Measured before the first step by its largest micro-batch, gradients thrown away, and kept in the checkpoints. On a CPU, in several
+        processes and in a deterministic run all is as configured: dropout's draws must not depend on how much memory is free.
+        """
+        if self.device.type != "cuda" or self.processes.count > 1:
+            return
+        self.data.group_tokens = GROUP_TOKENS
+        memory, parts = torch.cuda.get_device_properties(self.device).total_memory, self.cfg["gradient_accumulation_steps"]
+        if parts == 1 or self.cfg["deterministic"]:
+            return
+        if self.fitted is None or self.fitted[1] != memory:
+            micro = max(self.data.batch(self.step + 1), key=lambda m: sum(ids.numel() for ids, _ in m.groups))
+            for _ in range(2):  # the first time also compiles, and sets up libraries
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                trainer.step_gradients([micro], self.step + 1, cached=False)
+                used = torch.cuda.max_memory_allocated() - before
+                self.optimizer.zero_grad(set_to_none=True)
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            self.fitted = [tokens_at_once(used, sum(ids.numel() for ids, _ in micro.groups), free), memory]
+        self.data.at_once, batch = self.fitted[0], 2 * self.cfg["batch_size"] * longest_text(self.cfg, documents=False)
+        print(f"memory: batches of up to {self.data.at_once:,} padded tokens (two texts a pair at their longest: {batch:,}) go forward once, in one "
+              f"micro-batch, which draws other dropout masks than {parts}; larger ones are {parts} micro-batches")
 
     def next_window(self) -> None:
         """Before a window's last step: draw the window after the next by the distances so far, which then count half.

@@ -104,6 +104,19 @@ def test_scale(tmp_path):
         positive(row, "compute", "losses", "device", "batch", "window", "loss_matrix_bytes")
 
 
+def test_launches(tmp_path):
+    result = quick("launches", tmp_path)
+    whole, parts, preset = result["rows"]
+    assert [(row["preset"], row["micro_batches"]) for row in result["rows"]] == [("specification", 1), ("specification", 4), ("match_teacher", 1)]
+    for row in result["rows"]:
+        positive(row["operators"], "teacher", "forward", "losses", "backward", "optimiser")
+        assert sum(row["operators"].values()) == row["total"] and row["launch_milliseconds"]["5"] == pytest.approx(row["total"] / 200)
+    assert parts["operators"]["teacher"] == 4 * whole["operators"]["teacher"] and preset["total"] < whole["total"]
+    assert whole["total"] <= 1200 and parts["total"] <= 7000  # what the step may cost
+    assert parts["arithmetic"][0]["tflop"] / whole["arithmetic"][0]["tflop"] == pytest.approx(1.24, abs=0.06)  # a second forward pass
+    assert 7 < result["kept_gib"] <= 9
+
+
 def test_ablate(tmp_path):
     result = quick("ablate", tmp_path)
     assert [(row["variant"], len(row["runs"])) for row in result["rows"]] == [("base", 3), ("no layer distill loss", 3)]
