@@ -357,8 +357,8 @@ class StudentGraph(OnnxGraph):
 
     A text is cut into equal blocks of at most BLOCK tokens: one, or chunks of 2 or 4. Attention inside a block comes
     from block substitution, neighbouring blocks are merged to a chunk, and only the states of chunks go through a Scan.
-    Every head reads its tokens left to right: a Gather turns time around where it has to. Sequences lie as
-    (chunks, B, H, blocks, C, K), C tokens of a block; a scalar of each token as (BLOCK, N), N = chunks * B * H * blocks.
+    Every head reads its tokens left to right: a Gather turns time around behind the convolution. Sequences lie as
+    (chunks, B, H, blocks, C, K), C tokens of a block; scalars of a token as (BLOCK, N), N = chunks * B * H * blocks.
     """
 
     def __init__(self, student: DeltaNetStudent):
@@ -395,7 +395,8 @@ class StudentGraph(OnnxGraph):
         self.nodes += [helper.make_node("Identity", [value], [name]) for name, value in zip(names, (x, unit))]
         rows, info = ["batch", "length"], helper.make_tensor_value_info
         inputs = [info(name, TensorProto.INT64, rows) for name in ("input_ids", "attention_mask")]
-        outputs = [info(name, TensorProto.FLOAT, [*dims, self.cfg.d_model]) for name, dims in zip(names, (rows, rows[:1]))]
+        outputs = [info(name, TensorProto.FLOAT, [*dims, self.cfg.d_model])
+                   for name, dims in zip(names, (rows, rows[:1]))]
         graph = helper.make_graph(self.nodes, "student", inputs, outputs, list(self.constants.values()))
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
 
@@ -411,7 +412,7 @@ class StudentGraph(OnnxGraph):
         self.tokens = up(self.length, self.Mul(self.chunks, self.blocks))  # C
         self.one_block, self.one_chunk = (number(self.Equal(x, [1])) for x in (self.blocks, self.chunks))
 
-        # Rows of (B, tokens * ways, ...): own direction, then whatever fills the last block; and back.
+        # Rows of (B, tokens * ways, ...): own direction, then whatever fills the last block; of q, k and v; and back.
         whole, last = self.Mul(self.Mul(self.chunks, self.blocks), self.tokens), self.Sub(self.length, [1])
 
         def rows(*ways: str) -> str:
@@ -420,6 +421,7 @@ class StudentGraph(OnnxGraph):
 
         time = self.Range(0, number(whole), 1)
         self.turn = rows(self.Min(time, last), self.Max(self.Sub(last, time), [0]))
+        self.turns = [self.Add(self.Mul(self.turn, [3]), [part]) for part in range(3)]
         place = self.Range(0, number(self.length), 1)
         self.turn_back = rows(place, self.Sub(last, place))
 
@@ -499,17 +501,20 @@ class StudentGraph(OnnxGraph):
     def project(self, x: str, layer: nn.Module, index: int, shift: Tensor) -> list[str]:
         """q, k (normalised) and v."""
         qkv = self.MatMul(x, self.columns(layer.qkv_proj, 3, shift), name=f"linear/{index}/qkv")
-        qkv = self.turned(qkv, 3 * self.side * self.width)
         if self.cfg.short_convolution:  # of an image of height 1, channels last: onnxruntime fuses the transpositions
-            taps = layer.conv_weight.flip(0)[:, :, :, 0, 0].unflatten(2, (self.ways, self.side)).permute(2, 1, 3, 4, 0)
-            qkv = self.Transpose(self.view(qkv, self.batch, 1, -1, 3 * self.cfg.d_model), perm=[0, 3, 1, 2])
-            qkv = self.Conv(qkv, taps.reshape(-1, 1, 1, len(layer.conv_weight)), group=3 * self.cfg.d_model,
-                            pads=[0, len(layer.conv_weight) - 1, 0, 0])
+            taps = layer.conv_weight[:, :, :, 0, 0].unflatten(2, (self.ways, self.side)).permute(2, 1, 3, 4, 0)
+            past = nn.functional.pad(taps.flip(-1), (0, taps.shape[-1] - 1))  # tap i looks i tokens back
+            # ... and ahead, where time is turned, which is done behind it.
+            taps = torch.cat([past[:1], past[1:].flip(-1)]).reshape(3 * self.cfg.d_model, 1, 1, -1)
+            qkv = self.Transpose(self.Unsqueeze(qkv, [1]), perm=[0, 3, 1, 2])
+            side = taps.shape[-1] // 2
+            qkv = self.Conv(qkv, taps, group=len(taps), pads=[0, side, 0, side])
             qkv = self.Transpose(qkv, perm=[0, 2, 3, 1])
-        qkv = self.Mul(qkv, self.Sigmoid(qkv))
-        qkv = self.view(qkv, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 3, self.side, self.width)
-        qkv = self.Split(self.Transpose(qkv, perm=[5, 1, 0, 4, 6, 2, 3, 7]), axis=0, num_outputs=3, outputs=3)
-        q, k, v = (self.sequences(y, self.tokens, self.width) for y in qkv)
+        qkv = self.view(self.Mul(qkv, self.Sigmoid(qkv)), self.batch, -1, self.side * self.width)
+        shape = self.batch, self.chunks, self.blocks, self.tokens, self.ways, self.side, self.width
+        parts = (self.view(self.Gather(qkv, turn, axis=1), *shape) for turn in self.turns)
+        parts = (self.Transpose(y, perm=[1, 0, 4, 5, 2, 3, 6]) for y in parts)
+        q, k, v = (self.sequences(y, self.tokens, self.width) for y in parts)
         unit = {"axis": -1, "epsilon": 1e-6 / self.width}  # x * rsqrt(sum(x^2) + 1e-6), by the mean instead of the sum
         return [*(self.RMSNormalization(y, np.full(self.width, self.width ** -0.5), **unit) for y in (q, k)), v]
 
@@ -533,8 +538,8 @@ class StudentGraph(OnnxGraph):
         gates = self.Split(self.fill(self.Sigmoid(gates), 1), axis=0, num_outputs=5, outputs=5)
         return [self.view(y, BLOCK, -1) for y in gates]
 
-    def coefficients(self, gates: list[str], psi: str) -> tuple[str, str, str]:
-        """beta (BLOCK, N), transition (2, 2, BLOCK, N), read (2, BLOCK, N), as in `EnhancedHierarchicalDeltaNet`."""
+    def coefficients(self, gates: list[str], psi: str) -> tuple[str, list[str], list[str]]:
+        """beta, the 4 entries of the transition by rows, and both reads, (BLOCK, N) each."""
         beta, a_fast, a_slow, g_fast, g_slow = gates
         line = lambda slope, start: self.Add(self.Mul(psi, slope), start)  # noqa: E731
         f = self.Where(self.is_real, self.Mul(a_fast, line(-0.10, 1.0)), 1.0)
@@ -543,42 +548,44 @@ class StudentGraph(OnnxGraph):
         kappa = self.Mul(self.real, line(0.10, 0.05) if coupled else 0.0)
         out_fast = self.Mul(kappa, psi)
         out_fast, out_slow = self.Mul(f, out_fast), self.Mul(s, self.Sub(kappa, out_fast))
-        transition = self.Concat(self.Sub(f, out_fast), out_fast, out_slow, self.Sub(s, out_slow), axis=0)
+        transition = [self.Sub(f, out_fast), out_fast, out_slow, self.Sub(s, out_slow)]
         if not self.cfg.read_gates:
             g_fast = g_slow = self.Expand(1.0, self.Shape(g_fast))
         read_slow = self.Mul(g_slow, line(-0.3, 0.5) if self.cfg.hierarchical_memory else 0.0)
-        read = self.view(self.Concat(self.Mul(g_fast, line(0.3, 0.5)), read_slow, axis=0), 2, BLOCK, -1)
-        return self.Mul(beta, self.real), self.view(transition, 2, 2, BLOCK, -1), read
+        return self.Mul(beta, self.real), transition, [self.Mul(g_fast, line(0.3, 0.5)), read_slow]
 
-    def decay_products(self, m: str, r: str) -> tuple[str, str, str, str]:
-        """The script's `decay_products` of a block, by doubling.
+    def decay_products(self, m: list[str], r: list[str]) -> tuple[str, str, str, str]:
+        """The script's `decay_products` of a block, by doubling; nothing here is reduced over an axis, which is slow.
 
-        m (2, 2, BLOCK, N), r (2, BLOCK, N) -> c (C, C, N), left (2, C, N), right (2, C, N), whole (2, 2, N).
+        m: the 4 entries of M by rows, r: both reads, (BLOCK, N) each.
+        Returns c (C, C, N), left (2, C, N), right (2, C, N), whole (2, 2, N).
         """
-        total = lambda x, axis: self.ReduceSum(x, [axis], keepdims=0)  # noqa: E731
-        left, c = total(self.Mul(self.Unsqueeze(r, [1]), m), 0), total(r, 0)
-        right = self.Expand(1.0, self.Shape(r))
+        def dot(a: str, b: str, c: str, d: str) -> str:
+            return self.Add(self.Mul(a, b), self.Mul(c, d))
+
+        left = [dot(r[0], m[0], r[1], m[2]), dot(r[0], m[1], r[1], m[3])]
+        right, c = [self.Expand(1.0, self.Shape(r[0]))] * 2, self.Add(*r)
         for size in SIZES:
             pairs = BLOCK // (2 * size)
-            left1, left2 = self.halves(self.view(left, 2, pairs, 2, size, -1), 2)  # (2, pairs, 1, size, N)
-            right1, right2 = self.halves(self.view(right, 2, pairs, 2, size, -1), 2)
-            m1, m2 = self.halves(self.view(m, 2, 2, pairs, 2, -1), 3)  # (2, 2, pairs, 1, N)
+            (left1, left2), (right1, right2), (m1, m2) = (
+                zip(*(self.halves(self.view(x, pairs, 2 * n, -1), 1) for x in xs))
+                for xs, n in ((left, size), (right, size), (m, 1)))
             c1, c2 = self.halves(self.view(c, pairs, 2 * size, size, -1), 1)
-            across = total(self.Mul(self.view(left2, 2, pairs, size, 1, -1), right1), 0)
+            across = dot(*(self.Unsqueeze(x, [axis]) for i in (0, 1) for x, axis in ((left2[i], 2), (right1[i], 1))))
             c = self.Concat(self.Concat(c1, self.Mul(c1, 0.0), axis=2), self.Concat(across, c2, axis=2), axis=1)
-            left2 = total(self.Mul(self.view(left2, 2, 1, pairs, size, -1), m1), 0)
-            right1 = total(self.Mul(self.view(right1, 1, 2, pairs, size, -1), m2), 1)
-            m = total(self.Mul(self.view(m2, 2, 2, 1, pairs, -1), self.view(m1, 1, 2, 2, pairs, -1)), 1)
-            left = self.Concat(self.view(left1, 2, pairs, size, -1), left2, axis=2)
-            right = self.Concat(right1, self.view(right2, 2, pairs, size, -1), axis=2)
-        left, right = (self.cut(self.view(x, 2, BLOCK, -1), 1) for x in (left, right))
-        return self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), left, right, self.view(m, 2, 2, -1)
+            left = [self.Concat(left1[i], dot(left2[0], m1[i], left2[1], m1[2 + i]), axis=1) for i in (0, 1)]
+            right1 = [dot(m2[i], right1[0], m2[i + 1], right1[1]) for i in (0, 2)]
+            right = [self.Concat(*halves, axis=1) for halves in zip(right1, right2)]
+            m = [dot(m2[2 * i], m1[j], m2[2 * i + 1], m1[2 + j]) for i in (0, 1) for j in (0, 1)]
+        both = lambda xs: self.Concat(*(self.view(x, 1, BLOCK, -1) for x in xs), axis=0)  # noqa: E731
+        c, whole = self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), self.view(self.Concat(*m, axis=0), 2, 2, -1)
+        return c, self.cut(both(left), 1), self.cut(both(right), 1), whole
 
     def merge(self, parts: dict[str, str], count: int) -> str:
-        """o (chunks, B, H, tokens, V): neighbouring blocks, `count` of the first ones each, are merged to one a chunk.
+        """o of all tokens of a chunk: neighbouring blocks, `count` of the first ones each, are merged to one.
 
         parts: o, what a block reads of itself; q, its queries as they reach what is before it (rows H_1 ... H_t q_t);
-        k; end, its writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; its decays left, right, whole.
+        k; end, its writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; decays left, right, whole.
         """
         size = self.Mul(self.tokens, [count])
         rows = {"end": self.width, "right": 2, "whole": 2}
@@ -592,7 +599,6 @@ class StudentGraph(OnnxGraph):
         o2 = self.Add(second("o"), self.MatMul(self.Mul(across, self.MatMul(left2, right1)), first("v")))
         own = lambda g: g.Concat(first("o", g), o2, axis=5)  # noqa: E731
         last = 2 * count == 2 ** MERGES
-        shape = (self.chunks, self.batch, self.heads, self.Mul(size, [2]), self.width)
 
         def further(g: Any) -> str:
             k1, m1 = first("k", g), first("whole", g)
@@ -602,10 +608,10 @@ class StudentGraph(OnnxGraph):
                    "end": g.Concat(g.Sub(end1, g.MatMul(end2, g.MatMul(k2, end1))), end2, axis=6),
                    "left": g.Concat(first("left", g), g.MatMul(left2, m1), axis=5),
                    "right": g.Concat(g.MatMul(m2, right1), second("right", g), axis=6), "whole": g.MatMul(m2, m1)}
-            return g.scan(new, shape[3]) if last else g.merge(new, 2 * count)
+            return g.scan(new, g.Mul(size, [2])) if last else g.merge(new, 2 * count)
 
         done = self.one_chunk if last else self.Squeeze(self.Equal(self.blocks, [2 * count]), [0])
-        return self.choose(done, lambda g: g.view(own(g), *shape), further)
+        return self.choose(done, own, further)
 
     def scan(self, parts: dict[str, str], size: str) -> str:
         """o of the chunks, one block each now (as in `merge`), with what they read of the chunks before them."""
@@ -619,7 +625,8 @@ class StudentGraph(OnnxGraph):
         read = step.MatMul(at[0], step.view(state, 0, 0, both, width))
         mixed = step.view(step.MatMul(at[4], step.view(state, 0, 0, 2, width * width)), 0, 0, 2, width, width)
         new = step.Add(mixed, step.MatMul(at[2], step.Sub(at[3], step.MatMul(at[1], mixed))))
-        each = view("q", size, both), view("k", 1, size, width), view("end", 1, width, size), written, view("whole", 2, 2)
+        each = [view("q", size, both), view("k", 1, size, width), view("end", 1, width, size), written]
+        each.append(view("whole", 2, 2))
         _, carried = self.Scan(start, *each, body=step.body(names, [new, read]), num_scan_inputs=len(each), outputs=2)
         return self.Add(view("o", size, width), carried)
 
@@ -680,7 +687,7 @@ def export_onnx(student: DeltaNetStudent, path: Path, scratch: Path) -> dict[str
         differences = (found - hidden)[mask.bool()], embedding - script.mean_pool(hidden, mask)
         result[f"onnx_error_{length}"] = max(x.abs().max().item() for x in differences)
     if not max(result.values()) < 1e-4:
-        raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; nothing was written")
+        raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; not written")
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, lambda file: file.write(temporary.read_bytes()))
     return result

@@ -251,8 +251,10 @@ def page(result: dict[str, Any]) -> str:
         "x MiniLM": lambda r: shown(r["speed_against_minilm"], ".2f")})
     if any("student_onnx" in row for row in result["rows"]):
         against = lambda name: lambda r: shown(r[f"{name}_against_minilm"], ".2f")  # noqa: E731
-        lines += table("the same texts in onnxruntime, as a multiple of MiniLM's speed in PyTorch; then one against the other", result["rows"], {
-            "tokens": lambda r: str(r["length"]), "student ONNX": against("student_onnx"), "teacher ONNX": against("teacher_onnx"),
+        lines += table("the same in onnxruntime, as a multiple of MiniLM's speed in PyTorch; then one against another",
+                       result["rows"], {
+            "tokens": lambda r: str(r["length"]),
+            "student ONNX": against("student_onnx"), "teacher ONNX": against("teacher_onnx"),
             "student int8": against("student_int8"), "teacher int8": against("teacher_int8"),
             "student / teacher ONNX": lambda r: shown(r["onnx_against_teacher_onnx"], ".2f"),
             "student int8 / ONNX": lambda r: shown(r["int8_against_onnx"], ".2f"),
