@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import detect_hardware
 import forked
@@ -448,6 +449,47 @@ def test_hardware_report_ends_with_a_command_that_training_takes(capsys):
     assert [(e["precision"], e["gradient_accumulation_steps"]) for e in report["estimates_gib"]] == \
         [(p, n) for p in ("float32", "bf16") for n in (1, 2, 4, 8)]
     assert report["hardware"]["cpu"]["cores"] and report["setting"]["batch_size"] == 256
+
+
+def test_gpus_that_are_not_here_are_computed_from_the_operators(tmp_path, monkeypatch, capsys):
+    cfg = script.config | detect_hardware.TINY
+    monkeypatch.setattr(detect_hardware, "LAUNCHES", tmp_path / "absent.json")
+    counted = detect_hardware.count_operators(cfg)
+    assert 100 < counted < detect_hardware.count_operators(cfg | {"num_layers": 2}) < 5000
+    monkeypatch.setattr(detect_hardware, "LAUNCHES", tmp_path / "launches.json")
+    detect_hardware.LAUNCHES.write_text(json.dumps({"rows": [{"preset": "specification", "micro_batches": n, "total": 700 * n} for n in (4, 1)]}))
+    assert detect_hardware.count_operators(cfg) == 700
+    found = {(e["gpu"], e["precision"]): e for e in detect_hardware.compute_gpus(script.config, 700)}
+    assert len(found) == 8
+    for (gpu, precision), e in found.items():
+        assert e["gib"] < detect_hardware.GPUS[gpu][0] and e["step_seconds"] >= e["short_step_seconds"] >= 700 * 5e-6
+        assert e["hours"] == pytest.approx(e["step_seconds"] * 200_000 / 3600)
+        assert precision == "bf16" or e["hours"] > found[gpu, "bf16"]["hours"] > found["H100", "bf16"]["hours"] * 0.99
+    assert detect_hardware.main(["--measure", "false"]) == 0
+    out = capsys.readouterr().out
+    assert "Computed, not measured" in out and out.count("TF32  ") == 4 and "700" in out
+    # Tokens of 20 rather than 128 a text: at 0.5 us an operator only work counts, which is at least linear in them.
+    monkeypatch.setattr(detect_hardware, "LAUNCH", 5e-7)
+    assert all(e["step_seconds"] > 6 * e["short_step_seconds"] for e in detect_hardware.compute_gpus(script.config, 100))
+
+
+def test_flops_of_a_step_are_those_that_pytorch_counts():
+    """But for what does not grow with the batch, the mixer's kernel, and the gradient of the embeddings, which are frozen."""
+    cfg = script.config | {"batch_size": 4, "max_length": 16, "gradient_accumulation_steps": 1, "device": "cpu", "num_layers": 1,
+                           "orthogonal_reg_weight": 0.0}
+    training = detect_hardware.Training(cfg)
+    with FlopCounterMode(display=False) as counter:
+        training.step(4)
+    assert detect_hardware.step_flops(cfg, 16) == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_a_slow_machine_is_measured_too(monkeypatch):
+    """A single step of 2 pairs where even that takes longer than the budget; never none."""
+    cfg = script.config | detect_hardware.TINY | {"batch_size": 2, "device": "cpu", "threads": 0, "most_pairs": 64}
+    steps, step = [], detect_hardware.Training.step
+    monkeypatch.setattr(detect_hardware.Training, "step", lambda self, pairs: steps.append(pairs) or 100 + step(self, pairs))
+    found = detect_hardware.measured_steps(cfg, 8.0)
+    assert steps == [2, 2] and found["pairs"] == 2 and found["seconds"] > 100  # the first one is the small student's
 
 
 # Bad input
