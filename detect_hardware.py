@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertModel
 
-from train_6layer_deltanet import MicroBatch, Trainer, UserError, build_optimizer, build_student, config, parse_value
+from train_6layer_deltanet import MicroBatch, Trainer, UserError, build_optimizer, build_student, config
 
 PARTS = (1, 2, 4, 8)
 USABLE = 0.9  # share of the memory that a training can have: the rest is the driver's, libraries' and fragmentation
@@ -288,7 +288,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.worker:
             print(json.dumps(measured_steps(*json.loads(args.worker))))
             return 0
-        args.measure = parse_value("measure", args.measure, True)
+        if args.measure not in ("true", "false"):
+            raise UserError(f"--measure takes true or false, not {args.measure!r}")
+        args.measure = args.measure == "true"
         result = report(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
