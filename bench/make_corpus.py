@@ -73,9 +73,8 @@ do plant/dig up > tree, rose bush, tulip, tomato plant [small|little, young]; pi
 """
 
 IRREGULAR = {first: (rest[0], rest[-1]) for first, *rest in map(str.split, (
-    "begin began begun; break broke broken; build built; catch caught; cut cut; dig dug; find found; forget forgot "
-    "forgotten; freeze froze frozen; hit hit; lose lost; set set; shut shut; strike struck; take took taken; tear tore "
-    "torn; throw threw thrown; win won; write wrote written").split("; "))}
+    "begin began begun; break broke broken; buy bought; catch caught; cut cut; dig dug; feed fed; freeze froze frozen; "
+    "lose lost; sell sold; set set; shut shut; throw threw thrown; win won; write wrote written").split("; "))}
 PLURALS = {"child": "children", "loaf": "loaves", "man": "men", "potato": "potatoes", "quiz": "quizzes",
            "tomato": "tomatoes", "woman": "women"}
 NUMBERS = ["two|a couple of", "three", "four", "five", "six|half a dozen", "seven", "eight"]
