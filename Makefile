@@ -17,7 +17,7 @@ setup: .venv/ready
 	touch $@
 
 quickstart: setup
-	$(BIN)/python make_corpus.py
+	$(BIN)/python bench/make_corpus.py
 	rm -rf runs/quickstart
 	HF_HUB_OFFLINE=1 $(BIN)/python train_6layer_deltanet.py --preset quickstart $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 

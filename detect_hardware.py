@@ -26,8 +26,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
-from train_6layer_deltanet import (MicroBatch, Trainer, UserError, build_optimizer, build_student, config, parse_value,
-                                   run_helper)
+from train_6layer_deltanet import MicroBatch, Trainer, UserError, build_optimizer, build_student, config, run_helper
 
 PARTS = (1, 2, 4, 8)
 # GiB that CUDA reports, dense TFLOP/s in TF32 and in bf16, GB/s: from NVIDIA's data sheets (A100 and H100: SXM, 80 GB).
@@ -397,7 +396,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.worker:
             print(json.dumps(measured_steps(*json.loads(args.worker))))
             raise SystemExit(0)
-        args.measure = parse_value("measure", args.measure, True)
+        if args.measure not in ("true", "false"):
+            raise UserError(f"--measure takes true or false, not {args.measure!r}")
+        args.measure = args.measure == "true"
         return report(args)
 
     return run_helper(parser, argv, work, page, lambda result: not result["command"] or "not_measured" in result)

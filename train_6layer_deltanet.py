@@ -44,7 +44,7 @@ import warnings
 import zipfile
 import zlib
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -98,7 +98,7 @@ config: dict[str, Any] = {
     "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention projections)
     # batch and schedule
     "batch_size": 256,  # pairs an optimiser step draws; each anchor has batch_size - 1 in-batch negatives
-    "gradient_accumulation_steps": 4,  # micro-batches a step is processed in; changes memory and dropout's draws, not the gradients
+    "gradient_accumulation_steps": 4,  # micro-batches of a step; changes memory and dropout's draws, not the gradients
     "max_length": 128,  # tokens a training text is truncated to, before joining
     "total_steps": 200000,  # optimiser steps
     "warmup_steps": 1000,  # steps of linear warm-up from 0
@@ -133,26 +133,25 @@ config: dict[str, Any] = {
     "dropout": 0.15,  # on embeddings, mixer and FFN outputs
     # data
     "data_dir": "",  # folder with train/*.jsonl.gz and sts/stsb-{dev,test}.tsv.gz; empty: the hub
-    "sources": "auto",  # names joined by commas: allnli, qqp, msmarco, wikianswers, snli, local; auto: see README; none: streams alone
+    "sources": "auto",  # allnli, qqp, msmarco, wikianswers, snli, local, joined by commas; none; auto: local, else hub
     "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
     "source_focus": 0.0,  # draw a source (its distance to the teacher / the mean)**source_focus times as often
     "one_source_batches": False,  # each batch from one source, so that its negatives are hard
     "held_out_share": 0.0,  # share of all texts kept out of training with their pairs, for bench/generalise.py
-    "streams": "",  # data sets read with streaming beside `sources`: hub ids, or folders of JSON lines, joined by commas
+    "streams": "",  # data sets read with streaming beside `sources`: hub ids or folders of JSON lines, joined by commas
     "stream_share": 0.5,  # share of the pairs that comes from the streams
-    "joined_share": 0.0,  # share of the pairs that are joined with those that follow them into longer texts; fewer where these would overlap
+    "joined_share": 0.0,  # share of the pairs that those behind them are joined to; fewer where these would overlap
     "joined_length": 512,  # tokens that such texts reach at most; their lengths are log-uniform from 32
     "long_share": 0.0,  # share of the steps that are of long documents, each with a query: data_dir/long/*.jsonl.gz
     "long_length": 8192,  # tokens a document is cut at; in half of its batches earlier, log-uniformly from 256
     "long_tokens": 16384,  # tokens of documents in a step; more give each query more negatives
     "long_contrastive_weight": 1.0,  # weight of the guided contrastive loss between queries and documents
-    "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
     "num_proc": 0,  # processes that tokenise; 0: this one, with the tokenizer's own threads
     "teacher_cache": "",  # folder to keep the teacher's results in, for runs on the same batches; about 5 KB a token
     "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
-    "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128,160,192,256,320,384,448",  # lengths that batches are padded to
+    "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128,160,192,256,320,384,448",  # of batches, in tokens
     # evaluation and output
     "sts_name": "auto",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz; auto: stsb, else generated
     "best_model_split": "test",  # split whose Spearman chooses the best model: test or validation
@@ -163,74 +162,52 @@ config: dict[str, Any] = {
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
     "compile": "auto",  # torch.compile of student and teacher: true, false, or auto: on CUDA alone
     "threads": 0,  # CPU threads; 0: PyTorch's choice
-    "peer_timeout": 25,  # seconds that a process waits for another one in a step, under torchrun; more than its longest micro-batch takes
+    "peer_timeout": 25,  # seconds a process waits for another in a step; more than the longest micro-batch takes
 }
 
-# What differs from the specification's defaults in a run that matches the teacher, and why.
+# What differs from the specification's defaults in both stages of a run towards the teacher and past it, and why.
+STAGE = {
+    "gradient_accumulation_steps": 1,  # the batches fit in memory at once
+    "projection_init": "teacher",  # its q, k, v, o are a better start than random ones: dev +0.019 after 100 steps
+    "weight_decay": 0.01,  # not searched
+    "dropout": 0.0, "state_dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
+    "distillation_weight": 5.0,  # what carries the first stage; 20: dev -0.003; not searched in the second
+    "spearman_loss_weight": 0.0, "ranking_loss_weight": 0.0,  # the order follows from the embeddings; no gain found
+    "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
+    "ortho_state_reg_weight": 0.0,  # no gain found
+    "source_alpha": 0.7,  # many small sources instead of mostly captions; 0.5 and 1: no change
+    "held_out_share": 0.05,  # a tenth of the pairs, so that small sources too have 200 texts to measure on
+    "best_model_split": "validation",  # nothing is chosen on test
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "match_teacher": {
-        "projection_init": "teacher",  # the teacher's q, k, v, o are a better start than random ones: dev +0.019 after 100 steps
+    "match_teacher": STAGE | {
         "batch_size": 16,  # more steps in the same time: the distillation losses need no negatives
-        "gradient_accumulation_steps": 1,  # 16 pairs fit in memory at once
-        "total_steps": 3000,  # 1.5 hours of one CPU core
-        "warmup_steps": 100,  # in proportion
-        "eval_interval": 500,
-        "save_interval": 250,
-        "log_interval": 25,
+        "total_steps": 3000, "warmup_steps": 100,  # 1.5 hours of one CPU core
+        "eval_interval": 500, "save_interval": 250, "log_interval": 25,
         "peak_learning_rate": 2e-4,  # the copied norms and FFNs have to move, not only to adapt; 4e-4: dev -0.008
         "mixer_lr_multiplier": 10.0,  # the mixers start untrained; 5: dev -0.001, 20: -0.005
-        "weight_decay": 0.01,  # not searched
-        "dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
-        "state_dropout": 0.0,  # likewise
         "contrastive_weight": 0.0,  # pulls away from the teacher, whose similarities are graded: dev -0.004 with it
         "layer_distill_weight": 30.0,  # 1: dev -0.007 after 1,600 pairs, 100: -0.005
-        "distillation_weight": 5.0,  # what carries the result; 20: dev -0.003
-        "spearman_loss_weight": 0.0,  # the teacher's order follows from its embeddings; no gain found
-        "ranking_loss_weight": 0.0,  # likewise
-        "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
-        "ortho_state_reg_weight": 0.0,  # no gain found
-        "source_alpha": 0.7,  # many small sources instead of mostly captions; 0.5 and 1: no change
-        "held_out_share": 0.05,  # a tenth of the pairs, so that small sources too have 200 texts to measure on
-        "joined_share": 0.02,  # training texts have 23 tokens on average; the student is to follow its teacher on longer ones too
+        "joined_share": 0.02,  # training texts have 23 tokens on average; its teacher is to be followed on longer ones
         "joined_length": 256,  # tokens; at 512 a joined text would be 1.6 times as long on average
-        "best_model_split": "validation",  # nothing is chosen on test
     },
-    "past_teacher": {  # the second stage, of a student that match_teacher has made: results/best
+    "past_teacher": STAGE | {  # the second stage, of a student that match_teacher has made: results/best
         "init_student": "runs/match",  # what `--preset match_teacher --output_dir runs/match` writes
         "one_source_batches": True,  # hard negatives: of the same kind as the positive
         "guided_contrastive": True,  # and the teacher says which of them are none
-        "contrastive_scale": 20.0,  # 30 and 50 not tried
         "label_smoothing": 0.0,  # the guide has already left out what may be right
-        "batch_size": 64,  # 63 negatives; more not tried
-        "gradient_accumulation_steps": 1,  # 64 pairs fit in memory at once
-        "total_steps": 240,  # 50 minutes of one CPU core
-        "warmup_steps": 20,
-        "eval_interval": 60,
-        "save_interval": 30,
-        "log_interval": 10,
-        "peak_learning_rate": 2e-5,  # a tenth of the first stage's; 4e-5: dev +0.0008 after 60 steps, one trial without documents
-        "mixer_lr_multiplier": 5.0,  # not searched
-        "weight_decay": 0.01,
-        "dropout": 0.0,
-        "state_dropout": 0.0,
-        "distillation_weight": 5.0,  # holds it near its teacher; not searched
+        "batch_size": 64,  # 63 negatives; more not tried, as contrastive_scale 30 and 50
+        "total_steps": 240, "warmup_steps": 20,  # 50 minutes of one CPU core
+        "eval_interval": 60, "save_interval": 30, "log_interval": 10,
+        "mixer_lr_multiplier": 5.0,  # not searched; peak_learning_rate 4e-5: dev +0.0008 after 60 steps, one trial
         "layer_distill_weight": 0.0,  # the hidden states may go their own way
-        "spearman_loss_weight": 0.0,
-        "ranking_loss_weight": 0.0,
-        "orthogonal_reg_weight": 0.0,
-        "ortho_state_reg_weight": 0.0,
-        "source_alpha": 0.7,  # as in match_teacher
-        "held_out_share": 0.05,  # as in match_teacher
-        "projection_init": "teacher",
         "long_share": 0.25,  # every fourth step reads 16,384 tokens of long documents
-        "best_model_split": "validation",
     },
     "quickstart": {
-        "data_dir": "data/generated", "output_dir": "runs/quickstart",
-        "batch_size": 16, "gradient_accumulation_steps": 1, "total_steps": 200,
-        "warmup_steps": 20, "eval_interval": 100, "save_interval": 100, "log_interval": 10,
+        "data_dir": "data/generated", "output_dir": "runs/quickstart", "best_model_split": "validation",
+        "batch_size": 16, "gradient_accumulation_steps": 1, "total_steps": 200, "warmup_steps": 20,
+        "eval_interval": 100, "save_interval": 100, "log_interval": 10,
         "peak_learning_rate": 1e-4, "mixer_lr_multiplier": 10.0, "dropout": 0.0, "state_dropout": 0.0,
-        "best_model_split": "validation",
     },
 }
 
@@ -240,12 +217,13 @@ CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("t
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
                      "learned_pooling", "learned_positions")
-# Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
-# (total_steps, warmup_steps) is said.
+# Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed
+# schedule (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
-             "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
-             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout", "report_to")
-FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing on another machine
+             "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile",
+             "best_model_split", "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout",
+             "report_to")
+FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing elsewhere
 
 
 class UserError(Exception):
@@ -259,87 +237,78 @@ def first_line(error: Exception) -> str:
 
 def config_comments() -> dict[str, str]:
     """The trailing comment of every config key, read from this file's own source."""
-    lines = Path(__file__).read_text(encoding="utf-8").split("PRESETS:")[0].splitlines()
+    lines = Path(__file__).read_text(encoding="utf-8").split("STAGE =")[0].splitlines()
     found = (re.match(r'    "(\w+)": .+?,  # (.+)', line) for line in lines)
     return {m[1]: m[2] for m in found if m}
 
 
-def parse_value(key: str, text: str, default: Any) -> Any:
-    """`text` as the type of `default`; raises UserError naming the key."""
-    if isinstance(default, bool):
-        value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-        if value is None:
-            raise UserError(f"--{key} takes true or false, not {text!r}")
-        return value
-    try:
-        return type(default)(text)
-    except ValueError:
-        raise UserError(f"--{key} takes {type(default).__name__}, not {text!r}") from None
+def boolean(text: str) -> bool:
+    """`text`, which says true or false, as a value."""
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def step_number(text: str) -> int:
+    """`text`, a step or `latest`, as a value of `resume_from_step`."""
+    return -1 if text == "latest" else int(text)
 
 
 def parse_config(argv: list[str]) -> dict[str, Any]:
-    """`--key value` (or `--key=value`) over the preset named by `--preset`, over the defaults."""
-    if "-h" in argv or "--help" in argv:
-        comments = config_comments()
-        print(__doc__ + "\nconfig keys:", *(f"  --{key} {value!r}\n        {comments[key]}" for key, value in config.items()),
-              f"  --preset NAME\n        keys of a named preset: {', '.join(PRESETS)}", sep="\n")
-        raise SystemExit(0)
-    cfg, given = dict(config), {}
-    words = iter([w for arg in argv for w in (arg.split("=", 1) if arg.startswith("--") else [arg])])
-    for word in words:
-        if not word.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}: options are written --key value")
-        key, text = word[2:].replace("-", "_"), next(words, None)
-        if text is None:
-            raise UserError(f"--{key} has no value")
-        if key == "resume":
-            key, text = "resume_from_step", "-1" if text == "latest" else text
-        if key == "preset":
-            if text not in PRESETS:
-                raise UserError(f"no preset {text!r}: there are {', '.join(PRESETS)}")
-            cfg.update(PRESETS[text])
-        elif key not in cfg:
-            close = difflib.get_close_matches(key, cfg, 1)
-            raise UserError(f"no config key {key!r}" + (f": did you mean {close[0]!r}?" if close else "; see --help"))
-        else:
-            given[key] = parse_value(key, text, config[key])
-    cfg.update(given)
-    cfg["sts_name"] = evaluation_name(cfg)
-    return check_config(cfg)
+    """`--key value` (or `--key=value`) over the preset named by `--preset`, over the defaults. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--key value] ...", allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False)
+    parser.add_argument("--preset", choices=PRESETS, help="values of some keys; other arguments go over them")
+    comments, types = config_comments(), {bool: boolean}
+    for key, value in config.items():
+        names, kind = [f"--{key}"], types.get(type(value), type(value))
+        if key == "resume_from_step":
+            names, kind = [*names, "--resume"], step_number
+        parser.add_argument(*names, type=kind, default=argparse.SUPPRESS, metavar=repr(value),
+                            help=comments[key].replace("%", "%%"))
+    words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+    try:
+        given, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], config, 1)
+        raise UserError(f"unknown argument {unknown[0]!r}: {f'did you mean {close[0]!r}?' if close else 'see --help'}")
+    cfg = config | PRESETS.get(given.preset, {}) | {key: value for key, value in vars(given).items() if key != "preset"}
+    return check_config(cfg | {"sts_name": evaluation_name(cfg)})
 
 
 def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """`cfg` if its values make sense together, else UserError naming the key."""
-    rules = [(key, cfg[key] in allowed, f"one of {', '.join(x or 'empty' for x in allowed)}") for key, allowed in CHOICES.items()]
-    rules += [(key, math.isfinite(cfg[key]) and cfg[key] >= 0, "finite and not negative")
-              for key, default in config.items() if isinstance(default, float)]
-    for bound, keys in ((0, ("warmup_steps", "keep_checkpoints", "threads", "num_proc")), (2, ("batch_size", "spearman_pairs")),
-                        (1, ("gradient_accumulation_steps", "total_steps", "eval_interval", "save_interval", "log_interval", "num_heads",
-                             "num_layers", "d_model", "max_bad_steps", "peer_timeout", "length_groups")), (-1, ("resume_from_step",))):
-        rules += [(key, cfg[key] >= bound, f"at least {bound}") for key in keys]
-    rules += [(key, cfg[key] < 1, "below 1")
-              for key in ("dropout", "state_dropout", "label_smoothing", "held_out_share")]
-    rules += [(key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")]
-    rules += [("slow_decay_max", cfg["slow_decay_max"] == 0 or cfg["slow_decay_init"] <= cfg["slow_decay_max"] < 1,
-               "0, or at least slow_decay_init and below 1")]
-    rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
-    rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
-              ("long_share", cfg["long_share"] <= 1, "at most 1"),
-              ("long_length", cfg["long_length"] >= 4, "at least 4"), ("long_tokens", cfg["long_tokens"] >= 1, "at least 1"),
-              ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
-               "above 0, or another loss than the two regularisations"),
-              ("spearman_temperature", cfg["spearman_temperature"] > 0, "above 0"),
-              ("batch_size", cfg["batch_size"] >= cfg["gradient_accumulation_steps"], "at least gradient_accumulation_steps"),
-              ("compile", cfg["compile"] != "true" or not cfg["deterministic"],
-               "false or auto with deterministic, as compiled kernels follow the first shapes seen")]
+    least = {"resume_from_step": -1, "batch_size": 2, "spearman_pairs": 2, "long_length": 4}
+    least |= dict.fromkeys(("warmup_steps", "keep_checkpoints", "threads", "num_proc"), 0)
+    least |= dict.fromkeys(("gradient_accumulation_steps", "total_steps", "eval_interval", "save_interval",
+                            "log_interval", "num_heads", "num_layers", "d_model", "max_bad_steps", "peer_timeout",
+                            "length_groups", "long_tokens"), 1)
+    lengths = [int(x) if x.strip().isdecimal() else 0 for x in cfg["pad_lengths"].split(",")]
+    rules = [
+        *((key, cfg[key] in allowed, f"one of {', '.join(x or 'empty' for x in allowed)}") for key, allowed in CHOICES.items()),
+        *((key, math.isfinite(cfg[key]) and cfg[key] >= 0, "finite and not negative")
+          for key, default in config.items() if isinstance(default, float)),
+        *((key, cfg[key] >= bound, f"at least {bound}") for key, bound in least.items()),
+        *((key, cfg[key] < 1, "below 1") for key in ("dropout", "state_dropout", "label_smoothing", "held_out_share")),
+        *((key, cfg[key] <= 1, "at most 1") for key in ("joined_share", "long_share", "stream_share")),
+        *((key, cfg[key] > 0, "above 0") for key in ("stream_share", "spearman_temperature")),
+        *((key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")),
+        *((key, 4 <= cfg[key] <= 512, "4 to 512, what the teacher reads") for key in ("max_length", "joined_length")),
+        ("slow_decay_max", cfg["slow_decay_max"] == 0 or cfg["slow_decay_init"] <= cfg["slow_decay_max"] < 1,
+         "0, or at least slow_decay_init and below 1"),
+        ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
+         "above 0, or another loss than the two regularisations"),
+        ("batch_size", cfg["batch_size"] >= cfg["gradient_accumulation_steps"], "at least gradient_accumulation_steps"),
+        ("compile", cfg["compile"] != "true" or not cfg["deterministic"],
+         "false or auto with deterministic, as compiled kernels follow the first shapes seen"),
+        ("pad_lengths", lengths == sorted(set(lengths)) and lengths[0] > 0, "rising numbers joined by commas")]
     for key, fine, must in rules:
         if not fine:
             raise UserError(f"{key} is {cfg[key]!r}: it must be {must}")
     if cfg["d_model"] % cfg["num_heads"] or (cfg["bidirectional"] and cfg["num_heads"] % 2):
         raise UserError(f"num_heads is {cfg['num_heads']}: it must divide d_model, and be even when bidirectional")
-    lengths = [int(x) if x.strip().isdecimal() else 0 for x in cfg["pad_lengths"].split(",")]
-    if lengths != sorted(set(lengths)) or lengths[0] < 1:
-        raise UserError(f"pad_lengths is {cfg['pad_lengths']!r}: it must be rising numbers joined by commas")
     return cfg
 
 
@@ -1224,16 +1193,21 @@ LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillati
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
-HUB_SOURCES = {  # name: hub id, configuration, split, rows taken, streamed
+SIDES = ("anchor", "positive", "negative")
+HUB_SOURCES = {  # name: hub id, configuration, split, rows taken (all for None), streamed
     "allnli": ("sentence-transformers/all-nli", "triplet", "train", None, False),
     "qqp": ("nyu-mll/glue", "qqp", "train", 200_000, False),
     "msmarco": ("microsoft/ms_marco", "v1.1", "train", 100_000, False),
     "wikianswers": ("sentence-transformers/wikianswers-duplicates", "pair", "train", 1_000_000, True),
     "snli": ("stanfordnlp/snli", None, "train", 100_000, False),
 }
-KEPT_FILES = {"allnli": "AllNLI", "wikianswers": "WikiAnswers"}  # read from data_dir where they are there
+HUB_COLUMNS = {"allnli": SIDES, "qqp": ("question1", "question2"), "snli": ("premise", "hypothesis"),
+               "wikianswers": SIDES[:2]}
+HUB_LABELS = {"qqp": 1, "snli": 0}  # of pairs of the same meaning
+HUB_FILES = {"allnli": "AllNLI.jsonl.gz", "wikianswers": "WikiAnswers.jsonl.gz"}  # read from data_dir if they are there
 DEFAULT_HUB_SOURCES = "allnli,qqp,msmarco,snli"  # wikianswers is optional
 CACHE_FORMAT = 2
+SHARD_ROWS = 1 << 16
 Row = tuple[str, str, "str | None"]
 
 
@@ -1248,22 +1222,20 @@ def is_held_out(key: bytes, share: float) -> bool:
     return int.from_bytes(key, "little") < share * 2**64
 
 
+def is_text(value: Any) -> bool:
+    """Whether `value` is a text that is not blank and that UTF-8 can hold."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+
+
 def hub_rows(name: str, item: dict[str, Any]) -> Iterator[Row]:
     """The (anchor, positive, hard negative) rows of one hub record; only pairs labelled as the same meaning."""
-    if name == "allnli":
-        yield item["anchor"], item["positive"], item["negative"]
-    elif name == "qqp" and item["label"] == 1:
-        yield item["question1"], item["question2"], None
-    elif name == "snli" and item["label"] == 0:
-        yield item["premise"], item["hypothesis"], None
-    elif name == "wikianswers":
-        yield item["anchor"], item["positive"], None
-    elif name == "msmarco":
-        passages = item["passages"]
-        chosen = [t for t, s in zip(passages["passage_text"], passages["is_selected"]) if s]
-        others = [t for t, s in zip(passages["passage_text"], passages["is_selected"]) if not s]
+    if name == "msmarco":
+        passages = list(zip(item["passages"]["passage_text"], item["passages"]["is_selected"]))
+        chosen, others = ([text for text, selected in passages if bool(selected) is wanted] for wanted in (True, False))
         if chosen:
-            yield item["query"], chosen[0], others[0] if others else None
+            yield item["query"], chosen[0], (*others, None)[0]
+    elif item.get("label") == HUB_LABELS.get(name):
+        yield (*(item[column] for column in HUB_COLUMNS[name]), None)[:3]
 
 
 def read_hub(name: str) -> Iterator[Row]:
@@ -1276,34 +1248,39 @@ def read_hub(name: str) -> Iterator[Row]:
             records = islice(records, limit)
         yield from islice((row for item in records for row in hub_rows(name, item)), limit)
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise UserError(f"source {name} ({path}): cannot be loaded ({first_line(error)}); check the network, "
-                        "set data_dir to local files, leave it out of sources, or set allow_missing_sources true") from None
+        raise UserError(f"source {name} ({path}): cannot be loaded ({first_line(error)}); check the network, set "
+                        "data_dir to local files, leave it out of sources, or set allow_missing_sources true") from None
 
 
-def read_pairs(path: Path) -> Iterator[Row]:
-    """Rows of a .jsonl.gz file, one JSON list of 2 or 3 strings a line. Raises UserError naming file and line."""
-    number, found = 0, False
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The lines of a gzipped file, each with the words that name it. Raises UserError where it cannot be read."""
+    number = 0
     try:
         with gzip.open(path, "rb") as file:
             while line := file.readline(1 << 20):
                 number += 1
                 if len(line) == 1 << 20:
-                    raise UserError(f"{path}, line {number}: longer than 1 MiB; is it one JSON list a line?")
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    raise UserError(f"{path}, line {number}: not JSON in UTF-8; expected a list of 2 or 3 strings") from None
-                if not (isinstance(row, list) and 2 <= len(row) <= 3
-                        and all(isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t) for t in row)):
-                    raise UserError(f"{path}, line {number}: expected a list of 2 or 3 texts that are not empty")
-                yield row[0], row[1], row[2] if len(row) == 3 else None
-                found = True
-        if not found:
-            raise UserError(f"{path}: holds no pairs; remove it, or name it in skip_files")
+                    raise UserError(f"{path}, line {number}: longer than 1 MiB")
+                yield f"{path}, line {number}", line
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}, after line {number}: cannot be read as gzip ({error})") from None
+
+
+def read_pairs(path: Path) -> Iterator[Row]:
+    """Rows of a .jsonl.gz file, one JSON list of 2 or 3 strings a line. Raises UserError naming file and line."""
+    row = None
+    for where, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: not JSON in UTF-8; expected a list of 2 or 3 strings") from None
+        if not (isinstance(row, list) and 2 <= len(row) <= 3 and all(map(is_text, row))):
+            raise UserError(f"{where}: expected a list of 2 or 3 texts that are not empty")
+        yield row[0], row[1], row[2] if len(row) == 3 else None
+    if row is None:
+        raise UserError(f"{path}: holds no pairs; remove it")
 
 
 def kept_aside(keys: np.ndarray) -> np.ndarray:
@@ -1316,135 +1293,121 @@ def kept_aside(keys: np.ndarray) -> np.ndarray:
     return aside
 
 
-SHARD_ROWS = 1 << 16
-
-
 def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
-                  held_out: float = 0.0) -> tuple[dict[str, Any], dict[str, int]]:
-    """Token ids and text keys of `rows` as columns, and counts; a row is dropped that has a text whose key is in `banned`,
-    or a text of the share `held_out` (see `is_held_out`).
+                  held_out: float = 0.0) -> tuple[Any, int]:
+    """Token ids and text keys of `rows` as an Arrow table, and how many were dropped for a text whose key is `banned`.
 
-    Columns: anchor, positive, negative (lists of ids, negative empty where there is none), key_anchor, key_positive,
-    key_negative (int64).
+    Rows with a text of the share `held_out` (see `is_held_out`) are dropped, too. Columns: SIDES, lists of ids, of a
+    negative that is not there empty; key_anchor, key_positive, key_negative.
     """
-    backend, columns, sides = tokenizer.backend_tokenizer, {}, ("anchor", "positive", "negative")
+    import pyarrow as pa
+    backend, columns = tokenizer.backend_tokenizer, {}
     backend.enable_truncation(max_length)
     backend.no_padding()
-    keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in rows]
-    clean = [i for i, k in enumerate(keys) if not banned.intersection(k)]
-    kept = [i for i in clean if not any(is_held_out(k, held_out) for k, t in zip(keys[i], rows[i]) if t is not None)]
-    for side, name in enumerate(sides):
-        texts = [rows[i][side] or "" for i in kept]
-        ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
-        columns[name] = [x if rows[i][side] is not None else [] for i, x in zip(kept, ids)]
-        columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
-    return columns, {"pairs": len(kept), "leaks": len(rows) - len(clean),
-                     "hard_negatives": sum(rows[i][2] is not None for i in kept),
-                     "tokens": sum(len(x) for name in sides for x in columns[name])}
+    keyed = [(row, [text_key(t) if t is not None else bytes(8) for t in row]) for row in rows]
+    clean = [(row, keys) for row, keys in keyed if not banned.intersection(keys)]
+    kept = [(row, keys) for row, keys in clean
+            if not any(is_held_out(key, held_out) for text, key in zip(row, keys) if text is not None)]
+    for side, name in enumerate(SIDES):
+        found = backend.encode_batch_fast([row[side] or "" for row, _ in kept])
+        ids = [e.ids if row[side] is not None else [] for e, (row, _) in zip(found, kept)]
+        columns[name] = pa.array(ids, pa.list_(pa.uint16()))
+    for side, name in enumerate(SIDES):
+        numbers = [int.from_bytes(keys[side], "little", signed=True) for _, keys in kept]
+        columns[f"key_{name}"] = pa.array(numbers, pa.int64())
+    return pa.table(columns), len(rows) - len(clean)
 
 
-def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
-                   held_out: float = 0.0) -> None:
+def tokenise_shard(path: Path, rows: list[Row], *recipe: Any) -> dict[str, Any]:
     """Write `tokenise_rows` of `rows` to `path`, then counts and sha256 to the .json beside it, which commits it."""
+    import pyarrow as pa
     from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
-    sides = ("anchor", "positive", "negative")
-    features = Features({**{s: List(Value("uint16")) for s in sides}, **{f"key_{s}": Value("int64") for s in sides}})
-    totals: dict[str, int] = defaultdict(int)
+    schema = Features({**{s: List(Value("uint16")) for s in SIDES},
+                       **{f"key_{s}": Value("int64") for s in SIDES}}).arrow_schema
+    record = {"rows": len(rows), "pairs": 0, "leaks": 0}
 
     def write(file: Any) -> None:
-        with ArrowWriter(features=features, stream=file, writer_batch_size=8192) as writer:
+        with pa.ipc.new_stream(file, schema) as stream:
             for start in range(0, len(rows), 8192):
-                columns, counts = tokenise_rows(rows[start:start + 8192], tokenizer, max_length, banned, held_out)
-                for key, value in counts.items():
-                    totals[key] += value
-                if counts["pairs"]:
-                    writer.write_batch(columns)
-            writer.finalize(close_stream=False)
+                table, leaks = tokenise_rows(rows[start:start + 8192], *recipe)
+                record["pairs"], record["leaks"] = record["pairs"] + len(table), record["leaks"] + leaks
+                if len(table):
+                    stream.write_table(table.cast(schema))
 
     write_atomic(path, write)
-    write_json(path.with_suffix(".json"), totals | {"rows": len(rows), "sha256": file_sha256(path)})
+    record["sha256"] = file_sha256(path)
+    write_json(path.with_suffix(".json"), record)
+    return record
 
 
-def shard_record(path: Path, verify: bool = True) -> dict[str, Any] | None:
+def shard_record(path: Path) -> dict[str, Any] | None:
     """What the .json beside a shard holds, or None if the shard is not whole."""
     try:
         record = json.loads(path.with_suffix(".json").read_text())
-        whole = all(isinstance(record[key], int) for key in ("pairs", "hard_negatives", "leaks", "tokens"))
-        return record if whole and (not verify or file_sha256(path) == record["sha256"]) else None
+        whole = isinstance(record["pairs"] + record["leaks"], int) and file_sha256(path) == record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return record if whole else None
 
 
-def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes], folder: Path,
-                    pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print,
+def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes],
+                    folder: Path, pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print,
                     held_out: float = 0.0) -> tuple[Any, dict[str, Any]]:
-    """The rows of a source as a memory-mapped `datasets.Dataset` and their counts; tokenises what `folder` does not hold.
+    """The rows of a source as a memory-mapped `datasets.Dataset`, and counts; tokenises what `folder` does not hold.
 
-    Shards of SHARD_ROWS rows are built one by one, or by the processes of `pool`. Whole ones that an interrupted build left
-    are kept, and one whose sha256 differs is built again. meta.json, written last, says how many there are.
+    Shards of SHARD_ROWS rows are built one by one, or by the processes of `pool`. Whole ones that an interrupted build
+    left are kept, and one whose sha256 differs is built again, which the library's own cache would not notice.
+    meta.json, written last, says how many there are.
     """
     from datasets import Dataset, concatenate_datasets
     folder.mkdir(parents=True, exist_ok=True)
-    meta, shard = folder / "meta.json", lambda number: folder / f"shard-{number:05}.arrow"
+    meta, shard, records = folder / "meta.json", lambda number: folder / f"shard-{number:05}.arrow", []
+    settled = lambda record: record.result() if isinstance(record, Future) else record  # noqa: E731
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same
         for stale in folder.glob(".*.tmp-*"):
             stale.unlink()
         try:
-            count = int(json.loads(meta.read_text())["shards"])
+            records = [shard_record(shard(i)) for i in range(json.loads(meta.read_text())["shards"])]
         except (OSError, ValueError, KeyError, TypeError):  # not finished
-            count = None
-        records = [shard_record(shard(i)) for i in range(count or 0)]
-        if count is None or None in records:
-            if count is not None:
-                log(f"warning: {shard(records.index(None))}: its sha256 differs from what was written; tokenised again")
-            pending, source = [], iter(rows())
-            for number, block in enumerate(iter(lambda: list(islice(source, SHARD_ROWS)), [])):
-                count = number + 1
-                if shard_record(shard(number)):
-                    continue
-                job = (tokenise_shard, shard(number), block, tokenizer, max_length, banned, held_out)
-                pending.append(pool.submit(*job) if pool else job[0](*job[1:]))
-                if pool and len(pending) > 4:
-                    pending.pop(0).result()  # so that few blocks are in memory
-            for job in pending if pool else ():
-                job.result()
-            records = [shard_record(shard(i), verify=False) for i in range(count or 0)]
+            pass
+        if None in records:
+            log(f"warning: {shard(records.index(None))}: its sha256 differs from what was written; tokenised again")
+        if not records or None in records:
+            records, source = [], iter(rows())
+            while block := list(islice(source, SHARD_ROWS)):
+                path = shard(len(records))
+                job = (tokenise_shard, path, block, tokenizer, max_length, banned, held_out)
+                records.append(shard_record(path) or (pool.submit(*job) if pool else job[0](*job[1:])))
+                records[:-4] = map(settled, records[:-4])  # so that few blocks are in memory
+            records = list(map(settled, records))
             write_json(meta, {"shards": len(records)})
-    totals = {key: sum(r[key] for r in records) for key in ("pairs", "hard_negatives", "leaks", "tokens")}
-    totals["sha256"] = hashlib.sha256("".join(r["sha256"] for r in records).encode()).hexdigest()
-    shards = [Dataset.from_file(str(shard(i))) for i, r in enumerate(records) if r["pairs"]]
-    return concatenate_datasets(shards) if shards else None, totals
+    shards = [Dataset.from_file(str(shard(i))) for i, record in enumerate(records) if record["pairs"]]
+    return concatenate_datasets(shards) if shards else None, {
+        **{key: sum(record[key] for record in records) for key in ("pairs", "leaks")},
+        "sha256": hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()}
 
 
 def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
     """(name, local file or None for the hub) of every training source that the config asks for."""
-    data_dir, skip = Path(cfg["data_dir"]), set(filter(None, cfg["skip_files"].split(",")))
+    data_dir = Path(cfg["data_dir"])
     if cfg["data_dir"] and not data_dir.is_dir():
         raise UserError(f"data_dir {data_dir}: no such folder")
     files = sorted([*data_dir.glob("train/*.jsonl.gz"), *data_dir.glob("*.jsonl.gz")]) if cfg["data_dir"] else []
     names = [] if cfg["sources"] == "none" else cfg["sources"].split(",")
     if names == ["auto"]:
         names = ["local"] if files else DEFAULT_HUB_SOURCES.split(",")
+    kept = {name: data_dir / HUB_FILES[name] for name in names if name in HUB_FILES}
     found: list[tuple[str, Path | None]] = []
     for name in names:
-        if name == "local":
-            if not files:
-                raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(data_dir)!r}")
-            kept = {f"{stem}.jsonl.gz" for name, stem in KEPT_FILES.items() if name in names}  # read under their own names
-            own = [f for f in files if f.name not in kept or f.parent != data_dir]
-            local = {f.name.removesuffix(".jsonl.gz"): f for f in own}
-            if len(local) < len(own):
-                raise UserError(f"data_dir {data_dir}: a file name is both under train/ and beside it; rename one")
-            if unknown := skip - set(local):
-                raise UserError(f"skip_files: no file {min(unknown)!r} under {data_dir}")
-            found += [(stem, file) for stem, file in local.items() if stem not in skip]
-        elif name in HUB_SOURCES:
-            kept = data_dir / f"{KEPT_FILES.get(name, '')}.jsonl.gz"
-            found.append((name, kept if cfg["data_dir"] and kept.is_file() else None))
-        else:
+        if name in HUB_SOURCES:
+            found.append((name, kept[name] if kept.get(name) in files else None))
+        elif name != "local":
             raise UserError(f"sources: no source {name!r}; there are local, {', '.join(HUB_SOURCES)}")
+        elif not files:
+            raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(data_dir)!r}")
+        else:
+            found += [(f.name.removesuffix(".jsonl.gz"), f) for f in files if f not in kept.values()]
     return found
 
 
@@ -1456,24 +1419,27 @@ def end_with_parent() -> None:
 
 def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> "PairData":
     """Tokenise what is not in the cache yet, in `num_proc` processes, and open every source memory-mapped."""
-    found = find_sources(cfg)
+    found, streamed = find_sources(cfg), list(filter(None, cfg["streams"].split(",")))
+    names = [*(name for name, _ in found), *streamed]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; "
+                        "rename or leave out one")
     banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
-    tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()  # earlier calls leave traces
+    tokenizer.backend_tokenizer.no_truncation()  # earlier calls leave traces
+    tokenizer.backend_tokenizer.no_padding()
     recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
                          hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
                          *filter(None, [cfg["held_out_share"]])])
-    names = [*(name for name, _ in found), *filter(None, cfg["streams"].split(","))]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; rename or leave out one")
     sources, fingerprints, left_out, leaks = [], {}, [], 0
-    several = cfg["num_proc"] > 1  # a pool starts no process before there is work
-    with ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent) if several else nullcontext() as pool:
+    pool = ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent) \
+        if cfg["num_proc"] > 1 else None  # it starts no process before there is work
+    with pool or nullcontext():
         for name, file in tqdm(found, desc="data", unit="source", leave=False, disable=None):
-            content = file_sha256(file) if file else repr(HUB_SOURCES[name])
-            folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
             try:
-                rows = partial(read_pairs, file) if file else partial(keep_rows, name, read_hub(name), cfg)
-                data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log,
+                content = file_sha256(file) if file else repr(HUB_SOURCES[name])
+                folder = f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
+                data, meta = tokenise_source(partial(read_pairs, file) if file else partial(read_hub, name), tokenizer,
+                                             cfg["max_length"], banned, Path(cfg["cache_dir"]) / folder, pool, log,
                                              cfg["held_out_share"])
             except UserError as error:
                 if not cfg["allow_missing_sources"]:
@@ -1485,37 +1451,18 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
             if data is not None:
                 sources.append((name, data))
                 fingerprints[name] = meta["sha256"][:16]
-    streams = [PairStream(name, tokenizer, cfg["max_length"], banned, cfg["held_out_share"])
-               for name in filter(None, cfg["streams"].split(","))]
-    if not sources and not streams:
+    if not sources and not streamed:
         raise UserError("no training pairs: every source is empty or left out")
-    data = PairData(sources, cfg, streams)
-    fingerprints |= {stream.name: "streamed" for stream in streams}
+    data = PairData(sources, cfg, [PairStream(name, tokenizer, cfg["max_length"], banned, cfg["held_out_share"])
+                                   for name in streamed])
+    fingerprints |= dict.fromkeys(streamed, "streamed")
     if cfg["long_share"]:
         data.documents = LongData(cfg, tokenizer, recipe, banned, log)
         fingerprints |= data.documents.fingerprints
     data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
-    log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS evaluation "
-        f"sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
+    log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS "
+        "evaluation sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
     return data
-
-
-def keep_rows(name: str, rows: Iterator[Row], cfg: dict[str, Any]) -> Iterator[Row]:
-    """Pass `rows` on; a streamed source is also kept in data_dir, so that it is streamed once."""
-    if not (cfg["data_dir"] and HUB_SOURCES[name][4]):
-        yield from rows
-        return
-    final = Path(cfg["data_dir"]) / "WikiAnswers.jsonl.gz"
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    for stale in final.parent.glob(f".{final.name}.tmp-*"):
-        stale.unlink()
-    with gzip.open(temporary, "wt", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps([t for t in row if t is not None], ensure_ascii=False) + "\n")
-            yield row
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -1528,6 +1475,11 @@ def mix64(x: np.ndarray) -> np.ndarray:
 def stable_seed(*parts: Any) -> int:
     """A 63-bit number that depends on `parts` alone, the same in every process and Python."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seeded(*parts: Any) -> np.random.Generator:
+    """NumPy's generator of `stable_seed`."""
+    return np.random.default_rng(stable_seed(*parts))
 
 
 def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -1548,19 +1500,21 @@ def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.random.Generator) -> None:
-    """Make a share of a window's pairs longer in place: each is joined with those that follow it, the same for both sides.
+    """Make a share of a window's pairs longer in place: each is joined with those that follow it, on both sides alike.
 
-    The longer side reaches a length drawn log-uniformly from 32 to `longest` tokens, and both are cut there; nothing of a pair
-    itself is cut. Most neighbours are of one source, so a joined pair is a short document and its rewording. No text is in two
-    joined ones: a pair that an earlier one reaches is passed over. A joined pair keeps its first pair's keys and loses its hard negative.
+    The longer side reaches a length drawn log-uniformly from 32 to `longest` tokens, and both are cut there; nothing of
+    a pair itself is cut. Most neighbours are of one source, so a joined pair is a short document and its rewording. No
+    text is in two joined ones: a pair that an earlier one reaches is passed over. A joined pair keeps its first pair's
+    keys and loses its hard negative.
     """
-    sides, count = ("anchor", "positive"), len(rows["anchor_length"])
+    sides, count = SIDES[:2], len(rows["anchor_length"])
     chosen = np.sort(rng.permutation(count)[:round(share * count)])
     own = np.maximum(rows["anchor_length"], rows["positive_length"])[chosen]
-    limit = np.maximum(np.exp(rng.uniform(math.log(min(32, longest)), math.log(longest), len(chosen))).astype(np.int64), own) - 2
-    ends = {side: np.cumsum(rows[f"{side}_length"] - 2) for side in sides}  # in the tokens of all rows without [CLS] and [SEP]
+    drawn = np.exp(rng.uniform(math.log(min(32, longest)), math.log(longest), len(chosen))).astype(np.int64)
+    limit = np.maximum(drawn, own) - 2
+    ends = {side: np.cumsum(rows[f"{side}_length"] - 2) for side in sides}  # in all rows' tokens but [CLS] and [SEP]
     begin = {side: (ends[side] - rows[f"{side}_length"] + 2)[chosen] for side in sides}
-    last = np.minimum.reduce([np.searchsorted(ends[side], begin[side] + limit) for side in sides]).clip(max=count - 1)
+    last = np.minimum.reduce([np.searchsorted(ends[s], begin[s] + limit) for s in sides]).clip(max=count - 1)
     joined, reached = [], -1
     for i, row in enumerate(chosen):
         if reached < row < last[i]:
@@ -1597,28 +1551,47 @@ class MicroBatch:
     path: Path | None = None  # of the teacher's kept results
     copied: Any = None  # event of the stream that copied it
 
+    @classmethod
+    def of(cls, ids: list[np.ndarray], keys: list[np.ndarray], groups: Iterable[tuple[int, int]],
+           **more: Any) -> "MicroBatch":
+        """Of sentences `ids` and the `keys` of each side; `groups`: tokens at most in a text, and when padded."""
+        lengths = np.array([len(x) for x in ids])
+        order, start, tensors = np.argsort(lengths, kind="stable"), 0, []
+        for longest, padded in groups:
+            end = int(np.searchsorted(lengths[order], longest, side="right"))
+            members, start = order[start:end], end
+            mask = np.arange(padded) < lengths[members, None]
+            table = np.zeros(mask.shape, np.int64)
+            table[mask] = np.concatenate([ids[i] for i in members])
+            tensors.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
+        return cls(len(keys[0]), torch.from_numpy(np.concatenate(keys)), tensors,
+                   torch.from_numpy(np.argsort(order, kind="stable")), **more)
+
 
 class PairStream:
-    """A data set read in order with `datasets` streaming, tokenised as it comes; `seek` and `take` in windows of rows.
+    """A data set read in order with `datasets` streaming, tokenised as it comes, in windows of rows.
 
-    Columns anchor and positive (and negative), else the first two or three columns of text. A read that fails is a UserError.
+    Columns anchor and positive (and negative), else the first two or three columns of text. A read that fails is a
+    UserError.
     """
 
-    def __init__(self, name: str, tokenizer: Any, max_length: int, banned: set[bytes], held_out: float = 0.0):
-        self.name = name
-        self.recipe = (copy.deepcopy(tokenizer), max_length, banned, held_out)  # another thread uses the tokenizer
+    def __init__(self, name: str, tokenizer: Any, *recipe: Any):
+        self.name, self.recipe = name, (copy.deepcopy(tokenizer), *recipe)  # another thread uses the tokenizer
         self.window, self.passes, self.leaks, self.rows = 0, 0, 0, None
-        self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the very start
+        self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the start
 
     def open(self, state: Any = None) -> None:
+        """Read from the start on, or from where `state` was."""
         from datasets import load_dataset
         try:
             self.data = load_dataset(self.name, split="train", streaming=True)
-            columns = [c for c in ("anchor", "positive", "negative") if c in (self.data.column_names or ())]
+            columns = [c for c in SIDES if c in (self.data.column_names or ())]
             if columns[:2] != ["anchor", "positive"]:
-                columns = [c for c, f in (self.data.features or {}).items() if getattr(f, "dtype", "") == "string"][:3]
+                texts = (c for c, f in (self.data.features or {}).items() if getattr(f, "dtype", "") == "string")
+                columns = list(islice(texts, 3))
         except Exception as error:  # the hub's client raises a dozen unrelated types
-            raise UserError(f"stream {self.name}: cannot be opened ({first_line(error)}); give a hub id or a folder") from None
+            raise UserError(f"stream {self.name}: cannot be opened ({first_line(error)}); "
+                            "give a hub id or a folder") from None
         if len(columns) < 2:
             raise UserError(f"stream {self.name}: has no two columns of text")
         if state:
@@ -1627,51 +1600,50 @@ class PairStream:
 
     def take(self, window: int, count: int) -> Any:
         """`count` rows as an Arrow table (see `tokenise_rows`): the ones of window `window`."""
+        import pyarrow as pa
         if window not in self.starts:
-            raise UserError(f"stream {self.name}: window {window} was asked for before those ahead of it; a stream is read in order")
+            raise UserError(f"stream {self.name}: window {window} was asked for before those ahead of it; "
+                            "a stream is read in order")
         if self.window != window or self.rows is None:
             self.passes, state = self.starts[window] or (0, None)
             self.open(state)
-        import pyarrow as pa
-        parts: dict[str, list[Any]] = {key: [] for side in ("anchor", "positive", "negative") for key in (side, f"key_{side}")}
-        fine = lambda t: isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t)  # noqa: E731
-        found, idle = 0, False  # idle: nothing was found since the stream's start
+        parts, found, idle = [tokenise_rows([], *self.recipe)[0]], 0, False  # idle: nothing since the stream's start
         while found < count:
             try:
                 rows = [(*row[:2], row[2] or None) for row in islice(self.rows, count - found)]
             except Exception as error:
-                raise UserError(f"stream {self.name}: reading failed ({first_line(error)}); continue with "
-                                "--resume latest") from None
-            if bad := next((row for row in rows if not all(map(fine, row[:2 if row[2] is None else 3]))), None):
-                raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad)[:80]}")
-            if not rows and idle:
+                raise UserError(f"stream {self.name}: reading failed ({first_line(error)}); "
+                                "continue with --resume latest") from None
+            if bad := [row for row in rows if not all(is_text(t) for t in row[:2 if row[2] is None else 3])]:
+                raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad[0])[:80]}")
+            if rows:
+                table, leaks = tokenise_rows(rows, *self.recipe)
+                parts.append(table)
+                found, self.leaks, idle = found + len(table), self.leaks + leaks, idle and not len(table)
+            elif idle:
                 raise UserError(f"stream {self.name}: holds no pairs")
-            if not rows:  # the end: from the start again
+            else:  # the end: from the start again
                 self.passes, idle = self.passes + 1, True
                 self.open()
-                continue
-            columns, counts = tokenise_rows(rows, *self.recipe)
-            found, self.leaks, idle = found + counts["pairs"], self.leaks + counts["leaks"], idle and not counts["pairs"]
-            for key, values in columns.items():
-                parts[key].extend(values)
         self.window = window + 1
-        self.starts = {w: s for w, s in self.starts.items() if w >= window - 1} | {window + 1: (self.passes, self.data.state_dict())}
-        return pa.table({key: pa.array(parts[key], pa.int64() if key.startswith("key_") else pa.list_(pa.uint16())) for key in parts})
+        self.starts = {w: s for w, s in self.starts.items() if w >= window - 1}
+        self.starts[window + 1] = (self.passes, self.data.state_dict())
+        return pa.concat_tables(parts)
 
 
 class PairData:
     """Memory-mapped sources, and the batch of step n as a pure function of (seed, n).
 
-    Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted by
-    the lengths of both sides and cut into batches of similar lengths, and the order of the batches is shuffled. With
+    Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted
+    by the lengths of both sides and cut into batches of similar lengths, whose order is shuffled. With
     `one_source_batches` each source's pairs are sorted and cut by themselves. With `source_focus` a window's shares
     depend on the distances to the teacher that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
     """
 
     WINDOW = 256
 
-    def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], streams: list[PairStream] | None = None):
-        self.cfg, self.streams = cfg, streams or []
+    def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], streams: Iterable[PairStream] = ()):
+        self.cfg, self.streams = cfg, list(streams)
         self.names = [*(name for name, _ in sources), *(stream.name for stream in self.streams)]
         self.tables = [data.with_format("arrow") for _, data in sources]
         rows = np.array([len(t) for t in self.tables], np.float64)
@@ -1681,20 +1653,18 @@ class PairData:
         self.shares = np.concatenate([shares / shares.sum() * (1 - streamed) if len(rows) else shares,
                                       np.full(len(self.streams), streamed / max(1, len(self.streams)))])
         self.unit = cfg["batch_size"] if cfg["one_source_batches"] else 1  # rows drawn from one source at a time
+        # Whether the windows are drawn one after the other, by `split`, instead of each by `drawn`.
+        self.planned = bool(cfg["source_focus"] or cfg["one_source_batches"])
         self.begins = {0: np.zeros(len(self.names), np.int64)}  # by window: how many rows each source gave before it
         if not self.planned and self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
         self.documents: LongData | None = None
         self.fingerprints: dict[str, str] = {}  # of every source's token ids
-        self.leaks, self.cached = 0, (-1, None, None)
-        self.at_once = self.group_tokens = 0  # padded tokens that are one micro-batch whatever is configured, that a group must spare
-        self.ahead, self.builder = (-1, None), ThreadPoolExecutor(1)  # the next window is built while this one is used
-
-    @property
-    def planned(self) -> bool:
-        """Whether the windows are drawn one after the other, by `split`, instead of each by `drawn`."""
-        return bool(self.cfg["source_focus"] or self.cfg["one_source_batches"])
+        self.leaks, self.builder = 0, ThreadPoolExecutor(1)
+        self.windows: dict[int, Future] = {}  # this one and the next, which is built while this one is used
+        # Padded tokens that are one micro-batch whatever is configured, and that a group of one length must spare.
+        self.at_once = self.group_tokens = 0
 
     def split(self, number: int, weights: np.ndarray | float = 1.0) -> np.ndarray:
         """How many rows window `number` takes from each source, (S,), in proportion to its share times its weight.
@@ -1704,8 +1674,8 @@ class PairData:
         """
         ends = np.cumsum(self.shares * weights)
         ends *= self.WINDOW * self.cfg["batch_size"] // self.unit / ends[-1]
-        start = np.random.default_rng(stable_seed(self.cfg["seed"], "split", number)).random()
         ends[-1] = round(ends[-1])
+        start = seeded(self.cfg["seed"], "split", number).random()
         return self.unit * np.diff(np.floor(ends + start).astype(np.int64), prepend=0)
 
     def plan(self, number: int, distances: np.ndarray) -> None:
@@ -1731,57 +1701,61 @@ class PairData:
 
     def window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """The rows of window `number` as columns, and the row indices of each of its batches."""
-        if self.cached[0] != number:
-            if self.ahead[0] != number:
-                self.ahead = (number, self.builder.submit(self.build_window, number))
-            self.cached = (number, *self.ahead[1].result())
-            self.ahead = (number + 1, self.builder.submit(self.build_window, number + 1))
-        return self.cached[1:]
+        wanted, build = (number, number + 1), partial(self.builder.submit, self.build_window)
+        self.windows = {i: self.windows.get(i) or build(i) for i in wanted}
+        return self.windows[number].result()
 
-    def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-        cfg, count, tables, origins = self.cfg, self.WINDOW * self.cfg["batch_size"], [], []
+    def read_window(self, number: int) -> dict[str, np.ndarray]:
+        """The rows of window `number`: each side's ids one after the other, where every text begins, and its length."""
+        tables, origins = [], []
         first, last = self.drawn_before(number), self.drawn_before(number + 1)
         for i, table in enumerate(self.tables):
-            # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A source
-            # smaller than a batch repeats itself to fill it.
-            epochs, where = np.divmod(np.arange(first[i], last[i]), len(table) // self.unit * self.unit or self.unit)
+            # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A
+            # source smaller than a batch repeats itself to fill it.
+            length = len(table) // self.unit * self.unit or self.unit
+            epochs, where = np.divmod(np.arange(first[i], last[i]), length)
             for epoch in np.unique(epochs):
-                chosen = permuted(where[epochs == epoch] % len(table), len(table), stable_seed(cfg["seed"], self.names[i], int(epoch)))
-                tables.append(table[np.sort(chosen)])
+                seed = stable_seed(self.cfg["seed"], self.names[i], int(epoch))
+                tables.append(table[np.sort(permuted(where[epochs == epoch] % len(table), len(table), seed))])
                 origins.append((i, epoch))
-        tables += [stream.take(number, int(n)) for stream, n in zip(self.streams, (last - first)[len(self.tables):])]
-        origins += [(i, 0) for i in range(len(self.tables), len(self.names))]
+        for i, stream in enumerate(self.streams, len(self.tables)):
+            tables.append(stream.take(number, int(last[i] - first[i])))
+            origins.append((i, 0))
         source, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
-        rows: dict[str, np.ndarray] = {"source": source}
-        for side in ("anchor", "positive", "negative"):
+        rows: dict[str, np.ndarray] = {"source": source, "epoch": epoch}
+        for side in SIDES:
             lists = [table[side].combine_chunks() for table in tables]
             length = np.concatenate([x.value_lengths().to_numpy() for x in lists])
             rows |= {side: np.concatenate([x.flatten().to_numpy() for x in lists]), f"{side}_length": length,
                      f"{side}_start": np.cumsum(length) - length,
                      f"key_{side}": np.concatenate([table[f"key_{side}"].to_numpy() for table in tables])}
+        return rows
+
+    def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        """`window`, anew."""
+        cfg, rows = self.cfg, self.read_window(number)
         if cfg["joined_share"]:
-            join_pairs(rows, cfg["joined_share"], cfg["joined_length"], np.random.default_rng(stable_seed(cfg["seed"], "joined", number)))
-        rng = np.random.default_rng(stable_seed(cfg["seed"], "window", number))
+            join_pairs(rows, cfg["joined_share"], cfg["joined_length"], seeded(cfg["seed"], "joined", number))
+        rng, first = seeded(cfg["seed"], "window", number), rows["anchor_length"]
         second = np.maximum(rows["positive_length"], rows["negative_length"])
-        noise = rng.random(count)  # rows of equal length keep no trace of their source's order
-        order, slices = np.lexsort((noise, rows["anchor_length"])), math.isqrt(self.WINDOW)
-        batches = []
+        noise = rng.random(len(first))  # rows of equal length keep no trace of their source's order
         if cfg["one_source_batches"]:
-            order = np.lexsort((noise, rows["anchor_length"] + second, epoch, source))
-            batches = [np.sort(b) for b in np.split(order, self.WINDOW)]
-        for piece in np.array_split(order, slices) if not batches else ():
-            piece = piece[np.lexsort((noise[piece], second[piece]))]
-            batches += [np.sort(b) for b in np.array_split(piece, self.WINDOW // slices)]
-        return rows, [batches[i] for i in rng.permutation(self.WINDOW)]
+            order = np.lexsort((noise, first + second, rows["epoch"], rows["source"]))
+            batches = np.split(order, self.WINDOW)
+        else:
+            slices = math.isqrt(self.WINDOW)
+            pieces = np.array_split(np.lexsort((noise, first)), slices)
+            batches = [batch for piece in pieces for batch in np.array_split(
+                piece[np.lexsort((noise[piece], second[piece]))], self.WINDOW // slices)]
+        return rows, [np.sort(batches[i]) for i in rng.permutation(self.WINDOW)]
 
     def positions(self, step: int) -> dict[str, Any]:
-        """Where every stream stands at the start of the window that the step after `step` is in: a checkpoint's part."""
+        """Where every stream stands at the start of the window of the step after `step`: a checkpoint's part."""
         return {stream.name: [step // self.WINDOW, stream.starts[step // self.WINDOW]] for stream in self.streams}
 
     def plans(self, step: int) -> dict[int, list[int]]:
-        """The rows drawn before this window, the next and the one after it, all planned by then: a checkpoint's part."""
-        first = step // self.WINDOW
-        return {i: self.drawn_before(i).tolist() for i in range(first, first + 3)}
+        """The rows drawn before this window, the next and the one after it, planned by then: a checkpoint's part."""
+        return {i: self.drawn_before(i).tolist() for i in range(step // self.WINDOW, step // self.WINDOW + 3)}
 
     def seek(self, positions: dict[str, Any], plans: dict[int, list[int]] | None = None) -> None:
         """Continue from a checkpoint's `positions` of the streams and `plans`. Raises UserError if they do not fit."""
@@ -1806,32 +1780,23 @@ class PairData:
         if until > before:
             return self.documents.batch(until, self.at_once)
         rows, batches = self.window((step - 1) // self.WINDOW)
-        chosen = batches[(step - 1) % self.WINDOW]
+        chosen, padded = batches[(step - 1) % self.WINDOW], np.array(pad_lengths(cfg))
         second = np.maximum(rows["positive_length"][chosen], rows["negative_length"][chosen])
-        chosen = chosen[np.argsort(second, kind="stable")]
-        lengths = np.array(pad_lengths(cfg))
-        micro_batches, real = [], np.stack([rows[f"{side}_length"][chosen] for side in ("anchor", "positive", "negative")])
-        whole = (real > 0).sum() * lengths[np.searchsorted(lengths, real.max())] <= self.at_once
-        for part in np.array_split(chosen, 1 if whole else cfg["gradient_accumulation_steps"]):
-            negative = part[rows["negative_length"][part] > 0]
-            sides = [("anchor", part), ("positive", part), ("negative", negative)]
-            ids = [rows[s][i:i + n] for s, r in sides for i, n in zip(rows[f"{s}_start"][r], rows[f"{s}_length"][r])]
-            real = np.array([len(x) for x in ids])
-            padded = lengths[np.searchsorted(lengths, real)]
-            order, groups = np.argsort(real, kind="stable"), []
-            limits = np.unique([padded[piece[-1]] for piece in np.array_split(order, cfg["length_groups"]) if len(piece)])
+        found, real = [], np.stack([rows[f"{side}_length"][chosen] for side in SIDES])
+        whole = (real > 0).sum() * padded[np.searchsorted(padded, real.max())] <= self.at_once
+        parts = 1 if whole else cfg["gradient_accumulation_steps"]
+        for part in np.array_split(chosen[np.argsort(second, kind="stable")], parts):
+            sides = dict(zip(SIDES, (part, part, part[rows["negative_length"][part] > 0])))
+            ids = [rows[s][i:i + n] for s, r in sides.items()
+                   for i, n in zip(rows[f"{s}_start"][r], rows[f"{s}_length"][r])]
+            lengths = padded[np.searchsorted(padded, np.sort([len(x) for x in ids]))]
+            limits = np.unique([x[-1] for x in np.array_split(lengths, cfg["length_groups"]) if len(x)])
             for low, high in zip(limits[:-1], limits[1:]):  # a group that spares fewer tokens joins the next one
-                members = (padded <= low) & (padded > max(limits[limits < low], default=0))
+                members = (lengths <= low) & (lengths > max(limits[limits < low], default=0))
                 limits = limits[(limits != low) | (members.sum() * (high - low) >= self.group_tokens)]
-            for low, high in zip([0, *limits[:-1]], limits):
-                members = order[(real[order] > low) & (real[order] <= high)]
-                table, mask = np.zeros((len(members), high), np.int64), np.arange(high) < real[members, None]
-                table[mask] = np.concatenate([ids[i] for i in members])
-                groups.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
-            keys = torch.from_numpy(np.concatenate([rows[f"key_{s}"][r] for s, r in sides]))
-            micro_batches.append(MicroBatch(len(part), keys, groups, torch.from_numpy(np.argsort(order, kind="stable")),
-                                            torch.from_numpy(rows["source"][part])))
-        return micro_batches
+            found.append(MicroBatch.of(ids, [rows[f"key_{s}"][r] for s, r in sides.items()], zip(limits, limits),
+                                       sources=torch.from_numpy(rows["source"][part])))
+        return found
 
 
 class LongData:
@@ -1872,15 +1837,14 @@ class LongData:
     def epoch(self, number: int) -> list[tuple[int, np.ndarray, int]]:
         """The batches of epoch `number`: source, rows, and the length their documents are cut at."""
         if self.cached[0] != number:
-            cfg, rng, batches = self.cfg, np.random.default_rng(stable_seed(self.cfg["seed"], "long", number)), []
-            shortest = math.log(min(256, cfg["long_length"]))
+            rng, batches, longest = seeded(self.cfg["seed"], "long", number), [], self.cfg["long_length"]
             for source, (rows, lengths) in enumerate(zip(self.rows, self.lengths)):
                 order = rng.permutation(len(rows))
                 while len(order) >= self.least:
-                    drawn = math.exp(rng.uniform(shortest, math.log(cfg["long_length"])))
-                    limit = cfg["long_length"] if rng.random() < 0.5 else round(drawn)
+                    drawn = round(math.exp(rng.uniform(math.log(min(256, longest)), math.log(longest))))
+                    limit = longest if rng.random() < 0.5 else drawn
                     ends = np.cumsum(np.minimum(lengths[order], limit))
-                    count = max(self.least, int(np.searchsorted(ends, cfg["long_tokens"], side="right")))
+                    count = max(self.least, int(np.searchsorted(ends, self.cfg["long_tokens"], side="right")))
                     batches.append((source, rows[order[:count]], limit))
                     order = order[count:]
             self.cached = (number, [batches[i] for i in rng.permutation(len(batches))])
@@ -1893,61 +1857,56 @@ class LongData:
         return self.ends[number + 1]
 
     def batch(self, number: int, at_once: int = 0) -> list[MicroBatch]:
-        """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
+        """The micro-batches of the `number`-th batch (counted from 1), whose positives are documents, anchors queries.
 
-        Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of
-        one: `long_tokens` over `gradient_accumulation_steps`, or the longest document's. Groups are of similar lengths.
+        Micro-batches have about equally many tokens, and memory is that of one: `long_tokens` over
+        `gradient_accumulation_steps`, or the longest document's. Groups are of similar lengths.
         """
         epoch = 0
         while self.epoch_end(epoch) < number:
             epoch += 1
         source, rows, limit = self.epoch(epoch)[number - 1 - self.ends[epoch]]
-        table, texts = self.tables[source][np.sort(rows)], {}
-        for side in ("anchor", "positive"):
+        table, texts = self.tables[source][np.sort(rows)], []
+        for side in SIDES[:2]:
             lists = table[side].combine_chunks()
             ids = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
-            texts[side] = [x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids]
-            texts[f"key_{side}"] = table[f"key_{side}"].to_numpy()
-        lengths = np.array([len(x) for x in texts["positive"]])
-        whole = 1.25 * sum(len(x) for side in ("anchor", "positive") for x in texts[side]) <= at_once  # padding is a fifth at most
+            texts.append([x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids])
+        lengths = np.array([len(x) for x in texts[1]])
+        whole = 1.25 * sum(len(x) for side in texts for x in side) <= at_once  # padding is a fifth at most
         order, parts = np.argsort(lengths, kind="stable"), 1 if whole else self.cfg["gradient_accumulation_steps"]
         ends = np.searchsorted(np.cumsum(lengths[order]), lengths.sum() * np.arange(1, parts) / parts)
         ends = np.maximum(ends, np.arange(1, parts))  # none is empty
         ends = np.minimum(ends, len(order) - parts + np.arange(1, parts))
-        return [self.micro_batch(texts, part) for part in np.split(order, np.maximum.accumulate(ends))]
-
-    @staticmethod
-    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> MicroBatch:
-        """The micro-batch of the pairs `part` of a batch's texts."""
-        ids = [texts[side][i] for side in ("anchor", "positive") for i in part]
-        real = np.array([len(x) for x in ids])
-        order, groups, start = np.argsort(real, kind="stable"), [], 0
-        while start < len(order):
-            shortest = real[order[start]]
-            members = order[start:int(np.searchsorted(real[order], shortest + max(16, shortest // 8), side="right"))]
-            groups.append(pad_batch([ids[i] for i in members]))
-            start += len(members)
-        keys = torch.from_numpy(np.concatenate([texts[f"key_{side}"][part] for side in ("anchor", "positive")]))
-        return MicroBatch(len(part), keys, groups, torch.from_numpy(np.argsort(order, kind="stable")), long=True)
+        found = []
+        for part in np.split(order, np.maximum.accumulate(ends)):
+            ids, groups = [text[i] for text in texts for i in part], []
+            left = np.sort([len(x) for x in ids])
+            while len(left):
+                longest = left[0] + max(16, left[0] // 8)
+                fitting = left[left <= longest]
+                groups.append((longest, -(-fitting[-1] // 8) * 8))
+                left = left[len(fitting):]
+            keys = [table[f"key_{side}"].to_numpy()[part] for side in SIDES[:2]]
+            found.append(MicroBatch.of(ids, keys, groups, long=True))
+        return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # STS evaluation
 
-
 STS_ROWS = {"dev": 1500, "test": 1379}
+StsRow = tuple[str, str, float]  # two sentences and a score from 0 to 5
 
 
 def evaluation_name(cfg: dict[str, Any]) -> str:
     """`sts_name`, or what auto means: generated if data_dir holds that set and not STS-B, else stsb."""
-    if cfg["sts_name"] != "auto":
-        return cfg["sts_name"]
-    held = [name for name in ("stsb", "generated") if (Path(cfg["data_dir"]) / "sts" / f"{name}-dev.tsv.gz").is_file()]
-    return held[0] if cfg["data_dir"] and held else "stsb"
+    sts = Path(cfg["data_dir"]) / "sts"
+    held = [name for name in ("stsb", "generated") if cfg["data_dir"] and (sts / f"{name}-dev.tsv.gz").is_file()]
+    return cfg["sts_name"] if cfg["sts_name"] != "auto" else (held or ["stsb"])[0]
 
 
-def load_sts(cfg: dict[str, Any], split: str) -> list[tuple[str, str, float]]:
-    """(sentence1, sentence2, score 0..5) rows of `split` (dev or test), from data_dir/sts, else from the hub.
+def load_sts(cfg: dict[str, Any], split: str) -> list[StsRow]:
+    """The rows of `split` (dev or test), from data_dir/sts, else from the hub.
 
     Raises UserError naming file and line for anything but three columns with a score from 0 to 5, or a wrong row count.
     """
@@ -1970,31 +1929,26 @@ def load_sts(cfg: dict[str, Any], split: str) -> list[tuple[str, str, float]]:
     return rows
 
 
-def read_sts_file(path: Path) -> list[tuple[str, str, float]]:
+def read_sts_file(path: Path) -> list[StsRow]:
     """Rows of a gzipped tab-separated file sentence1, sentence2, score; UserError names the line that is wrong."""
-    rows, number = [], 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(iter(lambda: file.readline(1 << 20), ""), 1):
-                fields = line.rstrip("\r\n").split("\t")
-                try:
-                    score = float(fields[2]) if len(fields) == 3 else math.nan
-                except ValueError:
-                    score = math.nan
-                if not 0 <= score <= 5:
-                    raise UserError(f"{path}, line {number}: expected sentence1<TAB>sentence2<TAB>score, a score from 0 to 5")
-                rows.append((fields[0], fields[1], score))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, after line {number}: cannot be read as gzipped UTF-8 ({error})") from None
+    rows = []
+    for where, line in read_lines(path):
+        try:
+            first, second, score = line.decode().rstrip("\r\n").split("\t")
+            rows.append((first, second, float(score)))
+        except ValueError:
+            rows.append(("", "", math.nan))
+        if not 0 <= rows[-1][2] <= 5:
+            raise UserError(f"{where}: expected sentence1<TAB>sentence2<TAB>score in UTF-8, a score from 0 to 5")
     return rows
 
 
-def load_sts_splits(cfg: dict[str, Any]) -> dict[str, list[tuple[str, str, float]]]:
+def load_sts_splits(cfg: dict[str, Any]) -> dict[str, list[StsRow]]:
     """{"validation": rows, "test": rows}."""
     return {"validation": load_sts(cfg, "dev"), "test": load_sts(cfg, "test")}
 
 
-def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int,
+def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[StsRow], max_length: int,
                 encoder: Callable = encode) -> np.ndarray:
     """The cosine of every pair, (N,); `encoder` is `encode` or shares its work out."""
     first, second, _ = zip(*rows)
@@ -2002,9 +1956,9 @@ def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, st
     return (vectors[:len(rows)] * vectors[len(rows):]).sum(1)
 
 
-def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int = 128,
+def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[StsRow], max_length: int = 128,
                  teacher_cosine: np.ndarray | None = None, encoder: Callable = encode) -> dict[str, float]:
-    """Pearson and Spearman of the cosines with the gold scores; Spearman with the teacher's cosines where they are given.
+    """Pearson and Spearman of the cosines with the gold scores; Spearman with the teacher's cosines if they are given.
 
     A correlation that is not a number raises ValueError: NaN is never a score.
     """

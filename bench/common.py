@@ -96,7 +96,7 @@ def find_data(args: argparse.Namespace, folder: Path, pairs: int) -> tuple[dict[
         data_dir, name = ROOT / "data" / "generated", "the generated corpus, not real text"
     if not args.data_dir and not data_dir.is_dir():
         data_dir, name = folder / "generated", "a corpus generated for this run, not real text"
-        done = subprocess.run([sys.executable, ROOT / "make_corpus.py", "--output_dir", data_dir, "--pairs", str(pairs)],
+        done = subprocess.run([sys.executable, ROOT / "bench" / "make_corpus.py", "--output_dir", data_dir, "--pairs", str(pairs)],
                               capture_output=True, text=True)
         if done.returncode:
             raise script.UserError(f"make_corpus.py failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}")

@@ -67,7 +67,7 @@ def data_cost(cfg: dict[str, Any], tokenizer: Any) -> tuple[Any, float, float]:
     """The data, and seconds of `batch` and of `build_window` per pair; nothing is left to do to the builder's thread."""
     data = script.load_training_data(cfg, tokenizer, note)
     window = timed(lambda: data.window(0)) / data.WINDOW
-    data.ahead[1].result()
+    data.windows[1].result()
     return data, median(timed(lambda: data.batch(step)) for step in range(1, 33)) / cfg["batch_size"], window / cfg["batch_size"]
 
 

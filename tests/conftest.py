@@ -50,7 +50,7 @@ def data_dir() -> Path:
 def corpus(tmp_path_factory) -> Path:
     """A small generated corpus."""
     folder = tmp_path_factory.mktemp("corpus")
-    subprocess.run([sys.executable, ROOT / "make_corpus.py", "--output_dir", folder / "generated", "--pairs", "2000"],
+    subprocess.run([sys.executable, ROOT / "bench" / "make_corpus.py", "--output_dir", folder / "generated", "--pairs", "2000"],
                    check=True, capture_output=True)
     return folder / "generated"
 
