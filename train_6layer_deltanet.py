@@ -2946,7 +2946,9 @@ def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrai
             "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
 
 
-GROUP_TOKENS = 4096  # padded tokens that a group of one length must spare on a GPU: about 5 ms of an L40, as are its 1,000 launches
+# Padded tokens that a group of one length must spare on a GPU. Its 550 operators take as long to launch (5 us each) as the products of
+# 1,500 tokens on an L40 to 8,000 on an H100, at half of their TF32 rates (bench/launches.py).
+GROUP_TOKENS = 4096
 
 
 def tokens_at_once(used: int, tokens: int, free: int) -> int:
@@ -3280,12 +3282,12 @@ class Run:
         Measured before the first step by its largest micro-batch, gradients thrown away, and kept in the checkpoints. On a CPU, in several
         processes and in a deterministic run all is as configured: dropout's draws must not depend on how much memory is free.
         """
-        if self.device.type != "cuda" or self.processes.count > 1:
+        if self.device.type != "cuda":
             return
-        self.data.group_tokens = GROUP_TOKENS
-        memory, parts = torch.cuda.get_device_properties(self.device).total_memory, self.cfg["gradient_accumulation_steps"]
-        if parts == 1 or self.cfg["deterministic"]:
+        self.data.group_tokens, parts = GROUP_TOKENS, self.cfg["gradient_accumulation_steps"]
+        if parts == 1 or self.cfg["deterministic"] or self.processes.count > 1:
             return
+        memory = torch.cuda.get_device_properties(self.device).total_memory
         if self.fitted is None or self.fitted[1] != memory:
             micro = max(self.data.batch(self.step + 1), key=lambda m: sum(ids.numel() for ids, _ in m.groups))
             for _ in range(2):  # the first time also compiles, and sets up libraries

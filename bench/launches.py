@@ -24,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
@@ -73,7 +74,7 @@ def count_step(trainer: script.Trainer, optimizer: torch.optim.AdamW, **sizes: i
     """Operators by part, and FLOP of the matrix products, of a step of the trainer's config with other `sizes`."""
     cfg = trainer.cfg | sizes
     operators, trainer.distances = Operators(), torch.zeros(2, 1, dtype=torch.float64)  # as a run measures its sources
-    batch = trainer.upload([micro | {"sources": torch.zeros(micro.pairs, dtype=torch.int64)} for micro in make_batch(cfg)])
+    batch = trainer.upload([replace(micro, sources=torch.zeros(micro.pairs, dtype=torch.int64)) for micro in make_batch(cfg)])
     plain = lambda self, x: self.down(torch.nn.functional.gelu(self.up(x)))  # noqa: E731  as on a GPU
 
     def step() -> None:

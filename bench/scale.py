@@ -36,7 +36,9 @@ PARTS = ("compute", "waiting", "gather", "reduction", "data", "step")
 SIZES = [2**n for n in range(14, 25, 2)]  # bytes of the all-reduces that latency and bandwidth are fitted to
 BACKWARD = 0.4  # of a micro-batch's time: teacher 1, student forward 1 and again 1, its backward 2
 ASSUMED = {  # of H100 nodes; rates are parts of the data sheets', for a reader to replace
-    "micro_batch_s": 0.126,  # 21,000 PyTorch operators that are no views (counted on the CPU, 4 groups of lengths), 6 us each
+    # 1.32 TFLOP of matrix products at flop_per_s: 256 pairs of 24 tokens, forward twice, by bench/launches.py. Beside them its 900
+    # operators, of one group of lengths, are launched in 5 ms, 6 us each.
+    "micro_batch_s": 0.0132,
     "flop_per_s": 100e12, "memory_bytes_per_s": 2e12,  # of 495e12 (TF32) and 3.35e12, for products 384 deep
     "loss_passes": 16,  # reads and writes of N x N float32 by a loss on the cosines of all sentences and its gradient
     "node_bytes_per_s": 200e9, "node_latency_s": 3e-5,  # NVLink, of 450e9 a direction

@@ -541,12 +541,12 @@ def test_a_batch_in_one_go_or_in_fewer_groups_has_the_same_gradients(generated, 
     """What `Run.fit` sets on a GPU: a batch that fits is one micro-batch, a group must spare enough tokens."""
     trainer, data = tiny_trainer(generated, tiny_teacher, dropout=0.0, state_dropout=0.0)
     expected, parts = gradients(trainer, data), data.batch(1)
-    tokens = sum(len(m["restore"]) for m in parts) * max(ids.shape[1] for m in parts for ids, _ in m["groups"])
+    tokens = sum(len(m.restore) for m in parts) * max(ids.shape[1] for m in parts for ids, _ in m.groups)
     for data.at_once, data.group_tokens, micro_batches in ((tokens - 1, 0, 3), (tokens, 0, 1), (0, 10 ** 6, 3), (tokens, 10 ** 6, 1)):
         batch = data.batch(1)
-        assert len(batch) == micro_batches and sum(m["pairs"] for m in batch) == 12
-        assert {len(m["groups"]) for m in batch} == {1} if data.group_tokens else max(len(m["groups"]) for m in batch) > 1
-        assert sorted(torch.cat([m["keys"] for m in batch]).tolist()) == sorted(torch.cat([m["keys"] for m in parts]).tolist())
+        assert len(batch) == micro_batches and sum(m.pairs for m in batch) == 12
+        assert {len(m.groups) for m in batch} == {1} if data.group_tokens else max(len(m.groups) for m in batch) > 1
+        assert sorted(torch.cat([m.keys for m in batch]).tolist()) == sorted(torch.cat([m.keys for m in parts]).tolist())
         for name, gradient in gradients(trainer, data).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert script.tokens_at_once(used=100, tokens=10, free=1000) == 90
