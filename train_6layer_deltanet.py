@@ -879,7 +879,7 @@ class DeltaNetStudent(PreTrainedModel):
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
         """`encode` with this model; the tokenizer is by default the one saved beside it, the length what it was trained on."""
         options.setdefault("max_length", getattr(self.config, "max_seq_length", 128))
-        return encode(self, tokenizer or AutoTokenizer.from_pretrained(self.name_or_path), sentences, **options)
+        return encode(self, tokenizer or AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=True), sentences, **options)
 
 
 def state_overlap(state: Tensor) -> Tensor:
