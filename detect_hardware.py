@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertModel
 
-from train_6layer_deltanet import Trainer, UserError, build_optimizer, build_student, config, parse_value
+from train_6layer_deltanet import Teacher, Trainer, UserError, build_optimizer, build_student, config, parse_value
 
 PARTS = (1, 2, 4, 8)
 USABLE = 0.9  # share of the memory that a training can have: the rest is the driver's, libraries' and fragmentation
@@ -66,11 +66,11 @@ def find_hardware() -> dict[str, Any]:
                 "free_gib": sizes.get("MemAvailable")}}
 
 
-def random_teacher(cfg: dict[str, Any]) -> BertModel:
+def random_teacher(cfg: dict[str, Any]) -> Teacher:
     """A BERT of the teacher's shapes with random weights: memory and speed do not depend on the values."""
     d = cfg["d_model"]
     shapes = BertConfig(hidden_size=d, num_hidden_layers=cfg["num_layers"], num_attention_heads=12, intermediate_size=4 * d)
-    return BertModel(shapes, add_pooling_layer=False).eval().requires_grad_(False)
+    return Teacher(BertModel(shapes, add_pooling_layer=False))
 
 
 def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[str, float]:
