@@ -109,8 +109,14 @@ def refuse_worse(folder: Path, record_name: str, weights: str, info: dict[str, A
 
 def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, Any], chosen: str) -> str:
     """README.md of a saved folder: how to load, scores and how they came about, architecture, data, limits, licence."""
-    total, c = sum(p.numel() for p in student.parameters()), student.config
-    trained = sum(t.numel() for t in trainable_state(student).values())
+    sizes = {name: p.numel() for name, p in student.named_parameters() if name != "projection"}
+    total, trained = sum(sizes.values()), sum(sizes.get(name, 0) for name in trainable_state(student))
+    c, own = student.config, student.word_embeddings.weight.requires_grad
+    width = student.projection.shape[0] if cfg["keep_projection"] and hasattr(student, "projection") else c.d_model
+    origin, usual = cfg["teacher_model"], cfg["teacher_model"] == config["teacher_model"]
+    base = "" if Path(origin).is_dir() else f"base_model: {origin}\n"
+    licence = "Apache-2.0, as the teacher, whose weights it contains." if usual else \
+        "Its teacher's, whose weights it contains, is to be looked up; the code is under Apache-2.0."
     teacher = info["teacher"] or {}
     name = "STS-B" if info["evaluation"] == "stsb" else info["evaluation"]
     rows = "".join(f"| {name} {key.replace('_', ', ', 1).replace('_', ' ')} | {value:.4f} | "
@@ -131,14 +137,13 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
     parts = [f"{key.replace('_', ' ')}: {'yes' if getattr(c, key) else 'no'}" for key in ARCHITECTURE_KEYS[3:]]
     return f"""---
 language: en
-license: apache-2.0
+license: {'apache-2.0' if usual else 'other'}
 {CARD_MARK}
 pipeline_tag: sentence-similarity
-base_model: {cfg['teacher_model'] if not Path(cfg['teacher_model']).is_dir() else config['teacher_model']}
-tags: [sentence-transformers, feature-extraction, linear-attention, deltanet]
+{base}tags: [sentence-transformers, feature-extraction, linear-attention, deltanet]
 ---
 
-# Hierarchical DeltaNet distilled from all-MiniLM-L6-v2
+# Hierarchical DeltaNet distilled from {Path(origin).name}
 
 A sentence encoder without attention: {c.num_layers} layers of a delta-rule recurrence, time linear in the text's length.
 
@@ -147,7 +152,7 @@ A sentence encoder without attention: {c.num_layers} layers of a delta-rule recu
 ```python
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("FOLDER", trust_remote_code=True)
-vectors = model.encode(["A man is eating food.", "Somebody eats a meal."])  # unit length, {c.d_model} numbers each
+vectors = model.encode(["A man is eating food.", "Somebody eats a meal."])  # unit length, {width} numbers each
 ```
 
 With transformers alone: `AutoModel.from_pretrained("FOLDER", trust_remote_code=True)` and
@@ -161,7 +166,7 @@ the real tokens, scaled to unit length. Needs PyTorch 2.6 or newer; the code tha
 
 ## Architecture
 
-{total:,} parameters, {trained:,} of them trained ({'the embeddings too' if cfg['train_embeddings'] else 'the embeddings are the teacher’s'}).
+{total:,} parameters, {trained:,} of them trained ({'the embeddings too' if own else 'the embeddings are the teacher’s'}).
 Width {c.d_model}, {c.num_heads} heads, FFN {c.ffn_size}; {', '.join(parts)}.
 {start}. Trained to {info['step']} of
 {cfg['total_steps']} steps of {cfg['batch_size']} pairs, seed {cfg['seed']}; every setting is in `training_config.json`.
@@ -178,7 +183,7 @@ teacher's and the data's view of people is copied too.
 
 ## Licence
 
-Apache-2.0, as the teacher, whose weights it contains. The training data have licences of their own, and
+{licence} The training data have licences of their own, and
 some of the sources named above are for non-commercial or research use only: look there before a use that is not research.
 """
 
@@ -683,6 +688,7 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     chosen = info.get("chosen") or chosen
     info["scores"] = {} if args.average else measured_scores(info)  # an average's are not known yet
     home, split = Path(info["file"]).parent, cfg["best_model_split"]
+    cfg["keep_projection"] |= args.keep_projection
     folder = Path(args.export_trained or args.output_dir or (args.run_dir if info["kind"] == "export" else home))
     if info["kind"] == "export" and folder.resolve() == home.resolve():
         raise UserError(f"{folder}: holds the export itself; choose another --output_dir")
@@ -694,6 +700,9 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{card}: is not a model card; choose another --output_dir, or --force")
     teacher, tokenizer, _ = load_teacher(cfg | ({"teacher_model": args.teacher_model} if args.teacher_model else {}))
     student = student_from(state, cfg, info["file"], teacher)
+    wide = cfg["keep_projection"] and hasattr(student, "projection")
+    if wide and "projection" not in state:
+        raise UserError(f"{info['file']}: was saved without the map to its teacher's width; give a checkpoint")
     if args.average:
         chosen = average(args, student, cfg, info, teacher)
     record = {"step": info["step"], "evaluation": info["evaluation"], **info["scores"], "best_model_split": split,
@@ -716,6 +725,9 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
         if lock:
             lock.release()
     if args.onnx or args.int8:
+        if wide:
+            print(f"note: {onnx.parent}: gives {cfg['d_model']} numbers; the map to the teacher's width is 2_Dense",
+                  file=sys.stderr)
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 result["onnx"] = export_onnx(student, onnx, Path(scratch))
@@ -741,6 +753,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--onnx", action="store_true", help="also write onnx/model.onnx, checked with onnxruntime")
     parser.add_argument("--int8", action="store_true", help="also write onnx/model_qint8.onnx, and onnx/model.onnx")
     parser.add_argument("--data_dir", help="folder with sts/stsb-dev.tsv.gz for --int8 (default: the training's)")
+    parser.add_argument("--keep_projection", action="store_true", help="also save the map to a wider teacher's width")
     parser.add_argument("--force", action="store_true", help="overwrite a better model")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     args = parser.parse_args(argv)

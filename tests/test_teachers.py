@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
+import save_best_checkpoint
 import train_6layer_deltanet as script
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed (requirements-eval.txt)")
@@ -255,3 +256,26 @@ def test_whole_run_resume_and_saved_model(name, few, tmp_path):
         np.testing.assert_allclose(vectors @ vectors.T, own @ own.T, atol=1e-5)
     assert "projection" not in torch.load(final / "pytorch_model.bin", weights_only=True)
     assert (final / "2_Dense").exists() == kept
+
+
+def test_saving_the_map_of_a_wider_teacher_afterwards(tmp_path, capsys):
+    folder = make_teacher(tmp_path / "teacher", width=48)
+    cfg = small(folder, data_dir=str(tmp_path))
+    teacher, tokenizer, _ = script.load_teacher(cfg)
+    student = script.build_student(cfg, teacher)
+    (tmp_path / "run").mkdir()
+    path = script.save_checkpoint(tmp_path / "run", 3, student, script.build_optimizer(student, cfg), cfg, {}, {}, {})
+    for name, options, width in (("own", (), 32), ("wide", ("--keep_projection",), 48)):
+        assert save_best_checkpoint.main([str(path), "--output_dir", str(tmp_path / name), *options]) == 0
+        vectors = SentenceTransformer(str(tmp_path / name), trust_remote_code=True, device="cpu").encode(TEXTS)
+        assert vectors.shape[1] == width
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"{width} numbers each" in card and "distilled from teacher" in card and "MiniLM" not in card
+    assert save_best_checkpoint.main([str(tmp_path / "own"), "--output_dir", str(tmp_path / "late"), "--keep_projection"]) == 2
+    assert "without the map" in capsys.readouterr().err
+    compact = tmp_path / "compact"
+    assert save_best_checkpoint.main([str(path), "--export_trained", str(compact)]) == 0
+    found = script.open_student(compact, teacher)[0]
+    own = [torch.from_numpy(script.encode(model, tokenizer, TEXTS)) for model in (student, found)]
+    wide = [script.widening(model)(x).detach() for model, x in zip((student, found), own)]
+    torch.testing.assert_close(*wide, atol=0.01, rtol=0.01)  # float16
