@@ -1078,11 +1078,12 @@ def load_teacher(cfg: dict[str, Any]) -> tuple[Teacher, Any, str]:
     for fine, fault in (
             (alike, f"is a {shapes.model_type} model; one like BERT is needed: {', '.join(BERT_LIKE)}"),
             (tokenizer.is_fast, "has no fast tokenizer"),
-            (len(empty) == 2 and [text[0], text[-1]] == empty, "its tokenizer does not put texts between two tokens"),
+            (len(empty) == 2 and text[:1] + text[-1:] == empty, "its tokenizer does not put texts between two tokens"),
             (getattr(shapes, "hidden_act", "gelu") == "gelu", "its activation is not gelu, as the student's"),
             (mode in ("mean", "cls"), f"its pooling is {mode}; mean or cls is needed"),
             (not surplus, f"has a module {surplus} besides {', '.join(sorted(steps))}, whose effect is not copied"),
-            (prompted == [text[0], *ids, *text[1:]], f"its prompt {prompt!r} is not made of whole tokens"),
+            (prompted == text[:1] + ids + text[1:], f"its prompt {prompt!r} is not made of whole tokens"),
+            (2 * len(ids) + 32 <= getattr(shapes, "max_position_embeddings", 512), "its prompt leaves no room for texts"),
             (not ids or pooling.get("include_prompt", True), f"leaves its prompt {prompt!r} out of its pooling")):
         if not fine:
             raise UserError(f"{where}: {fault}")
@@ -2360,7 +2361,7 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
     trained = read_record(folder / "training_config.json") or read_record(folder / "run.json").get("config", {})
     cfg = recorded_config(trained | saved, folder / "config.json")
     if cfg["keep_projection"] and (dense := folder / "2_Dense" / "model.safetensors").is_file():
-        state["projection"] = load_tensors(dense)["linear.weight"]
+        state["projection"] = load_tensors(dense).get("linear.weight", torch.empty(0))
     if record.get("sha256", info["sha256"]) != info["sha256"]:
         raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
     return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),

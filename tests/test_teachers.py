@@ -96,6 +96,25 @@ def test_older_pooling_configs_and_none_are_read(tmp_path):
     assert not script.load_teacher(small(str(folder)))[0].cls
 
 
+def test_a_cache_without_modules_json_is_completed_from_the_hub(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (tmp_path / "model.safetensors").touch()
+    reachable = False
+
+    def snapshot_download(name, local_files_only, **_):
+        if not local_files_only:
+            if not reachable:
+                raise OSError("no network")
+            (tmp_path / "modules.json").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert script.find_teacher("some/teacher") == (tmp_path, "hub cache, some/teacher")
+    reachable = True
+    assert script.find_teacher("some/teacher") == (tmp_path, "hub, some/teacher")
+    assert script.find_teacher("some/teacher") == (tmp_path, "hub cache, some/teacher")
+
+
 @pytest.mark.parametrize("options", [
     {"pooling": "cls"}, {"prompt": "query: "}, {"pooling": "cls", "prompt": "query: "}])
 def test_long_texts_are_read_by_windows_with_the_prompt_in_each(options, tmp_path):
@@ -127,6 +146,7 @@ FAULTS = {  # how the teacher is made, what is then written into its config.json
     "layers": ({"layers": 3}, {}, "num_layers a divisor"),
     "narrow": ({"width": 16}, {}, "d_model must be at most"),
     "prompt": ({"prompt": "quer"}, {}, "not made of whole tokens"),
+    "long prompt": ({"prompt": "query: " * 20}, {}, "leaves no room"),
     "prompt left out": ({"prompt": "query: ", "include_prompt": False}, {}, "out of its pooling"),
     "dense": ({"dense": True}, {}, "has a module Dense"),
     "activation": ({}, {"hidden_act": "relu"}, "not gelu"),
@@ -271,7 +291,8 @@ def test_saving_the_map_of_a_wider_teacher_afterwards(tmp_path, capsys):
         assert vectors.shape[1] == width
         card = (tmp_path / name / "README.md").read_text()
         assert f"{width} numbers each" in card and "distilled from teacher" in card and "MiniLM" not in card
-    assert save_best_checkpoint.main([str(tmp_path / "own"), "--output_dir", str(tmp_path / "late"), "--keep_projection"]) == 2
+    late = ["--output_dir", str(tmp_path / "late"), "--keep_projection"]
+    assert save_best_checkpoint.main([str(tmp_path / "own"), *late]) == 2
     assert "without the map" in capsys.readouterr().err
     compact = tmp_path / "compact"
     assert save_best_checkpoint.main([str(path), "--export_trained", str(compact)]) == 0
