@@ -26,7 +26,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
-from train_6layer_deltanet import MicroBatch, Trainer, UserError, build_optimizer, build_student, config, run_helper
+from train_6layer_deltanet import (MicroBatch, Teacher, Trainer, UserError, build_optimizer, build_student, config,
+                                   run_helper)
 
 PARTS = (1, 2, 4, 8)
 # GiB that CUDA reports, dense TFLOP/s in TF32 and in bf16, GB/s: from NVIDIA's data sheets (A100 and H100: SXM, 80 GB).
@@ -77,11 +78,11 @@ def find_hardware() -> dict[str, Any]:
                 "free_gib": sizes.get("MemAvailable")}}
 
 
-def random_teacher(cfg: dict[str, Any]) -> BertModel:
+def random_teacher(cfg: dict[str, Any]) -> Teacher:
     """A BERT of the teacher's shapes with random weights: memory and speed do not depend on the values."""
     shapes = BertConfig(hidden_size=cfg["d_model"], intermediate_size=4 * cfg["d_model"],
                         num_hidden_layers=cfg["num_layers"], num_attention_heads=cfg["num_heads"])
-    return BertModel(shapes, add_pooling_layer=False).eval().requires_grad_(False)
+    return Teacher(BertModel(shapes, add_pooling_layer=False))
 
 
 def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[str, float]:

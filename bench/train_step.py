@@ -55,13 +55,13 @@ Batch = list[script.MicroBatch]
 class AttentionStudent(nn.Module):
     """The teacher's architecture as a student: what `Trainer`, `build_optimizer` and the losses ask of one."""
 
-    def __init__(self, cfg: dict[str, Any], teacher: BertModel):
+    def __init__(self, cfg: dict[str, Any], teacher: script.Teacher):
         super().__init__()
         self.config = type(teacher.config).from_dict(teacher.config.to_dict() | {
             "hidden_dropout_prob": cfg["dropout"], "attention_probs_dropout_prob": cfg["dropout"]})
         torch.manual_seed(cfg["seed"])
         self.bert = BertModel(self.config, add_pooling_layer=False)
-        self.bert.embeddings.load_state_dict(teacher.embeddings.state_dict())
+        self.bert.embeddings.load_state_dict(teacher.model.embeddings.state_dict())
         self.bert.embeddings.requires_grad_(cfg["train_embeddings"])
         self.deltanet_layers = [SimpleNamespace(projections=lambda a=layer.attention: [
             x.weight for x in (a.self.query, a.self.key, a.self.value, a.output.dense)]) for layer in self.bert.encoder.layer]
@@ -77,7 +77,7 @@ class AttentionStudent(nn.Module):
 class Loop:
     """One student in training; a call is what `Run.optimise` does with a batch."""
 
-    def __init__(self, student: nn.Module, teacher: BertModel, cfg: dict[str, Any]):
+    def __init__(self, student: nn.Module, teacher: script.Teacher, cfg: dict[str, Any]):
         self.student, self.cfg = student.to(next(teacher.parameters()).device).train(), cfg
         self.trainer, self.optimizer = script.Trainer(self.student, teacher, cfg), script.build_optimizer(self.student, cfg)
         self.before_optimiser: Callable[[], None] = lambda: None
@@ -90,7 +90,7 @@ class Loop:
         script.update(self.optimizer, values.values(), 1e-9, cfg["gradient_clip"], self.trainer.processes)  # without leaving the start
 
 
-def make_loop(kind: str, cfg: dict[str, Any], teacher: BertModel) -> Loop:
+def make_loop(kind: str, cfg: dict[str, Any], teacher: script.Teacher) -> Loop:
     """The student, `attention`, or the student by the sequential `reference`."""
     if kind == "attention":
         return Loop(AttentionStudent(cfg, teacher), teacher, cfg)
@@ -206,7 +206,7 @@ def step_parts(loop: Loop, batches: list[Batch]) -> Counter:
 class Floor:
     """The matrix products of a step, to be run on memory of the right shapes; nothing is allocated when they run."""
 
-    def __init__(self, cfg: dict[str, Any], teacher: BertModel, student: script.DeltaNetStudent):
+    def __init__(self, cfg: dict[str, Any], teacher: script.Teacher, student: script.DeltaNetStudent):
         self.cfg, self.teacher, self.student, self.device = cfg, teacher.config, student.config, next(teacher.parameters()).device
         self.dtype = torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32
         self.memory: dict[Any, Tensor] = {}
@@ -271,7 +271,7 @@ def padded_tokens(batch: Batch) -> int:
     return sum(ids.numel() for micro in batch for ids, _ in micro.groups)
 
 
-def measured(name: str, cfg: dict[str, Any], batches: list[Batch], largest: Batch, teacher: BertModel, repeats: int,
+def measured(name: str, cfg: dict[str, Any], batches: list[Batch], largest: Batch, teacher: nn.Module, repeats: int,
              memory: bool) -> dict[str, Any]:
     """One row: the student, the attention student and the floor on the same batches."""
     note(f"{name}, {cfg['precision']}: {len(batches)} batches of {sizes(batches)['pairs'] / len(batches):.0f} pairs")

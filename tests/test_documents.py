@@ -68,7 +68,7 @@ def test_teacher_states_of_a_batch_are_those_of_each_text_window_by_window(model
         starts = [None] if n <= 512 else [*range(1, n - 255, 127), n - 255]
         for start in starts:
             window = text if start is None else [101, *text[start:start + 254], 102]
-            states = teacher(torch.tensor([window]), output_hidden_states=True).hidden_states[1:]
+            states = teacher.model(torch.tensor([window]), output_hidden_states=True).hidden_states[1:]
             for at in range(len(window)):
                 token = at if start is None else {0: 0, 255: n - 1}.get(at, start + at - 1)
                 if start is not None and at in (0, 255):  # [CLS] of the first window, [SEP] of the last

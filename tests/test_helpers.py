@@ -180,7 +180,7 @@ def test_names_are_looked_up_and_the_card_says_how_it_was_chosen(copy, tmp_path)
         assert json.loads((folder / "scores.json").read_text())["step"] == step
         card = (folder / "README.md").read_text()
         assert f"Checkpoint of step {step};" in card and f"{scores[step]:.4f}" in card
-        for word in ("## Load", "## Data", "## Limits", "## Licence", "## Architecture", "license: apache-2.0"):
+        for word in ("## Load", "## Data", "## Limits", "## Licence", "## Architecture", "license: other"):
             assert word in card
         assert str(tmp_path) not in card.split("## Scores")[0].split("base_model")[0]
     assert "highest validation Spearman" in (tmp_path / "best" / "README.md").read_text()

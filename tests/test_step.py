@@ -30,8 +30,8 @@ def setting(device: str = "cpu", **changes: Any) -> tuple[script.Trainer, torch.
     """A trainer of a small student with dropout, its optimiser, and a batch with padding and hard negatives of its sources."""
     cfg = script.check_config(script.config | {"d_model": 32, "num_heads": 2, "num_layers": 2, "batch_size": 6, "max_length": 12, **changes})
     torch.manual_seed(0)
-    teacher = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64), add_pooling_layer=False)
-    teacher.eval().requires_grad_(False).to(device)
+    shapes = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    teacher = script.Teacher(BertModel(shapes, add_pooling_layer=False)).to(device)
     trainer = script.Trainer(script.build_student(cfg, teacher).to(device).train(), teacher, cfg)
     trainer.distances = torch.zeros(2, 3, dtype=torch.float64, device=device)
     batch = make_batch(cfg)

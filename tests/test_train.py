@@ -90,8 +90,9 @@ def test_initial_projections_are_orthogonal_and_retentions_at_their_start():
 def test_student_copies_the_teacher(teacher_and_tokenizer):
     teacher, _ = teacher_and_tokenizer
     student = script.build_student(small_config(), teacher)
-    torch.testing.assert_close(student.word_embeddings.weight, teacher.embeddings.word_embeddings.weight)
-    torch.testing.assert_close(student.deltanet_ffns[3].up.weight, teacher.encoder.layer[3].intermediate.dense.weight)
+    bert = teacher.model
+    torch.testing.assert_close(student.word_embeddings.weight, bert.embeddings.word_embeddings.weight)
+    torch.testing.assert_close(student.deltanet_ffns[3].up.weight, bert.encoder.layer[3].intermediate.dense.weight)
     trained = script.trainable_state(student)
     assert not any("embedding" in name for name in trained)
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
@@ -136,8 +137,8 @@ def test_embeddings_do_not_depend_on_padding_or_batch_mates(teacher_and_tokenize
 def compilable():
     """A small student and teacher, batches, and a function that gives all their outputs and gradients."""
     from transformers import BertConfig, BertModel
-    teacher = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64),
-                        add_pooling_layer=False).eval()
+    teacher = script.Teacher(BertModel(BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64), add_pooling_layer=False))
     cfg = small_config(d_model=32, num_heads=4, num_layers=3, compile="true")
     student = script.build_student(cfg, teacher).train()
     batches = [(torch.randint(1000, 2000, (n, t)), torch.ones(n, t, dtype=torch.long)) for n, t in ((3, 9), (5, 24), (2, 100), (1, 9))]
@@ -565,14 +566,14 @@ def test_teacher_cache_gives_the_same_and_spares_the_teacher(generated, tiny_tea
     assert len(files) == 3
     again, data = tiny_trainer(generated, tiny_teacher, teacher_cache=str(tmp_path))
     assert again.cache == trainer.cache
-    again.teacher.forward = lambda *_, **__: pytest.fail("the teacher was asked")
+    again.teacher.model.forward = lambda *_, **__: pytest.fail("the teacher was asked")
     second = gradients(again, data)
     plain, data = tiny_trainer(generated, tiny_teacher)
     for name, gradient in gradients(plain, data).items():
         assert torch.equal(first[name], second[name])
         assert (first[name] - gradient).norm() < 0.02 * gradient.norm() + 1e-5, name  # float16 targets
-    asked, real = [], again.teacher.__class__.forward
-    again.teacher.forward = lambda *args, **kwargs: asked.append(1) or real(again.teacher, *args, **kwargs)
+    asked, real = [], again.teacher.model.__class__.forward
+    again.teacher.model.forward = lambda *args, **kwargs: asked.append(1) or real(again.teacher.model, *args, **kwargs)
     files[0].write_bytes(files[0].read_bytes()[:100])  # damaged: asked again, and kept again
     for name, gradient in gradients(again, data).items():
         assert torch.equal(first[name], gradient) and asked
