@@ -142,7 +142,7 @@ def test_saved_folder_without_numba_says_once_that_it_is_slower(tiny_run, tmp_pa
         model = AutoModel.from_pretrained(folder, trust_remote_code=True)
         found = model.encode(["A man eats.", "It rains."])
         np.save(out, model.encode(["A man eats.", "It rains."]))"""
-    done = forked.run("-c", tiny_run, tmp_path / "out.npy", code=code, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_run), str(tmp_path / "out.npy")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("several times slower") == 1, done.stderr
     student, tokenizer, _ = opened(tiny_run)
     assert np.abs(np.load(tmp_path / "out.npy") - script.encode(student, tokenizer, ["A man eats.", "It rains."])).max() < 1e-5
