@@ -142,7 +142,8 @@ if __name__ == "__main__":
     figure = plt.figure()
     figure.add_subplot(xlabel="step")
     figure.savefig(io.BytesIO()), plt.close(figure)  # fonts are read
-    if kernel := kill_soak.script.load_kernel():
+    kernel = kill_soak.script.load_kernel()
+    if "cpu" in kernel.DEVICES:
         with torch.no_grad():  # its machine code too; a backward pass here would forbid those of the forked processes
             kernel.hierarchical_mixer(*kill_soak.script.mixer_example(torch.device("cpu")))
             kernel.gelu(torch.randn(2, 16), torch.randn(16), torch.empty(2, 16))

@@ -30,7 +30,7 @@ import test_mteb_local
 import train_6layer_deltanet as script
 from forked import ROOT
 
-MUTATIONS = [range(100), pytest.param(range(100, 500), marks=pytest.mark.slow)]  # numbers
+MUTATIONS = 500
 scan_checkpoints.__test__ = test_mteb_local.__test__ = False  # scripts, not tests
 
 
@@ -171,7 +171,7 @@ def one_line(error: Exception, path: Path) -> None:
     assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 1000, str(error)
 
 
-@pytest.mark.parametrize("numbers", MUTATIONS)
+@pytest.mark.parametrize("numbers", [range(100), pytest.param(range(100, MUTATIONS), marks=pytest.mark.slow)])
 def test_mutated_checkpoints_through_the_loaders(tiny, tmp_path, numbers):
     """Refused by the commit mark; signed again, refused by the loaders or loaded whole. Memory stays bounded."""
     before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
@@ -329,11 +329,10 @@ def mutate_pairs(path: Path, number: int, good: list[bytes]) -> tuple[str, int |
     return kind, 0
 
 
-@pytest.mark.parametrize("numbers", MUTATIONS)
-def test_mutated_pairs(tiny, tmp_path, numbers):
+def test_mutated_pairs(tiny, tmp_path):
     path, folder = tmp_path / "pairs.jsonl.gz", tmp_path / "cache" / "pairs"
     good = [json.dumps([kill_soak.sentence(random.Random(i)) for _ in range(2 + i % 2)]).encode() for i in range(40)]
-    for number in numbers:
+    for number in range(MUTATIONS):
         kind, line = mutate_pairs(path, number, good)
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -388,14 +387,13 @@ def mutate_sts(path: Path, number: int, good: list[str]) -> tuple[str, int | Non
     return kind, at + 1 if named else None if kind == "bit flips" else 0
 
 
-@pytest.mark.parametrize("numbers", MUTATIONS)
-def test_mutated_sts(few_sts_rows, tmp_path, numbers):
+def test_mutated_sts(few_sts_rows, tmp_path):
     cfg = script.config | {"data_dir": str(tmp_path)}
     path = tmp_path / "sts" / "stsb-test.tsv.gz"
     path.parent.mkdir()
     rng = random.Random(0)
     good = [f"{kill_soak.sentence(rng)}\t{kill_soak.sentence(rng)}\t{rng.uniform(0, 5):.2f}" for _ in range(script.STS_ROWS["test"])]
-    for number in numbers:
+    for number in range(MUTATIONS):
         kind, line = mutate_sts(path, number, good)
         try:
             rows = script.load_sts(cfg, "test")

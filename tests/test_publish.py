@@ -28,7 +28,7 @@ import train_6layer_deltanet as script  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> dict[str, Any]:
+def tiny(tmp_path_factory, few_sts_rows) -> dict[str, Any]:
     """Config overrides of a tiny run of 4 steps."""
     changes = {"total_steps": 4, "save_interval": 2, "log_interval": 1, "eval_interval": 2}
     return kill_soak.make_tiny(tmp_path_factory.mktemp("tiny")) | changes
