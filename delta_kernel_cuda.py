@@ -421,8 +421,9 @@ def _backward_output_kernel(
         x, w = _delta_matrices(q, k, beta, C, LOG2_C, PRECISION)
         a = w * beta[None, :]
         here = position < T
-        rows = work_ptr + n * T * (4 * K) + position[:, None] * (4 * K) + channel[None, :]
-        o = _dot(c * a, v, PRECISION)
+        rows = work_ptr + n * T * (4 * K) + _anchor(position)[:, None] * (4 * K) + channel[None, :]
+        ca = c * a
+        o = tl.full((C, K), 0.0, dtype=tl.float32)
         if CARRY:
             _store_state(states_ptr + chunk * (2 * K * K), s_f, K)
             _store_state(states_ptr + chunk * (2 * K * K) + K * K, s_s, K)
@@ -439,15 +440,17 @@ def _backward_output_kernel(
             tl.store(whole_ptr + chunk * 4 + 3, l_ss)
             o += u_f[:, None] * _dot(q_tilde, s_f, PRECISION)
             o += u_s[:, None] * _dot(q_tilde, s_s, PRECISION)
-            s_f, s_s = l_ff * s_f + l_fs * s_s, l_sf * s_f + l_ss * s_s
-            s_f += _dot(tl.trans(k_tilde), past_f[:, None] * v - _dot(k, s_f, PRECISION), PRECISION)
-            s_s += _dot(tl.trans(k_tilde), past_s[:, None] * v - _dot(k, s_s, PRECISION), PRECISION)
+        o += _dot(ca, v, PRECISION)
         scale = tl.rsqrt(tl.sum(o * o, axis=1) / K + 1e-6)
         o *= scale[:, None]
         do = _load_rows(do_ptr + (n // H) * T * (H * K) + h * K, token, inside, H * K, K)
         tl.store(dnorm_ptr + (n * CHUNKS + chunk) * K + channel, tl.sum(do * o, axis=0))
         do *= tl.load(norm_ptr + h * K + channel)[None, :]
         tl.store(rows, scale[:, None] * (do - o * (tl.sum(do * o, axis=1) / K)[:, None]), mask=here[:, None])
+        if CARRY:
+            s_f, s_s = l_ff * s_f + l_fs * s_s, l_sf * s_f + l_ss * s_s
+            s_f += _dot(tl.trans(k_tilde), past_f[:, None] * v - _dot(k, s_f, PRECISION), PRECISION)
+            s_s += _dot(tl.trans(k_tilde), past_s[:, None] * v - _dot(k, s_s, PRECISION), PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "CHUNKS"])
@@ -521,8 +524,8 @@ def _backward_chunk_kernel(
     work_ptr += n * T * (4 * K)
     dpsi_ptr += n * T
     if CARRY:
-        states_ptr += (n * CHUNKS + chunk) * (2 * K * K)
-        dstates_ptr += (n * CHUNKS + chunk) * (2 * K * K)
+        states_ptr += n * CHUNKS * (2 * K * K)
+        dstates_ptr += n * CHUNKS * (2 * K * K)
     row = tl.arange(0, C)[:, None]
     col = tl.arange(0, C)[None, :]
     channel = tl.arange(0, K)
@@ -577,18 +580,14 @@ def _backward_chunk_kernel(
     own = _entry(dc, row == col, 1)
 
     if CARRY:
-        s_f = _load_state(states_ptr, K)
-        s_s = _load_state(states_ptr + K * K, K)
-        ds_f = _load_state(dstates_ptr, K)
-        ds_s = _load_state(dstates_ptr + K * K, K)
         u_f = to_f * before_ff + to_s * before_sf
         u_s = to_f * before_fs + to_s * before_ss
         q_tilde = q - _dot(a, k, PRECISION)
         # The output's part that reads the state carried in, sum_a u[:, a] * (q_tilde S_0[a]).
-        from_f = _dot(do, tl.trans(s_f), PRECISION)
+        from_f = _dot(do, tl.trans(_load_state(states_ptr + _anchor(chunk) * (2 * K * K), K)), PRECISION)
         du_f = tl.sum(q_tilde * from_f, axis=1)
         dq = u_f[:, None] * from_f
-        from_s = _dot(do, tl.trans(s_s), PRECISION)
+        from_s = _dot(do, tl.trans(_load_state(states_ptr + _anchor(chunk) * (2 * K * K) + K * K, K)), PRECISION)
         du_s = tl.sum(q_tilde * from_s, axis=1)
         dq += u_s[:, None] * from_s
         da -= _dot(dq, tl.trans(k), PRECISION)
@@ -598,11 +597,15 @@ def _backward_chunk_kernel(
         k_tilde = beta[:, None] * kx
         past_f = (after_ff + after_fs)[:, None]
         past_s = (after_sf + after_ss)[:, None]
+        ds_f = _load_state(dstates_ptr + _anchor(chunk) * (2 * K * K), K)
+        ds_s = _load_state(dstates_ptr + _anchor(chunk) * (2 * K * K) + K * K, K)
         dz_f = _dot(k_tilde, ds_f, PRECISION)
         dz_s = _dot(k_tilde, ds_s, PRECISION)
-        dv += past_f * dz_f + past_s * dz_s
+        tl.store(rows + 2 * K, dv + past_f * dz_f + past_s * dz_s, mask=here)
         dpast_f = tl.sum(dz_f * v, axis=1)
         dpast_s = tl.sum(dz_s * v, axis=1)
+        s_f = _load_state(states_ptr + _anchor(chunk) * (2 * K * K), K)
+        s_s = _load_state(states_ptr + _anchor(chunk) * (2 * K * K) + K * K, K)
         mix = l_ff * s_f + l_fs * s_s
         dk_tilde = _dot(past_f * v - _dot(k, mix, PRECISION), tl.trans(ds_f), PRECISION)
         dk -= _dot(dz_f, tl.trans(mix), PRECISION)
@@ -633,6 +636,7 @@ def _backward_chunk_kernel(
         dm_sf = tl.sum(de_s * e_f, axis=1) + from_sf * before_ff + from_ss * before_fs
         dm_ss = tl.sum(de_s * e_s, axis=1) + from_sf * before_sf + from_ss * before_ss
     else:
+        tl.store(rows + 2 * K, dv, mask=here)
         dq = tl.full((C, K), 0.0, dtype=tl.float32)
         dk = tl.full((C, K), 0.0, dtype=tl.float32)
         dn = tl.full((C, C), 0.0, dtype=tl.float32)
@@ -641,7 +645,6 @@ def _backward_chunk_kernel(
         dm_fs = tl.sum(de_f * e_s, axis=1)
         dm_sf = tl.sum(de_s * e_f, axis=1)
         dm_ss = tl.sum(de_s * e_s, axis=1)
-    tl.store(rows + 2 * K, dv, mask=here)
 
     dr_f = own + m_ff * dread_f + m_fs * dread_s
     dr_s = own + m_sf * dread_f + m_ss * dread_s
@@ -856,7 +859,7 @@ def _arguments(proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list
     Those are of the kernels that read rows of proj, and of those that prepare all of a chunk.
     """
     if not (proj.is_cuda or INTERPRETED.value):
-        raise ValueError(f"tensors on {proj.device}: CUDA kernels take them only with TRITON_INTERPRET=1, set before their import")
+        raise ValueError(f"tensors on {proj.device}: CUDA kernels take them only with TRITON_INTERPRET=1 set at their import")
     H, K = parameters[-1].shape
     convolution, flux, coupling, hierarchical, read_gates = switches
     masks = [proj if m is None else m.contiguous().view(torch.uint8) for m in (mask, keep)]
