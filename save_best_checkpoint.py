@@ -355,14 +355,14 @@ class OnnxGraph:
         return self.Split(x, axis=axis, num_outputs=2, outputs=2)
 
 
-BLOCK, MERGES = 16, 2  # tokens of a block at most; a chunk of a longer text is up to 2**MERGES blocks
+BLOCK, MERGES = 16, 3  # tokens of a block at most; a text of up to 2**MERGES blocks is one chunk, chunks of others are 4
 SIZES = [1 << bit for bit in range(BLOCK.bit_length() - 1)]  # 1, 2, 4, ... BLOCK / 2
 
 
 class StudentGraph(OnnxGraph):
     """The student's ONNX graph: the parallel form of `chunk_hierarchical_delta_rule`, of standard operators (opset 23).
 
-    A text is cut into equal blocks of at most BLOCK tokens: one, or chunks of 2 or 4. Attention inside a block comes
+    A text is cut into equal blocks of at most BLOCK tokens: 1, 2, 4 or 8, or chunks of 4. Attention inside a block comes
     from block substitution, neighbouring blocks are merged to a chunk, and only the states of chunks go through a Scan.
     Every head reads its tokens left to right: a Gather turns time around behind the convolution. Sequences lie as
     (chunks, B, H, blocks, C, K), C tokens of a block; scalars of a token as (BLOCK, N), N = chunks * B * H * blocks.
@@ -419,6 +419,7 @@ class StudentGraph(OnnxGraph):
         self.blocks = self.constant([1])
         for merge in range(MERGES):
             self.blocks = self.Where(self.Greater(self.length, [BLOCK << merge]), [2 << merge], self.blocks)
+        self.blocks = self.Where(self.Greater(self.length, [BLOCK << MERGES]), [4], self.blocks)
         self.chunks = up(self.length, self.Mul(self.blocks, [BLOCK]))
         self.tokens = up(self.length, self.Mul(self.chunks, self.blocks))  # C
         self.one_block, self.one_chunk = (number(self.Equal(x, [1])) for x in (self.blocks, self.chunks))
@@ -609,7 +610,8 @@ class StudentGraph(OnnxGraph):
         across = self.MatMul(q2, end1)
         o2 = self.Add(second("o"), self.MatMul(self.Mul(across, self.MatMul(left2, right1)), first("v")))
         own = lambda g: g.Concat(first("o", g), o2, axis=5)  # noqa: E731
-        last = 2 * count == 2 ** MERGES
+        if 2 * count == 2 ** MERGES:
+            return own(self)
 
         def further(g: Any) -> str:
             k1, m1 = first("k", g), first("whole", g)
@@ -619,9 +621,11 @@ class StudentGraph(OnnxGraph):
                    "end": g.Concat(g.Sub(end1, g.MatMul(end2, g.MatMul(k2, end1))), end2, axis=6),
                    "left": g.Concat(first("left", g), g.MatMul(left2, m1), axis=5),
                    "right": g.Concat(g.MatMul(m2, right1), second("right", g), axis=6), "whole": g.MatMul(m2, m1)}
-            return g.scan(new, g.Mul(size, [2])) if last else g.merge(new, 2 * count)
+            if count == 1:
+                return g.merge(new, 2)
+            return g.choose(g.one_chunk, lambda h: h.merge(new, 2 * count), lambda h: h.scan(new, h.Mul(size, [2])))
 
-        done = self.one_chunk if last else self.Squeeze(self.Equal(self.blocks, [2 * count]), [0])
+        done = self.And(self.one_chunk, self.Squeeze(self.Equal(self.blocks, [2 * count]), [0]))
         return self.choose(done, own, further)
 
     def scan(self, parts: dict[str, str], size: str) -> str:
