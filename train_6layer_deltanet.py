@@ -288,7 +288,8 @@ def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
                             "length_groups", "long_tokens"), 1)
     lengths = [int(x) if x.strip().isdecimal() else 0 for x in cfg["pad_lengths"].split(",")]
     rules = [
-        *((key, cfg[key] in allowed, f"one of {', '.join(x or 'empty' for x in allowed)}") for key, allowed in CHOICES.items()),
+        *((key, cfg[key] in allowed, f"one of {', '.join(x or 'empty' for x in allowed)}")
+          for key, allowed in CHOICES.items()),
         *((key, math.isfinite(cfg[key]) and cfg[key] >= 0, "finite and not negative")
           for key, default in config.items() if isinstance(default, float)),
         *((key, cfg[key] >= bound, f"at least {bound}") for key, bound in least.items()),

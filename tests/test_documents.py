@@ -127,7 +127,7 @@ def test_long_batches(cfg, models, data):
 @pytest.mark.parametrize("share, expected", [(0.0, []), (0.25, [4, 8, 12]), (1.0, list(range(1, 13)))])
 def test_share_of_long_steps(cfg, data, share, expected):
     data = script.PairData([("pairs", table) for table in data.tables], cfg | {"long_share": share})
-    data.documents = type("Documents", (), {"batch": lambda self, number: [number]})()
+    data.documents = type("Documents", (), {"batch": lambda self, number, at_once: [number]})()
     found = {step: batch[0] for step in range(1, 13) if isinstance((batch := data.batch(step))[0], int)}
     assert list(found) == expected and list(found.values()) == list(range(1, len(expected) + 1))
 
