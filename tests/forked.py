@@ -52,7 +52,8 @@ class Server(kill_soak.Runs):
             files = [Path(folder) / name for name in ("in", "out", "err")]
             files[0].write_text(text)
             pid = self.ask(program=str(program), code=code, arguments=[*map(str, arguments)], files=[*map(str, files)],
-                           env=dict(os.environ) if env is None else env, cwd=str(cwd or Path.cwd()))
+                           env=dict(os.environ) if env is None else env, cwd=str(cwd or Path.cwd()),
+                           sts_rows=kill_soak.script.STS_ROWS)
             limit = time.time() + timeout
             while (status := self.poll(pid)) is None:
                 if time.time() > limit:
@@ -123,11 +124,9 @@ def serve() -> None:
             seconds[pid], answer = usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(code) if pid else None
         elif "seconds" in request:
             answer = seconds[request["seconds"]]
-        elif "program" in request:
-            answer = fork_program(**request)
         else:
             kill_soak.script.STS_ROWS.update(request.pop("sts_rows"))
-            answer = kill_soak.fork_run(**request)
+            answer = fork_program(**request) if "program" in request else kill_soak.fork_run(**request)
         print(json.dumps(answer), flush=True)
 
 
