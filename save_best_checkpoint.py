@@ -355,14 +355,14 @@ class OnnxGraph:
         return self.Split(x, axis=axis, num_outputs=2, outputs=2)
 
 
-BLOCK, MERGES = 16, 3  # tokens of a block at most; a text of up to 2**MERGES blocks is one chunk, chunks of others are 4
+BLOCK, MERGES = 16, 3  # tokens of a block at most; 2**MERGES blocks of a text are one chunk, of a longer one 4
 SIZES = [1 << bit for bit in range(BLOCK.bit_length() - 1)]  # 1, 2, 4, ... BLOCK / 2
 
 
 class StudentGraph(OnnxGraph):
     """The student's ONNX graph: the parallel form of `chunk_hierarchical_delta_rule`, of standard operators (opset 23).
 
-    A text is cut into equal blocks of at most BLOCK tokens: 1, 2, 4 or 8, or chunks of 4. Attention inside a block comes
+    A text is cut into equal blocks of at most BLOCK tokens: 1, 2, 4, 8, or chunks of 4. Attention inside a block comes
     from block substitution, neighbouring blocks are merged to a chunk, and only the states of chunks go through a Scan.
     Every head reads its tokens left to right: a Gather turns time around behind the convolution. Sequences lie as
     (chunks, B, H, blocks, C, K), C tokens of a block; scalars of a token as (BLOCK, N), N = chunks * B * H * blocks.
@@ -724,6 +724,10 @@ def quantise_onnx(source: Path, path: Path, prefix: str = "linear/") -> None:
                          weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     finally:
         logging.getLogger().setLevel(level)
+    # With the shapes that this inferred, onnxruntime fuses additions into SkipLayerNormalization, which is slower.
+    model = onnx.load(path)
+    model.graph.ClearField("value_info")
+    onnx.save(model, path)
 
 
 def export_int8(tokenizer: Any, source: Path, path: Path, scratch: Path, cfg: dict[str, Any],

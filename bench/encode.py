@@ -1,21 +1,22 @@
-"""Speed of `encode`: against SentenceTransformer with the teacher's weights, both in onnxruntime too, then on long texts.
+"""Speed of `encode`: against SentenceTransformer with the teacher's weights, both in onnxruntime too; on long texts.
 
-    python bench/encode.py                          16 to 512 tokens against MiniLM; 2,048 to 32,768 against its architecture
-    python bench/encode.py --long                   16 to 512 tokens alone
+    python bench/encode.py            16 to 512 tokens against MiniLM; 2,048 to 32,768 against its architecture
+    python bench/encode.py --long     16 to 512 tokens alone
     python bench/encode.py --threads 2 --json results/bench/encode.json --plot results/bench/throughput.png
-    python bench/encode.py --quick                  does it work? under a minute
+    python bench/encode.py --quick    does it work? under a minute
 
-Both encoders get the same list of texts, tokenise them and return numpy vectors, in batches of `--batch_size` texts, less where that
-were more tokens than the student's `encode` puts into a batch (2,048 on a CPU, 16,384 on CUDA). A text of N tokens is N - 2
-words of the vocabulary, of one token each, between [CLS] and [SEP]. The student has the teacher's projections and no training:
-its speed does not depend on the weights.
+Both encoders get the same list of texts, tokenise them and return numpy vectors, in batches of `--batch_size` texts,
+less where that were more tokens than the student's `encode` puts into a batch (2,048 on a CPU, 16,384 on CUDA). A text
+of N tokens is N - 2 words of the vocabulary, of one token each, between [CLS] and [SEP]. The student has the teacher's
+projections and no training: its speed does not depend on the weights.
 
-On a CPU, onnxruntime takes its turns on the same texts: the student's `--onnx` and `--int8` files, and the teacher's own, exported
-by PyTorch and quantised in the same way.
+On a CPU, onnxruntime takes its turns on the same texts: the student's `--onnx` and `--int8` files, and the teacher's
+own, exported by PyTorch and quantised in the same way.
 
-Long texts are encoded one at a time. The attention architecture is a random BERT of the teacher's shapes whose position table
-is as long as the text, with PyTorch's scaled_dot_product_attention. Memory: peak of one text above the loaded, used model, in a
-fresh process for each length. A length is not run where memory or `--time_limit` would not do, and the row says so.
+Long texts are encoded one at a time. The attention architecture is a random BERT of the teacher's shapes whose position
+table is as long as the text, with PyTorch's scaled_dot_product_attention. Memory: peak of one text above the loaded,
+used model, in a fresh process for each length. A length is not run where memory or `--time_limit` would not do, and the
+row says so.
 """
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
-from common import (configure, fresh, growth, headline, interleaved, machine, mib, note, one_layer, parser, rate, ratio, resident,
-                    run, script, shown, spread, table)
+from common import (configure, fresh, growth, headline, interleaved, machine, mib, note, one_layer, parser, rate,
+                    ratio, resident, run, script, shown, spread, table)
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from detect_hardware import find_hardware
@@ -95,8 +96,9 @@ def write_teacher(teacher: PreTrainedModel, path: Path) -> None:
     example = torch.full((3, 21), 1000), torch.ones(3, 21, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, of its own
-        torch.onnx.export(Hidden(teacher).eval(), example, dynamo=True, verbose=False, input_names=inputs, output_names=outputs,
-                          dynamic_shapes=dict.fromkeys(inputs, dims)).save(path, external_data=False)
+        program = torch.onnx.export(Hidden(teacher).eval(), example, dynamo=True, verbose=False, input_names=inputs,
+                                    output_names=outputs, dynamic_shapes=dict.fromkeys(inputs, dims))
+    program.save(path, external_data=False)
 
 
 def onnx_models(cfg: dict[str, Any], student: Any, folder: Path) -> dict[str, OnnxModel]:
@@ -119,11 +121,12 @@ def long_shapes(cfg: dict[str, Any], positions: int) -> PretrainedConfig:
 
 def long_attention(cfg: dict[str, Any], positions: int) -> PreTrainedModel:
     """A random BERT of the teacher's shapes that reads `positions` tokens."""
-    return AutoModel.from_config(long_shapes(cfg, positions), attn_implementation="sdpa", add_pooling_layer=False).eval()
+    shapes = long_shapes(cfg, positions)
+    return AutoModel.from_config(shapes, attn_implementation="sdpa", add_pooling_layer=False).eval()
 
 
 def attention_gib(shapes: PretrainedConfig, length: int) -> float:
-    """Estimated GiB of one text in the attention architecture: weights, position table, and the widest layer's activations.
+    """Estimated GiB of one text in the attention architecture: weights, position table, the widest layer's activations.
 
     scaled_dot_product_attention keeps no length x length matrix where its fused form applies, as it does here.
     """
@@ -143,7 +146,8 @@ def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, toke
         texts = make_texts(tokenizer, length, count)
         batch = min(args.batch_size, max(1, (16384 if minilm.device.type == "cuda" else 2048) // length))
         note(f"{count} texts of {length} tokens")
-        ours = lambda model: lambda x: script.encode(model, tokenizer, x, batch_size=batch, max_length=512)  # noqa: B023, E731
+        ours = lambda model: lambda x: script.encode(  # noqa: E731
+            model, tokenizer, x, batch_size=batch, max_length=512)  # noqa: B023
         cases = {"student": ours(student),  # called at once
                  "minilm": lambda x: minilm.encode(x, batch_size=batch, show_progress_bar=False),  # noqa: B023
                  **{name: ours(model) for name, model in models.items()}}
@@ -164,7 +168,7 @@ def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, toke
 
 def not_run(args: argparse.Namespace, cfg: dict[str, Any], length: int, device: torch.device,
             before: tuple[int, float] | None) -> str | None:
-    """Why attention is not run at this length, or None. `before`: a shorter length, and its seconds; they grow quadratically."""
+    """Why attention is not run at this length, or None. `before`: a shorter length and its seconds (quadratic)."""
     free = torch.cuda.mem_get_info()[0] / 2**30 if device.type == "cuda" else find_hardware()["cpu"]["free_gib"] or 4.0
     needed = attention_gib(long_shapes(cfg, length), length)
     if needed > 0.8 * free:
@@ -176,7 +180,7 @@ def not_run(args: argparse.Namespace, cfg: dict[str, Any], length: int, device: 
 
 
 def long_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """One text at a time; each length takes turns with a few texts of SHORT tokens, and with attention where it can be run."""
+    """One text at a time; each length takes turns with a few texts of SHORT tokens, and with attention if possible."""
     rows, device, before = [], next(student.parameters()).device, None
     read = lambda model, text: script.encode(model, tokenizer, [text], batch_size=1, max_length=None)  # noqa: E731
     short = make_texts(tokenizer, SHORT, args.short_texts, 1)
@@ -188,7 +192,8 @@ def long_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, token
             attention = long_attention(cfg, length).to(device)
             cases["attention"] = lambda t: read(attention, t)  # noqa: B023  called in this turn of the loop
         seconds = interleaved(cases, [text], args.long_repeats)
-        each, each_short = ([s / count for s in seconds[k]] for k, count in (("student", length), ("short", SHORT * len(short))))
+        each, each_short = ([s / count for s in seconds[k]]
+                            for k, count in (("student", length), ("short", SHORT * len(short))))
         row = {"length": length, "seconds": spread(seconds["student"]), "seconds_per_token": spread(each),
                "tokens_per_s": rate(length, seconds["student"]), "time_per_token_over_short": ratio(each, each_short),
                "attention_not_run": reason, "attention_seconds": None, "speed_against_attention": None}
@@ -222,7 +227,8 @@ def worker(kinds: list[str], cfg: dict[str, Any], length: int) -> dict[str, Any]
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rows."""
     if args.quick:
-        args.lengths, args.long, args.tokens, args.repeats, args.long_repeats, args.short_texts = [16, 128], [1024], 256, 2, 2, 1
+        args.lengths, args.long, args.tokens = [16, 128], [1024], 256
+        args.repeats, args.long_repeats, args.short_texts = 2, 2, 1
     if args.plot and not args.plot.absolute().parent.is_dir():
         raise script.UserError(f"--plot {args.plot}: no such folder")
     cfg = configure(args)
@@ -242,7 +248,8 @@ def page(result: dict[str, Any]) -> str:
     """The result for people."""
     s = result["settings"]
     lines = headline("Encoding", result)
-    lines += table(f"batches of at most {s['batch_size']}; MiniLM: SentenceTransformer with the teacher's weights", result["rows"], {
+    lines += table(f"batches of at most {s['batch_size']}; MiniLM: SentenceTransformer with the teacher's weights",
+                   result["rows"], {
         "tokens": lambda r: str(r["length"]), "texts": lambda r: str(r["texts"]),
         "sentences/s": lambda r: shown(r["student"]["sentences_per_s"]),
         "tokens/s": lambda r: shown(r["student"]["tokens_per_s"], ",.0f"),
@@ -259,14 +266,16 @@ def page(result: dict[str, Any]) -> str:
             "student / teacher ONNX": lambda r: shown(r["onnx_against_teacher_onnx"], ".2f"),
             "student int8 / ONNX": lambda r: shown(r["int8_against_onnx"], ".2f"),
             "student / teacher int8": lambda r: shown(r["int8_against_teacher_int8"], ".2f")})
-    lines += table(f"long texts, one at a time, {s['long_repeats']} repeats, beside {s['short_texts']} texts of {SHORT} tokens, "
-                   "also one at a time; peak memory above the model", result["long"], {
+    lines += table(f"long texts, one at a time, {s['long_repeats']} repeats, beside {s['short_texts']} of {SHORT} "
+                   "tokens, also one at a time; peak memory above the model", result["long"], {
         "tokens": lambda r: f"{r['length']:,}", "seconds": lambda r: shown(r["seconds"]),
         "us/token": lambda r: shown(1e6 * r["seconds_per_token"]["median"]),
-        f"over {SHORT}'s": lambda r: shown(r["time_per_token_over_short"], ".2f"), "MiB": lambda r: mib(r["student_peak_bytes"]),
+        f"over {SHORT}'s": lambda r: shown(r["time_per_token_over_short"], ".2f"),
+        "MiB": lambda r: mib(r["student_peak_bytes"]),
         "KiB/token": lambda r: shown(r["student_bytes_per_token"] and r["student_bytes_per_token"] / 1024),
         "attention: seconds": lambda r: r["attention_not_run"] or shown(r["attention_seconds"]),
-        "its MiB": lambda r: mib(r["attention_peak_bytes"]), "x attention": lambda r: shown(r["speed_against_attention"], ".2f")})
+        "its MiB": lambda r: mib(r["attention_peak_bytes"]),
+        "x attention": lambda r: shown(r["speed_against_attention"], ".2f")})
     return "\n".join(lines)
 
 
@@ -276,11 +285,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows, long = result["rows"], result["long"]
-    lines = {"student": [(r["length"], r["student"]["tokens_per_s"]["median"]) for r in rows]
-             + [(r["length"], r["tokens_per_s"]["median"]) for r in long],
-             "teacher (SentenceTransformer, reads up to 512)": [(r["length"], r["minilm"]["tokens_per_s"]["median"]) for r in rows],
-             "its attention architecture without that limit": [(r["length"], r["length"] / r["attention_seconds"]["median"])
-                                                               for r in long if r["attention_seconds"]]}
+    lines = {
+        "student": [(r["length"], r["student"]["tokens_per_s"]["median"]) for r in rows]
+        + [(r["length"], r["tokens_per_s"]["median"]) for r in long],
+        "teacher (SentenceTransformer, reads up to 512)": [
+            (r["length"], r["minilm"]["tokens_per_s"]["median"]) for r in rows],
+        "its attention architecture without that limit": [
+            (r["length"], r["length"] / r["attention_seconds"]["median"]) for r in long if r["attention_seconds"]]}
     figure, axis = plt.subplots(figsize=(7, 4))
     for label, points in lines.items():
         if points:
