@@ -1018,6 +1018,8 @@ class Teacher(nn.Module):
         count, positions = self.config.num_hidden_layers, self.config.max_position_embeddings
         every = count // (num_layers or count)
         self.layers = range(every, count + 1, every)
+        # The student's embedding is a mean: states whose mean is not the teacher's embedding would pull it elsewhere.
+        self.followed = len(self.layers) - (cls and len(self.layers) > 1)  # layers that its hidden states are to match
         self.offset = 0 if self.config.model_type == "bert" else self.config.pad_token_id + 1  # RoBERTa's first row
         self.whole = min(TEACHER_WHOLE, (positions - self.offset) // 8 * 8)  # `pad_batch` pads to multiples of 8
         self.eval().requires_grad_(False)
@@ -1256,7 +1258,7 @@ def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
-    """Squared distance of hidden states, (B, T, D) each, averaged over layers, real tokens and channels.
+    """Squared distance of hidden states, (B, T, D) each, averaged over the teacher's layers, real tokens and channels.
 
     mask (B, T). Layer-wise distillation as in TinyBERT (arXiv:1909.10351); to a wider teacher through `widening`.
     """
@@ -2636,7 +2638,8 @@ class Trainer:
                 self.keep(path, micro["states"])
         pooled = [self.teacher.pool(x[-1].float(), mask) for x, (_, mask) in zip(micro["states"], micro["groups"])]
         micro["target"] = torch.cat(pooled)
-        micro["states"] = [[self.teacher.without_prompt(x) for x in states] for states in micro["states"]]
+        followed = slice(self.teacher.followed)
+        micro["states"] = [[self.teacher.without_prompt(x) for x in states[followed]] for states in micro["states"]]
         micro["target"] = micro["target"][micro["restore"].to(self.device)]
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
