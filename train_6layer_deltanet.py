@@ -997,6 +997,8 @@ class Teacher(nn.Module):
         count, positions = self.config.num_hidden_layers, self.config.max_position_embeddings
         every = count // (num_layers or count)
         self.layers = range(every, count + 1, every)
+        # The student's embedding is a mean: states whose mean is not the teacher's embedding would pull it elsewhere.
+        self.followed = len(self.layers) - (cls and len(self.layers) > 1)  # layers that its hidden states are to match
         self.offset = 0 if self.config.model_type == "bert" else self.config.pad_token_id + 1  # RoBERTa's first row
         self.whole = min(TEACHER_WHOLE, (positions - self.offset) // 8 * 8)  # `pad_batch` pads to multiples of 8
         self.register_buffer("prompt_ids", torch.tensor(self.prompt, dtype=torch.int64), persistent=False)
@@ -1235,8 +1237,13 @@ def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(-1).mean()
 
 
+<<<<<<< HEAD
 def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, tokens: Tensor | float | None = None) -> Tensor:
     """Squared distance of hidden states, (B, T, D) each, averaged over layers, real tokens and channels.
+=======
+def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+    """Squared distance of hidden states, (B, T, D) each, averaged over the teacher's layers, real tokens and channels.
+>>>>>>> h-teachers
 
     mask (B, T); `tokens`: the number to divide by instead of its own, where it is a part of a batch. Layer-wise
     distillation as in TinyBERT (arXiv:1909.10351); to a wider teacher through `widening`.
@@ -2637,12 +2644,22 @@ class Trainer:
             with self.teacher_autocast():
                 micro.states = [teacher_states(self.teacher, *group) for group in micro.groups]
             if path:
+<<<<<<< HEAD
                 micro.states = [[x.half() for x in states] for states in micro.states]
                 self.keep(path, micro.states)
         pooled = [self.teacher.pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)]
         micro.states = [[self.teacher.without_prompt(x) for x in states] for states in micro.states]
         micro.target = torch.cat(pooled)
         micro.target = micro.target.index_select(0, micro.restore)
+=======
+                micro["states"] = [[x.half() for x in states] for states in micro["states"]]
+                self.keep(path, micro["states"])
+        pooled = [self.teacher.pool(x[-1].float(), mask) for x, (_, mask) in zip(micro["states"], micro["groups"])]
+        micro["target"] = torch.cat(pooled)
+        followed = slice(self.teacher.followed)
+        micro["states"] = [[self.teacher.without_prompt(x) for x in states[followed]] for states in micro["states"]]
+        micro["target"] = micro["target"][micro["restore"].to(self.device)]
+>>>>>>> h-teachers
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
         """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
