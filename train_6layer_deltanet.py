@@ -1237,19 +1237,15 @@ def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(-1).mean()
 
 
-<<<<<<< HEAD
-def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, tokens: Tensor | float | None = None) -> Tensor:
-    """Squared distance of hidden states, (B, T, D) each, averaged over layers, real tokens and channels.
-=======
-def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor,
+                            tokens: Tensor | float | None = None) -> Tensor:
     """Squared distance of hidden states, (B, T, D) each, averaged over the teacher's layers, real tokens and channels.
->>>>>>> h-teachers
 
     mask (B, T); `tokens`: the number to divide by instead of its own, where it is a part of a batch. Layer-wise
     distillation as in TinyBERT (arXiv:1909.10351); to a wider teacher through `widening`.
     """
-    apart = (torch.stack(student).float() - torch.stack(teacher)).square().mean(-1)
-    return (apart * mask).sum() / (len(student) * (mask.sum() if tokens is None else tokens))
+    apart = (torch.stack(student[:len(teacher)]).float() - torch.stack(teacher)).square().mean(-1)
+    return (apart * mask).sum() / (len(teacher) * (mask.sum() if tokens is None else tokens))
 
 
 def orthogonal_regularisation_loss(student: DeltaNetStudent) -> Tensor:
@@ -2644,22 +2640,12 @@ class Trainer:
             with self.teacher_autocast():
                 micro.states = [teacher_states(self.teacher, *group) for group in micro.groups]
             if path:
-<<<<<<< HEAD
                 micro.states = [[x.half() for x in states] for states in micro.states]
                 self.keep(path, micro.states)
         pooled = [self.teacher.pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)]
-        micro.states = [[self.teacher.without_prompt(x) for x in states] for states in micro.states]
-        micro.target = torch.cat(pooled)
-        micro.target = micro.target.index_select(0, micro.restore)
-=======
-                micro["states"] = [[x.half() for x in states] for states in micro["states"]]
-                self.keep(path, micro["states"])
-        pooled = [self.teacher.pool(x[-1].float(), mask) for x, (_, mask) in zip(micro["states"], micro["groups"])]
-        micro["target"] = torch.cat(pooled)
         followed = slice(self.teacher.followed)
-        micro["states"] = [[self.teacher.without_prompt(x) for x in states[followed]] for states in micro["states"]]
-        micro["target"] = micro["target"][micro["restore"].to(self.device)]
->>>>>>> h-teachers
+        micro.states = [[self.teacher.without_prompt(x) for x in states[followed]] for states in micro.states]
+        micro.target = torch.cat(pooled).index_select(0, micro.restore)
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
         """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
