@@ -1,10 +1,11 @@
 # make quickstart   fresh machine: environment, generated corpus, a whole small run (DATA_DIR=... to use real data)
-# make test         fresh machine: environment, then all tests
+# make test         fresh machine: environment, then the tests but those marked slow
+# make test-all     all tests: compilers, jobs of several processes and their kills, mutations and data at scale too
 # make setup        the environment alone
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test
+.PHONY: setup quickstart test test-all
 setup: .venv/ready
 
 # torch has no hash here: its file differs between CPU and CUDA builds. Everything else is pinned by hash.
@@ -16,9 +17,10 @@ setup: .venv/ready
 	touch $@
 
 quickstart: setup
-	$(BIN)/python make_corpus.py
+	$(BIN)/python bench/make_corpus.py
 	rm -rf runs/quickstart
 	HF_HUB_OFFLINE=1 $(BIN)/python train_6layer_deltanet.py --preset quickstart $(if $(DATA_DIR),--data_dir $(DATA_DIR))
 
-test: setup
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+test: SELECTED := -m "not slow"
+test test-all: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 $(SELECTED) tests

@@ -1,12 +1,13 @@
 """CPU kernel of the mixer operator (delta_mixer.py), compiled by Numba.
 
-For each sentence and head the kernel reads the input projection's own rows and does the convolution, SiLU, normalisation,
-resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x 32 numbers) stay in the
-first-level cache, so the sequential form is the fast one on a CPU. The formulas are those of
+For each sentence and head the kernel reads the input projection's own rows and does the convolution, SiLU,
+normalisation, resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x
+32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. The formulas are those of
 `EnhancedHierarchicalDeltaNet` in the training script, its twin in PyTorch; the tests compare the two.
 
-The backward pass keeps the states at the starts of blocks of BLOCK tokens and computes all else anew, block by block from the
-end. Parameters' gradients are summed per group of sentences, then over the groups: the order does not depend on threads.
+The backward pass keeps the states at the starts of blocks of BLOCK tokens and computes all else anew, block by block
+from the end. Parameters' gradients are summed per group of sentences, then over the groups: the order does not depend
+on threads.
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ except ImportError:
     raise
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Vectors of 16 float32 as a Numba type: what is written as a vector is a vector in the machine code, and sums stay in registers
+# Vectors of 16 float32 as a Numba type: what is written as a vector is one in the machine code; sums stay in registers
 
 WIDTH = 16
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
@@ -83,7 +84,8 @@ def vector_pointer(context, builder, signature, args) -> ir.Value:
 def llvm(builder, name: str, result: ir.Type, *args: ir.Value, **options: Any) -> ir.Value:
     """Call LLVM's own function `name` for vectors of this width."""
     kind = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32"), args, **options)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32")
+    return builder.call(function, args, **options)
 
 
 @intrinsic
@@ -156,7 +158,8 @@ def splat(typingctx, x):
 def total(typingctx, x):
     """The sum of a vector's entries."""
     def codegen(context, builder, signature, args):
-        return llvm(builder, "vector.reduce.fadd", ir.FloatType(), ir.Constant(ir.FloatType(), 0.0), args[0], fastmath=FAST)
+        zero = ir.Constant(ir.FloatType(), 0.0)
+        return llvm(builder, "vector.reduce.fadd", ir.FloatType(), zero, args[0], fastmath=FAST)
     return types.float32(lanes), codegen
 
 
@@ -191,7 +194,8 @@ def exp(typingctx, x):
             x = builder.fadd(x, builder.fmul(n, constant(part), FAST), FAST)
         rest = polynomial(x, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
         exponent = builder.add(builder.fptosi(n, WHOLE), ir.Constant(WHOLE, [127] * WIDTH))
-        return builder.fmul(rest, builder.bitcast(builder.shl(exponent, ir.Constant(WHOLE, [23] * WIDTH)), VECTOR), FAST)
+        power = builder.shl(exponent, ir.Constant(WHOLE, [23] * WIDTH))
+        return builder.fmul(rest, builder.bitcast(power, VECTOR), FAST)
 
     return elementwise(build)(x)
 
@@ -202,7 +206,8 @@ def sigmoid(x):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kernel. Arrays are flat; rows of K channels are padded with zeros to KP, a multiple of WIDTH; tokens are in the head's own order
+# Kernel. Arrays are flat; rows of K channels are padded with zeros to KP, a multiple of WIDTH; tokens are in the
+# head's own order
 
 
 
@@ -266,8 +271,8 @@ def copy_row(source, i, target, j, count):
 
 
 @njit(**JIT)
-def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates, row, proj, mask, keep,
-            p, w):
+def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates,
+            row, proj, mask, keep, p, w):
     """Everything of the block's tokens that does not depend on the states; rows up to the next multiple of 4 are zeros.
 
     `ahead`: by how many numbers the rows that are needed next are further on in `proj`; they are fetched meanwhile.
@@ -363,7 +368,7 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
 
 @njit(**JIT)
 def recur(n, slot, step, K, w):
-    """Both states over the block's tokens, from slot `slot` of w.states on; `step` 1 keeps the state before each token."""
+    """Both states over the block's tokens, from slot `slot` of w.states on; `step` 1 keeps those before each token."""
     KP = len(w.o) // BLOCK
     wide, size = 3 * KP, K * KP
     for i in range(n):
@@ -410,8 +415,8 @@ def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm):
     """The parameters of all heads, one head after the other, as `Weights`."""
     heads = len(scale)
     p = Weights(np.zeros(heads * 12 * KP, f32), np.zeros(heads * KP * KP, f32), np.zeros(heads * KP * KP, f32),
-                np.zeros(HIDDEN * 2 * KP, f32), np.zeros(HIDDEN * 2 * KP, f32), np.zeros(3 * HIDDEN, f32), np.zeros(heads * KP, f32),
-                np.zeros(2 * heads, f32))
+                np.zeros(HIDDEN * 2 * KP, f32), np.zeros(HIDDEN * 2 * KP, f32), np.zeros(3 * HIDDEN, f32),
+                np.zeros(heads * KP, f32), np.zeros(2 * heads, f32))
     for h in range(heads):
         for part in range(12):
             copy_row(conv, (part * heads + h) * K, p.conv, (h * 12 + part) * KP, K)
@@ -423,7 +428,8 @@ def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm):
     for m in range(HIDDEN):
         for a in range(K):
             for part in range(2):
-                p.mlp[(2 * m + part) * KP + a] = p.mlp_t[(part * KP + a) * HIDDEN + m] = mlp[m * (2 * K + 1) + part * K + a]
+                weight = mlp[m * (2 * K + 1) + part * K + a]
+                p.mlp[(2 * m + part) * KP + a] = p.mlp_t[(part * KP + a) * HIDDEN + m] = weight
         p.small[m], p.small[HIDDEN + m], p.small[2 * HIDDEN + m] = mlp[m * (2 * K + 1) + 2 * K], mlp_bias[m], mlp_out[m]
     return p
 
@@ -439,11 +445,11 @@ def of_head(p, h, KP):
 @njit(**JIT)
 def new_work(K, KP, slots):
     rows = BLOCK * KP
-    return Work(np.zeros((3 + BLOCK) * 3 * KP, f32), np.zeros(3 * rows, f32), np.zeros(3 * rows, f32), np.zeros(3 * rows, f32),
-                np.zeros(2 * BLOCK, f32), np.zeros(rows, f32), np.zeros(BLOCK, f32), np.zeros(BLOCK * HIDDEN, f32),
-                np.zeros(BLOCK * HIDDEN, f32), np.zeros(6 * BLOCK, f32), np.zeros(8 * BLOCK, f32), np.zeros(BLOCK, np.bool_),
-                np.zeros(BLOCK, np.bool_), np.zeros(rows, f32), np.zeros(2 * rows, f32), np.zeros(slots * 2 * K * KP, f32),
-                np.zeros(BLOCK, np.int64))
+    return Work(np.zeros((3 + BLOCK) * 3 * KP, f32), np.zeros(3 * rows, f32), np.zeros(3 * rows, f32),
+                np.zeros(3 * rows, f32), np.zeros(2 * BLOCK, f32), np.zeros(rows, f32), np.zeros(BLOCK, f32),
+                np.zeros(BLOCK * HIDDEN, f32), np.zeros(BLOCK * HIDDEN, f32), np.zeros(6 * BLOCK, f32),
+                np.zeros(8 * BLOCK, f32), np.zeros(BLOCK, np.bool_), np.zeros(BLOCK, np.bool_), np.zeros(rows, f32),
+                np.zeros(2 * rows, f32), np.zeros(slots * 2 * K * KP, f32), np.zeros(BLOCK, np.int64))
 
 
 @njit(**JIT)
@@ -463,11 +469,15 @@ def any_real(b, start, n, length, reverse, mask):
 
 
 @njit(**JIT)
-def forward(first, stride, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical, read_gates,
-            parameters, proj, mask, keep, initial, o, final, saved):
-    """Tasks first, first + stride, ...: a task is `per_task` heads of the sentences g, g + groups, ...; absent arrays are empty."""
+def forward(first, stride, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling,
+            hierarchical, read_gates, parameters, proj, mask, keep, initial, o, final, saved):
+    """Tasks first, first + stride, ...: a task is `per_task` heads of the sentences g, g + groups, ...
+
+    Absent arrays are empty.
+    """
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
-    w, size, blocks, each = new_work(K, KP, 1), 2 * K * KP, (length + BLOCK - 1) // BLOCK, (heads + per_task - 1) // per_task
+    w, size = new_work(K, KP, 1), 2 * K * KP
+    blocks, each = (length + BLOCK - 1) // BLOCK, (heads + per_task - 1) // per_task
     line = np.zeros(KP, f32)
     for task in range(first, groups * each, stride):
         h0 = task % each * per_task
@@ -488,15 +498,16 @@ def forward(first, stride, groups, per_task, batch, length, row, K, heads, rever
                             prefetch(o, ((b * length + t) * heads + h) * K + c)
                     if some:
                         ahead = K if start + n == length else BLOCK * row * (-1 if reverse else 1)
-                        prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates,
-                                row, proj, mask, keep, p, w)
+                        prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
+                                hierarchical, read_gates, row, proj, mask, keep, p, w)
                         recur(n, 0, 0, K, w)
                     for i in range(n):
                         t = length - 1 - start - i if reverse else start + i
                         real = some and w.real[i]
                         scaled = inverse_rms(w.o, i, K) if real else ZERO
                         for c in range(0, KP, WIDTH):
-                            store(line, c, mul(mul(load(w.o, i * KP + c), scaled), load(p.norm, c)) if real else splat(ZERO))
+                            normal = mul(mul(load(w.o, i * KP + c), scaled), load(p.norm, c))
+                            store(line, c, normal if real else splat(ZERO))
                         copy_row(line, 0, o, ((b * length + t) * heads + h) * K, K)
                 if len(final):
                     copy_state(w.states, 0, KP, final, (b * heads + h) * 2 * K * K, K, K)
@@ -504,7 +515,7 @@ def forward(first, stride, groups, per_task, batch, length, row, K, heads, rever
 
 @njit(**JIT)
 def recur_backward(n, K, p, w, g):
-    """Gradients of q, k, v and `at` of the block's tokens from those of o, which stand in w.o, and of the states after it."""
+    """Gradients of q, k, v and `at` of the block's tokens from those of o, which stand in w.o, and of later states."""
     KP = len(p.norm)
     wide, size = 3 * KP, K * KP
     for i in range(n - 1, -1, -1):
@@ -530,7 +541,8 @@ def recur_backward(n, K, p, w, g):
             of, os, gb = fma(o, ef, of), fma(o, es, os), fma(gf, ef, fma(gs, es, gb))
             gf, gs = mul(gf, beta), mul(gs, beta)
             store(g.z, v + c, add(gf, gs))
-            g00, g01, g10, g11 = fma(gf, kf, g00), fma(gf, ks, g01), fma(gs, kf, g10), fma(gs, ks, g11)  # subtracted below
+            # these four are subtracted below
+            g00, g01, g10, g11 = fma(gf, kf, g00), fma(gf, ks, g01), fma(gs, kf, g10), fma(gs, ks, g11)
             store(g.rows, c, mul(ef, beta)), store(g.rows, KP + c, mul(es, beta))
             store(g.rows, 2 * KP + c, fma(gf, m00, mul(gs, m10))), store(g.rows, 3 * KP + c, fma(gf, m01, mul(gs, m11)))
         o_fast, o_slow = beta * total(of), beta * total(os)
@@ -539,7 +551,8 @@ def recur_backward(n, K, p, w, g):
         for a in range(K):
             ka, qa, of, os, gk = w.z[k + a], w.z[q + a], splat(ZERO), splat(ZERO), splat(ZERO)
             for c in range(0, KP, WIDTH):
-                f, s, o = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c), load(w.o, i * KP + c)
+                f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
+                o = load(w.o, i * KP + c)
                 gf, gs = fma(o, r0 * qa, load(g.state, a * KP + c)), fma(o, r1 * qa, load(g.state, size + a * KP + c))
                 of, os = fma(f, o, of), fma(s, o, os)
                 gk = fma(gf, load(g.rows, c), fma(gs, load(g.rows, KP + c), gk))
@@ -551,7 +564,8 @@ def recur_backward(n, K, p, w, g):
         for c in range(0, KP, WIDTH):
             o, uf, us = load(w.o, i * KP + c), load(g.rows, 2 * KP + c), load(g.rows, 3 * KP + c)
             for a in range(K):
-                f, s, ka, qa = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c), w.z[k + a], w.z[q + a]
+                f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
+                ka, qa = w.z[k + a], w.z[q + a]
                 gf, gs = fma(o, r0 * qa, load(g.state, a * KP + c)), fma(o, r1 * qa, load(g.state, size + a * KP + c))
                 g00, g01, g10, g11 = fma(f, gf, g00), fma(s, gf, g01), fma(f, gs, g10), fma(s, gs, g11)
                 store(g.state, a * KP + c, sub(fma(gf, m00, mul(gs, m10)), mul(uf, ka)))
@@ -593,7 +607,7 @@ def gate_backward(i, flux, coupling, hierarchical, read_gates, w, g, logits):
 
 @njit(**JIT)
 def flux_backward(n, K, p, w, g):
-    """Add the flux's gradients of k and v, and of its parameters; the gradients of the tokens' psi logits stand in g.form."""
+    """Add the flux's gradients of k and v, and of its parameters; those of the tokens' psi logits stand in g.form."""
     KP = len(p.norm)
     wide, g_out, g_scale = 3 * KP, ZERO, ZERO
     g_first, g_bias, g_last = load(g.small, 0), load(g.small, HIDDEN), load(g.small, 2 * HIDDEN)
@@ -619,7 +633,8 @@ def flux_backward(n, K, p, w, g):
             for a in range(0, KP, 2):
                 gk0 = fma(load(p.bilinear_t, a * KP + c), w.z[v + a], gk0)
                 gk1 = fma(load(p.bilinear_t, (a + 1) * KP + c), w.z[v + a + 1], gk1)
-            gk, gv = fma(add(gk0, gk1), g.form[i], load(g.z, k + c)), fma(load(w.u, i * KP + c), g.form[i], load(g.z, v + c))
+            gk = fma(add(gk0, gk1), g.form[i], load(g.z, k + c))
+            gv = fma(load(w.u, i * KP + c), g.form[i], load(g.z, v + c))
             for m in range(HIDDEN):
                 unit = g.pre[i * HIDDEN + m]
                 gk, gv = fma(load(p.mlp, 2 * m * KP + c), unit, gk), fma(load(p.mlp, (2 * m + 1) * KP + c), unit, gv)
@@ -630,20 +645,25 @@ def flux_backward(n, K, p, w, g):
     for c in range(0, KP, WIDTH):
         for a in range(0, KP, 4):  # four rows at a time: each v is read once for them
             at = a * KP + c
-            s0, s1, s2, s3 = load(g.bilinear, at), load(g.bilinear, at + KP), load(g.bilinear, at + 2 * KP), load(g.bilinear, at + 3 * KP)
+            s0, s1 = load(g.bilinear, at), load(g.bilinear, at + KP)
+            s2, s3 = load(g.bilinear, at + 2 * KP), load(g.bilinear, at + 3 * KP)
             for i in range(n):
                 k, v = i * wide + KP + a, mul(load(w.z, i * wide + 2 * KP + c), g.form[i])
-                s0, s1, s2, s3 = fma(v, w.z[k], s0), fma(v, w.z[k + 1], s1), fma(v, w.z[k + 2], s2), fma(v, w.z[k + 3], s3)
+                s0, s1 = fma(v, w.z[k], s0), fma(v, w.z[k + 1], s1)
+                s2, s3 = fma(v, w.z[k + 2], s2), fma(v, w.z[k + 3], s3)
             store(g.bilinear, at, s0), store(g.bilinear, at + KP, s1)
             store(g.bilinear, at + 2 * KP, s2), store(g.bilinear, at + 3 * KP, s3)
     for c in range(0, 2 * KP, WIDTH):
         for m in range(0, HIDDEN, 4):
             at, two = 2 * m * KP + c, 2 * KP
-            s0, s1, s2, s3 = load(g.mlp, at), load(g.mlp, at + two), load(g.mlp, at + 2 * two), load(g.mlp, at + 3 * two)
+            s0, s1 = load(g.mlp, at), load(g.mlp, at + two)
+            s2, s3 = load(g.mlp, at + 2 * two), load(g.mlp, at + 3 * two)
             for i in range(n):
                 u, z = i * HIDDEN + m, load(w.z, i * wide + KP + c)
-                s0, s1, s2, s3 = fma(z, g.pre[u], s0), fma(z, g.pre[u + 1], s1), fma(z, g.pre[u + 2], s2), fma(z, g.pre[u + 3], s3)
-            store(g.mlp, at, s0), store(g.mlp, at + two, s1), store(g.mlp, at + 2 * two, s2), store(g.mlp, at + 3 * two, s3)
+                s0, s1 = fma(z, g.pre[u], s0), fma(z, g.pre[u + 1], s1)
+                s2, s3 = fma(z, g.pre[u + 2], s2), fma(z, g.pre[u + 3], s3)
+            store(g.mlp, at, s0), store(g.mlp, at + two, s1)
+            store(g.mlp, at + 2 * two, s2), store(g.mlp, at + 3 * two, s3)
 
 
 @njit(**JIT)
@@ -675,29 +695,30 @@ def input_backward(n, convolution, p, w, g):
             store(w.y, i * wide + c, fma(y0, w0, fma(y1, w1, fma(y2, w2, mul(y3, w3)))))
             s0, s1 = fma(y0, load(w.x, (i + 3) * wide + c), s0), fma(y0, load(w.x, (i + 2) * wide + c), s1)
             s2, s3 = fma(y0, load(w.x, (i + 1) * wide + c), s2), fma(y0, load(w.x, i * wide + c), s3)
-        store(g.conv, c, s0), store(g.conv, wide + c, s1), store(g.conv, 2 * wide + c, s2), store(g.conv, 3 * wide + c, s3)
+        store(g.conv, c, s0), store(g.conv, wide + c, s1)
+        store(g.conv, 2 * wide + c, s2), store(g.conv, 3 * wide + c, s3)
 
 
 @njit(**JIT)
-def backward(first, stride, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical, read_gates,
-             parameters, proj, mask, keep, initial, saved, grad_o, grad_final, grad_proj, grad_initial, g_conv, g_bilinear, g_mlp, g_small,
-             g_norm, g_numbers):
+def backward(first, stride, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling,
+             hierarchical, read_gates, parameters, proj, mask, keep, initial, saved, grad_o, grad_final, grad_proj,
+             grad_initial, g_conv, g_bilinear, g_mlp, g_small, g_norm, g_numbers):
     """Gradients, tasks as in `forward`; those of parameters go to the rows (group, head) of g_conv and the others."""
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, each = new_work(K, KP, BLOCK + 1), (heads + per_task - 1) // per_task
     wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
-    state, z, at, pre, form = np.zeros(size, f32), np.zeros((BLOCK + 3) * wide, f32), np.zeros(8 * BLOCK, f32), np.zeros(
-        BLOCK * HIDDEN, f32), np.zeros(BLOCK, f32)
+    state, z, at = np.zeros(size, f32), np.zeros((BLOCK + 3) * wide, f32), np.zeros(8 * BLOCK, f32)
+    pre, form = np.zeros(BLOCK * HIDDEN, f32), np.zeros(BLOCK, f32)
     rows, logits = np.zeros(4 * KP, f32), np.zeros(5, f32)
     for task in range(first, groups * each, stride):
         group, h0 = task // each, task % each * per_task
         for b in range(group, batch, groups):
             for h in range(h0, min(h0 + per_task, heads)):
-                p, reverse, at_sum = of_head(parameters, h, KP), h >= reversed_from, group * heads + h
-                g = Gradients(g_conv[at_sum * 4 * wide:(at_sum + 1) * 4 * wide], g_bilinear[at_sum * KP * KP:(at_sum + 1) * KP * KP],
-                              g_mlp[at_sum * 2 * KP * HIDDEN:(at_sum + 1) * 2 * KP * HIDDEN],
-                              g_small[at_sum * 3 * HIDDEN:(at_sum + 1) * 3 * HIDDEN], g_norm[at_sum * KP:(at_sum + 1) * KP],
-                              g_numbers[at_sum * 2:(at_sum + 1) * 2], state, z, at, pre, form, rows)
+                p, reverse, i = of_head(parameters, h, KP), h >= reversed_from, group * heads + h
+                g = Gradients(g_conv[i * 4 * wide:(i + 1) * 4 * wide], g_bilinear[i * KP * KP:(i + 1) * KP * KP],
+                              g_mlp[i * 2 * KP * HIDDEN:(i + 1) * 2 * KP * HIDDEN],
+                              g_small[i * 3 * HIDDEN:(i + 1) * 3 * HIDDEN], g_norm[i * KP:(i + 1) * KP],
+                              g_numbers[i * 2:(i + 1) * 2], state, z, at, pre, form, rows)
                 g.state[:] = ZERO
                 if len(grad_final):
                     copy_state(grad_final, (b * heads + h) * 2 * K * K, K, g.state, 0, KP, K)
@@ -707,19 +728,21 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                     some = any_real(b, start, n, length, reverse, mask)
                     if some:
                         if start:
-                            copy_row(saved, ((b * heads + h) * (blocks - 1) + start // BLOCK - 1) * size, w.states, 0, size)
+                            kept = (b * heads + h) * (blocks - 1) + start // BLOCK - 1
+                            copy_row(saved, kept * size, w.states, 0, size)
                         elif len(initial):
                             copy_state(initial, (b * heads + h) * 2 * K * K, K, w.states, 0, KP, K)
                         else:
                             w.states[:size] = ZERO
                         ahead = BLOCK * row * (1 if reverse else -1) if start else K
-                        prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates,
-                                row, proj, mask, keep, p, w)
+                        prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
+                                hierarchical, read_gates, row, proj, mask, keep, p, w)
                         recur(n, 0, 1, K, w)
                         for i in range(n):  # the output norm: w.o becomes the gradient of what was read
                             if not w.real[i]:
                                 continue
-                            t, inverse, product = length - 1 - start - i if reverse else start + i, inverse_rms(w.o, i, K), splat(ZERO)
+                            t = length - 1 - start - i if reverse else start + i
+                            inverse, product = inverse_rms(w.o, i, K), splat(ZERO)
                             copy_row(grad_o, ((b * length + t) * heads + h) * K, g.rows, 0, K)
                             for c in range(0, KP, WIDTH):
                                 unit, grad = mul(load(w.o, i * KP + c), inverse), load(g.rows, c)
@@ -729,7 +752,8 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                                 product = fma(grad, unit, product)
                             along = total(product) * inverse / f32(K)
                             for c in range(0, KP, WIDTH):
-                                store(w.o, i * KP + c, mul(sub(load(g.rows, c), mul(load(w.o, i * KP + c), along)), inverse))
+                                grad = sub(load(g.rows, c), mul(load(w.o, i * KP + c), along))
+                                store(w.o, i * KP + c, mul(grad, inverse))
                         recur_backward(n, K, p, w, g)
                     else:
                         for i in range(n):
@@ -737,7 +761,9 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                     for i in range(n):
                         t = length - 1 - start - i if reverse else start + i
                         at_gate = (b * length + t) * row + 3 * K * heads + h
-                        form[i] = gate_backward(i, flux, coupling, hierarchical, read_gates, w, g, logits) if w.real[i] else ZERO
+                        form[i] = ZERO
+                        if w.real[i]:
+                            form[i] = gate_backward(i, flux, coupling, hierarchical, read_gates, w, g, logits)
                         for gate in range(5):
                             grad_proj[at_gate + gate * heads] = logits[gate] if w.real[i] else ZERO
                     if some and flux:
@@ -763,7 +789,8 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# GELU of the feed-forward layers: x Phi(x) = max(x, 0) - |x| Q(|x|), Q(z) = 1 - Phi(z) by Abramowitz and Stegun 7.1.26 (to 1e-7)
+# GELU of the feed-forward layers: x Phi(x) = max(x, 0) - |x| Q(|x|), Q(z) = 1 - Phi(z) by Abramowitz and Stegun 7.1.26
+# (to 1e-7)
 
 
 @njit(**JIT)

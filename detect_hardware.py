@@ -26,7 +26,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
-from train_6layer_deltanet import Trainer, UserError, build_optimizer, build_student, config, parse_value
+from train_6layer_deltanet import MicroBatch, Trainer, UserError, build_optimizer, build_student, config, run_helper
 
 PARTS = (1, 2, 4, 8)
 # GiB that CUDA reports, dense TFLOP/s in TF32 and in bf16, GB/s: from NVIDIA's data sheets (A100 and H100: SXM, 80 GB).
@@ -114,15 +114,15 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
     return found | {"total": sum(found.values())}
 
 
-def make_batch(cfg: dict[str, Any]) -> list[dict[str, Any]]:
-    """Micro-batches of random tokens, every text max_length long, in the form of PairData.batch."""
+def make_batch(cfg: dict[str, Any]) -> list[MicroBatch]:
+    """Micro-batches of random tokens, every text max_length long, as PairData.batch gives them."""
     generator, batch = torch.Generator().manual_seed(0), []
     parts = cfg["gradient_accumulation_steps"]
     for part in range(parts):
         pairs = cfg["batch_size"] // parts + (part < cfg["batch_size"] % parts)
         ids = torch.randint(1000, 30000, (2 * pairs, cfg["max_length"]), generator=generator)
-        batch.append({"pairs": pairs, "keys": torch.randint(2**60, (2 * pairs,), generator=generator),
-                      "groups": [(ids, torch.ones_like(ids))], "restore": torch.arange(2 * pairs)})
+        batch.append(MicroBatch(pairs, keys=torch.randint(2**60, (2 * pairs,), generator=generator),
+                                groups=[(ids, torch.ones_like(ids))], restore=torch.arange(2 * pairs)))
     return batch
 
 
@@ -384,27 +384,24 @@ def page(r: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 if a command line was recommended, 1 if nothing fits or measuring failed, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Exit status: 0 with a recommended command line, 1 if nothing fits or measuring failed, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__)
     for key in KEYS:
         parser.add_argument(f"--{key}", type=int, default=config[key], help="as in training (default: %(default)s)")
     parser.add_argument("--measure", nargs="?", const="true", default="true",
                         help="run a few steps, some 10 s of them (default: true)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    transformers.utils.logging.set_verbosity_error()
-    try:
+
+    def work(args: argparse.Namespace) -> dict[str, Any]:
         if args.worker:
             print(json.dumps(measured_steps(*json.loads(args.worker))))
-            return 0
-        args.measure = parse_value("measure", args.measure, True)
-        result = report(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(result, indent=2) if args.json else page(result))
-    return 0 if result["command"] and "not_measured" not in result else 1
+            raise SystemExit(0)
+        if args.measure not in ("true", "false"):
+            raise UserError(f"--measure takes true or false, not {args.measure!r}")
+        args.measure = args.measure == "true"
+        return report(args)
+
+    return run_helper(parser, argv, work, page, lambda result: not result["command"] or "not_measured" in result)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Write a checkpoint's student as a folder that sentence-transformers and transformers open.
 
-    python save_best_checkpoint.py runs/first/checkpoint_25000.pt             into runs/first
-    python save_best_checkpoint.py best --run_dir runs/first --output_dir out  by name: best, last, 25000, checkpoint_25000.pt
-    python save_best_checkpoint.py results/best --output_dir out              the full folder of a compact export
-    python save_best_checkpoint.py best --export_trained results/best         the compact form: trained tensors in float16
-    python save_best_checkpoint.py A --average B C --output_dir soup          the mean of several students' weights
-    python save_best_checkpoint.py best --onnx                                also onnx/model.onnx
-    python save_best_checkpoint.py best --int8 --data_dir DIR                 also onnx/model_qint8.onnx, checked on STS-B
+    python save_best_checkpoint.py runs/first/checkpoint_25000.pt        into runs/first
+    python save_best_checkpoint.py best --run_dir runs/first             by name: best, last, a step, a file's name
+    python save_best_checkpoint.py results/best --output_dir out         the full folder of a compact export
+    python save_best_checkpoint.py best --export_trained results/best    the compact form: trained tensors in float16
+    python save_best_checkpoint.py A --average B C --output_dir soup     the mean of several students' weights
+    python save_best_checkpoint.py best --onnx                           also onnx/model.onnx
+    python save_best_checkpoint.py best --int8 --data_dir DIR            also onnx/model_qint8.onnx, checked on STS-B
+    python save_best_checkpoint.py best --push_to_hub OWNER/NAME         also a model of the hub
 
 --onnx and --int8 need requirements-eval.txt; how they are built and how fast they are: docs/speed.md.
 """
@@ -23,20 +24,22 @@ import math
 import sys
 import tempfile
 import types
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn as nn
-import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 import train_6layer_deltanet as script
-from train_6layer_deltanet import (ARCHITECTURE_KEYS, HUB_SOURCES, DeltaNetStudent, RunLock, UserError, checkpoint_steps, config,
-                                   file_sha256, find_checkpoint, load_teacher, read_record, read_student, save_model, student_from,
-                                   trainable_state, write_atomic, write_json)
+from train_6layer_deltanet import (ARCHITECTURE_KEYS, FOLDER_KEYS, HUB_SOURCES, DeltaNetStudent, RunLock, UserError,
+                                   checkpoint_steps, config, file_sha256, find_checkpoint, first_line, load_teacher,
+                                   read_record, read_student, run_helper, save_model, student_from, trainable_state,
+                                   write_atomic, write_json, write_text)
 
 CARD_MARK = "library_name: sentence-transformers"
 
@@ -67,15 +70,15 @@ def find_source(name: str, run_dir: Path) -> tuple[Path, str]:
             if (score := measured_scores(info).get(f"{cfg['best_model_split']}_spearman")) is not None:
                 scored.append((score, -step, cfg["best_model_split"]))
         if not scored:
-            raise UserError(f"{run_dir}: no checkpoint with a recorded score; run test_checkpoints.py on it, or name one of "
-                            f"the steps {steps if steps else '(there are none)'}")
+            raise UserError(f"{run_dir}: no checkpoint with a recorded score; run test_checkpoints.py on it, or name "
+                            f"one of the steps {steps if steps else '(there are none)'}")
         score, step, split = max(scored)
         return run_dir / f"checkpoint_{-step}.pt", f"it has the highest {split} Spearman of the run's checkpoints"
     number = name.removeprefix("checkpoint_").removesuffix(".pt")
     if number.isdigit() and int(number) in steps:
         return run_dir / f"checkpoint_{int(number)}.pt", f"step {int(number)} was named by hand"
-    raise UserError(f"{name}: neither a path nor a checkpoint of {run_dir}, which has steps {steps if steps else 'none'}; "
-                    "give a path, a step, best or last")
+    raise UserError(f"{name}: neither a path nor a checkpoint of {run_dir}, which has steps "
+                    f"{steps if steps else 'none'}; give a path, a step, best or last")
 
 
 def measured_scores(info: dict[str, Any]) -> dict[str, float]:
@@ -97,26 +100,43 @@ def refuse_worse(folder: Path, record_name: str, weights: str, info: dict[str, A
     if not isinstance(theirs, (int, float)) or not math.isfinite(theirs):
         raise UserError(f"{folder}: holds a {weights} without a recorded {key}; --force overwrites it")
     if ours is None:
-        raise UserError(f"{info['file']}: has no recorded {key}, {folder} holds a model with {theirs:.4f}; measure it with "
-                        "test_checkpoints.py, or --force")
+        raise UserError(f"{info['file']}: has no recorded {key}, {folder} holds a model with {theirs:.4f}; measure it "
+                        "with test_checkpoints.py, or --force")
     if old.get("evaluation") != info["evaluation"]:
-        raise UserError(f"{folder}: its model was scored on {old.get('evaluation')}, this one on {info['evaluation']}; they "
-                        "cannot be compared; --force overwrites it")
+        raise UserError(f"{folder}: its model was scored on {old.get('evaluation')}, this one on {info['evaluation']}; "
+                        "they cannot be compared; --force overwrites it")
     if theirs > ours:
-        raise UserError(f"{folder}: holds a better model (step {old.get('step')}, {key} {theirs:.4f}; this one has {ours:.4f}); "
-                        "--force overwrites it")
+        raise UserError(f"{folder}: holds a better model (step {old.get('step')}, {key} {theirs:.4f}; this one has "
+                        f"{ours:.4f}); --force overwrites it")
 
 
-def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, Any], chosen: str) -> str:
-    """README.md of a saved folder: how to load, scores and how they came about, architecture, data, limits, licence."""
+def card_header(cfg: dict[str, Any], info: dict[str, Any]) -> str:
+    """The YAML by which the hub lists a model, with STS-B scores as those of mteb's STSBenchmark, in percent."""
+    results = [huggingface_hub.EvalResult(
+        task_type="STS", dataset_type="mteb/stsbenchmark-sts", dataset_name="MTEB STSBenchmark",
+        dataset_config="default", dataset_split=split, dataset_revision="b0fddb56ed78048fa8b90373c8a3cfc37b684831",
+        metric_type=f"cosine_{metric}", metric_value=round(100 * info["scores"][f"{split}_{metric}"], 4))
+        for split in ("test", "validation") for metric in ("pearson", "spearman")
+        if info["evaluation"] == "stsb" and f"{split}_{metric}" in info["scores"]]
+    return huggingface_hub.ModelCardData(
+        language="en", license="apache-2.0", library_name="sentence-transformers", pipeline_tag="sentence-similarity",
+        base_model=config["teacher_model"] if Path(cfg["teacher_model"]).is_dir() else cfg["teacher_model"],
+        tags=["sentence-transformers", "feature-extraction", "linear-attention", "deltanet", *["mteb"] * bool(results)],
+        model_name="hierarchical-deltanet-minilm", eval_results=results or None).to_yaml()
+
+
+def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, Any], chosen: str, place: str) -> str:
+    """README.md of a model at `place`: how to load, scores and how they came about, architecture, data, limits."""
     total, c = sum(p.numel() for p in student.parameters()), student.config
     trained = sum(t.numel() for t in trainable_state(student).values())
-    teacher = info["teacher"] or {}
     name = "STS-B" if info["evaluation"] == "stsb" else info["evaluation"]
-    rows = "".join(f"| {name} {key.replace('_', ', ', 1).replace('_', ' ')} | {value:.4f} | "
-                   + (f"{teacher[key]:.4f} |\n" if key in teacher else "not recorded |\n") for key, value in info["scores"].items())
-    scores = f"| evaluation | this model | teacher |\n|---|---:|---:|\n{rows}" if rows else "No score was recorded.\n"
-    split, first = cfg["best_model_split"], info["init"] or {}
+    teacher = {f"{split}_teacher_agreement": 1.0 for split in ("validation", "test")} | (info["teacher"] or {})
+    rows = [f"| {name} {key.replace('_', ', ', 1).replace('_', ' ')} | {value:.4f} | "
+            + (f"{teacher[key]:.4f} |" if key in teacher else "not recorded |")
+            for key, value in info["scores"].items()]
+    scores = "\n".join(["| evaluation | this model | teacher |", "|---|---:|---:|", *rows] if rows
+                       else ["No score was recorded."])
+    split, first = cfg["best_model_split"], info["init"]
     start = f"Started as {first.get('file')}, step {first.get('step')} of an earlier run" if first else \
         f"Embeddings, norms and FFNs started as the teacher's; projections started {cfg['projection_init']}"
     choice = (f"Checkpoint of step {info['step']}; {chosen}. The run kept its best model by the {split} split"
@@ -124,44 +144,46 @@ def model_card(student: DeltaNetStudent, cfg: dict[str, Any], info: dict[str, An
     if info["kind"] == "export":
         choice += " The weights were stored in float16; the scores are of the float32 weights they were rounded from."
     names = [f"{n} ({HUB_SOURCES[n][0]})" if n in HUB_SOURCES else n for n in info["sources"] or ()]
-    data = f"Sentence pairs of {len(names)} sources: {', '.join(names)}" if names else "The training sources were not recorded"
+    data, unmeasured = "The training sources were not recorded", "retrieval, long documents and other languages were"
+    if names:
+        data = f"Sentence pairs of {len(names)} sources: {', '.join(names)}"
     if cfg["long_share"]:
-        data += f". {cfg['long_share']:.0%} of the steps were of documents of up to {cfg['long_length']:,} tokens, with a query each"
-    unmeasured = "other languages were" if cfg["long_share"] else "retrieval, long documents and other languages were"
+        data += (f". {cfg['long_share']:.0%} of the steps were of documents of up to {cfg['long_length']:,} tokens, "
+                 "with a query each")
+        unmeasured = "other languages were"
     parts = [f"{key.replace('_', ' ')}: {'yes' if getattr(c, key) else 'no'}" for key in ARCHITECTURE_KEYS[3:]]
+    embeddings = "the embeddings too" if cfg["train_embeddings"] else "the embeddings are the teacher’s"
+    longest = script.longest_read(cfg, first)
     return f"""---
-language: en
-license: apache-2.0
-{CARD_MARK}
-pipeline_tag: sentence-similarity
-base_model: {cfg['teacher_model'] if not Path(cfg['teacher_model']).is_dir() else config['teacher_model']}
-tags: [sentence-transformers, feature-extraction, linear-attention, deltanet]
+{card_header(cfg, info)}
 ---
 
 # Hierarchical DeltaNet distilled from all-MiniLM-L6-v2
 
-A sentence encoder without attention: {c.num_layers} layers of a delta-rule recurrence, time linear in the text's length.
+A sentence encoder without attention: {c.num_layers} layers of a delta-rule recurrence, time linear in the length.
 
 ## Load
 
 ```python
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer("FOLDER", trust_remote_code=True)
+model = SentenceTransformer("{place}", trust_remote_code=True)
 vectors = model.encode(["A man is eating food.", "Somebody eats a meal."])  # unit length, {c.d_model} numbers each
 ```
 
-With transformers alone: `AutoModel.from_pretrained("FOLDER", trust_remote_code=True)` and
-`AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)` give `last_hidden_state`; the embedding is its mean over
-the real tokens, scaled to unit length. Needs PyTorch 2.6 or newer; the code that runs is `modeling_deltanet.py`.
+With transformers alone: `AutoModel.from_pretrained("{place}", trust_remote_code=True)` and
+`AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)` give `last_hidden_state`; the embedding is its
+mean over the real tokens, scaled to unit length. Needs PyTorch 2.6 or newer; the code that runs is
+`modeling_deltanet.py`.
 
 ## Scores
 
 {scores}
+
 {choice}
 
 ## Architecture
 
-{total:,} parameters, {trained:,} of them trained ({'the embeddings too' if cfg['train_embeddings'] else 'the embeddings are the teacher’s'}).
+{total:,} parameters, {trained:,} of them trained ({embeddings}).
 Width {c.d_model}, {c.num_heads} heads, FFN {c.ffn_size}; {', '.join(parts)}.
 {start}. Trained to {info['step']} of
 {cfg['total_steps']} steps of {cfg['batch_size']} pairs, seed {cfg['seed']}; every setting is in `training_config.json`.
@@ -172,15 +194,45 @@ Width {c.d_model}, {c.num_heads} heads, FFN {c.ffn_size}; {', '.join(parts)}.
 
 ## Limits
 
-English only. Trained on texts of at most {script.longest_read(cfg, info['init'])} tokens, and `SentenceTransformer` cuts texts there.
+English only. Trained on texts of at most {longest} tokens, and `SentenceTransformer` cuts texts there.
 Similarities are those of general sentences; {unmeasured} not measured. What is unfair in the
 teacher's and the data's view of people is copied too.
 
 ## Licence
 
 Apache-2.0, as the teacher, whose weights it contains. The training data have licences of their own, and
-some of the sources named above are for non-commercial or research use only: look there before a use that is not research.
+some of the sources named above are for non-commercial or research use only: look there before any other use.
 """
+
+
+def check_hub(name: str) -> None:
+    """UserError if `name` cannot be a model of the hub, or there is no token to write with."""
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except ValueError as error:
+        raise UserError(f"push_to_hub: {first_line(error)[:160]}") from None
+    if name.count("/") != 1:
+        raise UserError(f"push_to_hub {name}: must be OWNER/NAME")
+    if huggingface_hub.get_token() is None:
+        raise UserError("push_to_hub: no token; set HF_TOKEN, or run `hf auth login`")
+
+
+def push_to_hub(folder: Path, name: str, files: list[str], cfg: dict[str, Any], message: str) -> str:
+    """Send `files` of `folder` to the hub's model `name` in one commit; its address.
+
+    The training config goes without the folders of this machine.
+    """
+    content: dict[str, Any] = {file: folder / file for file in files}
+    content["training_config.json"] = json.dumps(cfg | {key: config[key] for key in FOLDER_KEYS}, indent=2).encode()
+    try:
+        api = huggingface_hub.HfApi()
+        address = api.create_repo(name, exist_ok=True)
+        api.create_commit(name, [huggingface_hub.CommitOperationAdd(*pair) for pair in content.items()],
+                          commit_message=message)
+    except Exception as error:  # the client and the library below it raise unrelated types
+        reason = first_line(error)[:200]
+        raise UserError(f"push_to_hub {name}: {folder} is written, but was not sent ({reason})") from None
+    return str(address)
 
 
 def average_students(states: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
@@ -221,8 +273,9 @@ def export_trained(folder: Path, student: DeltaNetStudent, cfg: dict[str, Any], 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
     write_atomic(folder / "student.safetensors", lambda file: file.write(save(state)))
-    write_json(folder / "config.json", cfg | {key: config[key] for key in script.FOLDER_KEYS})
-    write_json(folder / "metrics.json", {**record, "weights": "float16", "sha256": file_sha256(folder / "student.safetensors")})
+    write_json(folder / "config.json", cfg | {key: config[key] for key in FOLDER_KEYS})
+    write_json(folder / "metrics.json", {**record, "weights": "float16",
+                                         "sha256": file_sha256(folder / "student.safetensors")})
     return ["student.safetensors", "config.json", "metrics.json"]
 
 
@@ -304,8 +357,8 @@ class StudentGraph(OnnxGraph):
 
     A text is cut into equal blocks of at most BLOCK tokens: one, or chunks of 2 or 4. Attention inside a block comes
     from block substitution, neighbouring blocks are merged to a chunk, and only the states of chunks go through a Scan.
-    Every head reads its tokens left to right: a Gather turns time around where it has to. Sequences lie as
-    (chunks, B, H, blocks, C, K), C tokens of a block; a scalar of each token as (BLOCK, N), N = chunks * B * H * blocks.
+    Every head reads its tokens left to right: a Gather turns time around behind the convolution. Sequences lie as
+    (chunks, B, H, blocks, C, K), C tokens of a block; scalars of a token as (BLOCK, N), N = chunks * B * H * blocks.
     """
 
     def __init__(self, student: DeltaNetStudent):
@@ -335,6 +388,10 @@ class StudentGraph(OnnxGraph):
             up = self.Add(up, ffn.up.bias - ffn.up.weight @ ffn.down.bias)
             down = self.MatMul(self.Gelu(up), ffn.down.weight.T, name=f"linear/{i}/down")
             x = norm(self.Add(x, down), s.ffn_norms[i], mixers[i + 1])
+        if self.cfg.learned_pooling:
+            logits = self.Where(self.Cast(self.mask, to=9), self.MatMul(x, s.pooling.weight.T), -1e9)
+            tokens = self.ReduceSum(self.mask, [1])  # (B, 1, 1)
+            x = self.Mul(x, self.Mul(self.Softmax(logits, axis=1), tokens))
         mean = self.Squeeze(self.MatMul(self.Unsqueeze(mask, [1]), x), [1])
         mean = self.Div(mean, self.Max(self.ReduceSum(mask, [1]), 1e-9))
         unit = self.Div(mean, self.Max(self.ReduceL2(mean, [1]), 1e-12))
@@ -342,7 +399,8 @@ class StudentGraph(OnnxGraph):
         self.nodes += [helper.make_node("Identity", [value], [name]) for name, value in zip(names, (x, unit))]
         rows, info = ["batch", "length"], helper.make_tensor_value_info
         inputs = [info(name, TensorProto.INT64, rows) for name in ("input_ids", "attention_mask")]
-        outputs = [info(name, TensorProto.FLOAT, [*dims, self.cfg.d_model]) for name, dims in zip(names, (rows, rows[:1]))]
+        outputs = [info(name, TensorProto.FLOAT, [*dims, self.cfg.d_model])
+                   for name, dims in zip(names, (rows, rows[:1]))]
         graph = helper.make_graph(self.nodes, "student", inputs, outputs, list(self.constants.values()))
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
 
@@ -358,7 +416,7 @@ class StudentGraph(OnnxGraph):
         self.tokens = up(self.length, self.Mul(self.chunks, self.blocks))  # C
         self.one_block, self.one_chunk = (number(self.Equal(x, [1])) for x in (self.blocks, self.chunks))
 
-        # Rows of (B, tokens * ways, ...): own direction, then whatever fills the last block; and back.
+        # Rows of (B, tokens * ways, ...): own direction, then whatever fills the last block; of q, k and v; and back.
         whole, last = self.Mul(self.Mul(self.chunks, self.blocks), self.tokens), self.Sub(self.length, [1])
 
         def rows(*ways: str) -> str:
@@ -367,6 +425,7 @@ class StudentGraph(OnnxGraph):
 
         time = self.Range(0, number(whole), 1)
         self.turn = rows(self.Min(time, last), self.Max(self.Sub(last, time), [0]))
+        self.turns = [self.Add(self.Mul(self.turn, [3]), [part]) for part in range(3)]
         place = self.Range(0, number(self.length), 1)
         self.turn_back = rows(place, self.Sub(last, place))
 
@@ -446,17 +505,20 @@ class StudentGraph(OnnxGraph):
     def project(self, x: str, layer: nn.Module, index: int, shift: Tensor) -> list[str]:
         """q, k (normalised) and v."""
         qkv = self.MatMul(x, self.columns(layer.qkv_proj, 3, shift), name=f"linear/{index}/qkv")
-        qkv = self.turned(qkv, 3 * self.side * self.width)
         if self.cfg.short_convolution:  # of an image of height 1, channels last: onnxruntime fuses the transpositions
-            taps = layer.conv_weight.flip(0)[:, :, :, 0, 0].unflatten(2, (self.ways, self.side)).permute(2, 1, 3, 4, 0)
-            qkv = self.Transpose(self.view(qkv, self.batch, 1, -1, 3 * self.cfg.d_model), perm=[0, 3, 1, 2])
-            qkv = self.Conv(qkv, taps.reshape(-1, 1, 1, len(layer.conv_weight)), group=3 * self.cfg.d_model,
-                            pads=[0, len(layer.conv_weight) - 1, 0, 0])
+            taps = layer.conv_weight[:, :, :, 0, 0].unflatten(2, (self.ways, self.side)).permute(2, 1, 3, 4, 0)
+            past = nn.functional.pad(taps.flip(-1), (0, taps.shape[-1] - 1))  # tap i looks i tokens back
+            # ... and ahead, where time is turned, which is done behind it.
+            taps = torch.cat([past[:1], past[1:].flip(-1)]).reshape(3 * self.cfg.d_model, 1, 1, -1)
+            qkv = self.Transpose(self.Unsqueeze(qkv, [1]), perm=[0, 3, 1, 2])
+            side = taps.shape[-1] // 2
+            qkv = self.Conv(qkv, taps, group=len(taps), pads=[0, side, 0, side])
             qkv = self.Transpose(qkv, perm=[0, 2, 3, 1])
-        qkv = self.Mul(qkv, self.Sigmoid(qkv))
-        qkv = self.view(qkv, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 3, self.side, self.width)
-        qkv = self.Split(self.Transpose(qkv, perm=[5, 1, 0, 4, 6, 2, 3, 7]), axis=0, num_outputs=3, outputs=3)
-        q, k, v = (self.sequences(y, self.tokens, self.width) for y in qkv)
+        qkv = self.view(self.Mul(qkv, self.Sigmoid(qkv)), self.batch, -1, self.side * self.width)
+        shape = self.batch, self.chunks, self.blocks, self.tokens, self.ways, self.side, self.width
+        parts = (self.view(self.Gather(qkv, turn, axis=1), *shape) for turn in self.turns)
+        parts = (self.Transpose(y, perm=[1, 0, 4, 5, 2, 3, 6]) for y in parts)
+        q, k, v = (self.sequences(y, self.tokens, self.width) for y in parts)
         unit = {"axis": -1, "epsilon": 1e-6 / self.width}  # x * rsqrt(sum(x^2) + 1e-6), by the mean instead of the sum
         return [*(self.RMSNormalization(y, np.full(self.width, self.width ** -0.5), **unit) for y in (q, k)), v]
 
@@ -480,8 +542,8 @@ class StudentGraph(OnnxGraph):
         gates = self.Split(self.fill(self.Sigmoid(gates), 1), axis=0, num_outputs=5, outputs=5)
         return [self.view(y, BLOCK, -1) for y in gates]
 
-    def coefficients(self, gates: list[str], psi: str) -> tuple[str, str, str]:
-        """beta (BLOCK, N), transition (2, 2, BLOCK, N), read (2, BLOCK, N), as in `EnhancedHierarchicalDeltaNet`."""
+    def coefficients(self, gates: list[str], psi: str) -> tuple[str, list[str], list[str]]:
+        """beta, the 4 entries of the transition by rows, and both reads, (BLOCK, N) each."""
         beta, a_fast, a_slow, g_fast, g_slow = gates
         line = lambda slope, start: self.Add(self.Mul(psi, slope), start)  # noqa: E731
         f = self.Where(self.is_real, self.Mul(a_fast, line(-0.10, 1.0)), 1.0)
@@ -490,42 +552,44 @@ class StudentGraph(OnnxGraph):
         kappa = self.Mul(self.real, line(0.10, 0.05) if coupled else 0.0)
         out_fast = self.Mul(kappa, psi)
         out_fast, out_slow = self.Mul(f, out_fast), self.Mul(s, self.Sub(kappa, out_fast))
-        transition = self.Concat(self.Sub(f, out_fast), out_fast, out_slow, self.Sub(s, out_slow), axis=0)
+        transition = [self.Sub(f, out_fast), out_fast, out_slow, self.Sub(s, out_slow)]
         if not self.cfg.read_gates:
             g_fast = g_slow = self.Expand(1.0, self.Shape(g_fast))
         read_slow = self.Mul(g_slow, line(-0.3, 0.5) if self.cfg.hierarchical_memory else 0.0)
-        read = self.view(self.Concat(self.Mul(g_fast, line(0.3, 0.5)), read_slow, axis=0), 2, BLOCK, -1)
-        return self.Mul(beta, self.real), self.view(transition, 2, 2, BLOCK, -1), read
+        return self.Mul(beta, self.real), transition, [self.Mul(g_fast, line(0.3, 0.5)), read_slow]
 
-    def decay_products(self, m: str, r: str) -> tuple[str, str, str, str]:
-        """The script's `decay_products` of a block, by doubling.
+    def decay_products(self, m: list[str], r: list[str]) -> tuple[str, str, str, str]:
+        """The script's `decay_products` of a block, by doubling; nothing here is reduced over an axis, which is slow.
 
-        m (2, 2, BLOCK, N), r (2, BLOCK, N) -> c (C, C, N), left (2, C, N), right (2, C, N), whole (2, 2, N).
+        m: the 4 entries of M by rows, r: both reads, (BLOCK, N) each.
+        Returns c (C, C, N), left (2, C, N), right (2, C, N), whole (2, 2, N).
         """
-        total = lambda x, axis: self.ReduceSum(x, [axis], keepdims=0)  # noqa: E731
-        left, c = total(self.Mul(self.Unsqueeze(r, [1]), m), 0), total(r, 0)
-        right = self.Expand(1.0, self.Shape(r))
+        def dot(a: str, b: str, c: str, d: str) -> str:
+            return self.Add(self.Mul(a, b), self.Mul(c, d))
+
+        left = [dot(r[0], m[0], r[1], m[2]), dot(r[0], m[1], r[1], m[3])]
+        right, c = [self.Expand(1.0, self.Shape(r[0]))] * 2, self.Add(*r)
         for size in SIZES:
             pairs = BLOCK // (2 * size)
-            left1, left2 = self.halves(self.view(left, 2, pairs, 2, size, -1), 2)  # (2, pairs, 1, size, N)
-            right1, right2 = self.halves(self.view(right, 2, pairs, 2, size, -1), 2)
-            m1, m2 = self.halves(self.view(m, 2, 2, pairs, 2, -1), 3)  # (2, 2, pairs, 1, N)
+            (left1, left2), (right1, right2), (m1, m2) = (
+                zip(*(self.halves(self.view(x, pairs, 2 * n, -1), 1) for x in xs))
+                for xs, n in ((left, size), (right, size), (m, 1)))
             c1, c2 = self.halves(self.view(c, pairs, 2 * size, size, -1), 1)
-            across = total(self.Mul(self.view(left2, 2, pairs, size, 1, -1), right1), 0)
+            across = dot(*(self.Unsqueeze(x, [axis]) for i in (0, 1) for x, axis in ((left2[i], 2), (right1[i], 1))))
             c = self.Concat(self.Concat(c1, self.Mul(c1, 0.0), axis=2), self.Concat(across, c2, axis=2), axis=1)
-            left2 = total(self.Mul(self.view(left2, 2, 1, pairs, size, -1), m1), 0)
-            right1 = total(self.Mul(self.view(right1, 1, 2, pairs, size, -1), m2), 1)
-            m = total(self.Mul(self.view(m2, 2, 2, 1, pairs, -1), self.view(m1, 1, 2, 2, pairs, -1)), 1)
-            left = self.Concat(self.view(left1, 2, pairs, size, -1), left2, axis=2)
-            right = self.Concat(right1, self.view(right2, 2, pairs, size, -1), axis=2)
-        left, right = (self.cut(self.view(x, 2, BLOCK, -1), 1) for x in (left, right))
-        return self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), left, right, self.view(m, 2, 2, -1)
+            left = [self.Concat(left1[i], dot(left2[0], m1[i], left2[1], m1[2 + i]), axis=1) for i in (0, 1)]
+            right1 = [dot(m2[i], right1[0], m2[i + 1], right1[1]) for i in (0, 2)]
+            right = [self.Concat(*halves, axis=1) for halves in zip(right1, right2)]
+            m = [dot(m2[2 * i], m1[j], m2[2 * i + 1], m1[2 + j]) for i in (0, 1) for j in (0, 1)]
+        both = lambda xs: self.Concat(*(self.view(x, 1, BLOCK, -1) for x in xs), axis=0)  # noqa: E731
+        c, whole = self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), self.view(self.Concat(*m, axis=0), 2, 2, -1)
+        return c, self.cut(both(left), 1), self.cut(both(right), 1), whole
 
     def merge(self, parts: dict[str, str], count: int) -> str:
-        """o (chunks, B, H, tokens, V): neighbouring blocks, `count` of the first ones each, are merged to one a chunk.
+        """o of all tokens of a chunk: neighbouring blocks, `count` of the first ones each, are merged to one.
 
         parts: o, what a block reads of itself; q, its queries as they reach what is before it (rows H_1 ... H_t q_t);
-        k; end, its writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; its decays left, right, whole.
+        k; end, its writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; decays left, right, whole.
         """
         size = self.Mul(self.tokens, [count])
         rows = {"end": self.width, "right": 2, "whole": 2}
@@ -539,7 +603,6 @@ class StudentGraph(OnnxGraph):
         o2 = self.Add(second("o"), self.MatMul(self.Mul(across, self.MatMul(left2, right1)), first("v")))
         own = lambda g: g.Concat(first("o", g), o2, axis=5)  # noqa: E731
         last = 2 * count == 2 ** MERGES
-        shape = (self.chunks, self.batch, self.heads, self.Mul(size, [2]), self.width)
 
         def further(g: Any) -> str:
             k1, m1 = first("k", g), first("whole", g)
@@ -549,10 +612,10 @@ class StudentGraph(OnnxGraph):
                    "end": g.Concat(g.Sub(end1, g.MatMul(end2, g.MatMul(k2, end1))), end2, axis=6),
                    "left": g.Concat(first("left", g), g.MatMul(left2, m1), axis=5),
                    "right": g.Concat(g.MatMul(m2, right1), second("right", g), axis=6), "whole": g.MatMul(m2, m1)}
-            return g.scan(new, shape[3]) if last else g.merge(new, 2 * count)
+            return g.scan(new, g.Mul(size, [2])) if last else g.merge(new, 2 * count)
 
         done = self.one_chunk if last else self.Squeeze(self.Equal(self.blocks, [2 * count]), [0])
-        return self.choose(done, lambda g: g.view(own(g), *shape), further)
+        return self.choose(done, own, further)
 
     def scan(self, parts: dict[str, str], size: str) -> str:
         """o of the chunks, one block each now (as in `merge`), with what they read of the chunks before them."""
@@ -566,7 +629,8 @@ class StudentGraph(OnnxGraph):
         read = step.MatMul(at[0], step.view(state, 0, 0, both, width))
         mixed = step.view(step.MatMul(at[4], step.view(state, 0, 0, 2, width * width)), 0, 0, 2, width, width)
         new = step.Add(mixed, step.MatMul(at[2], step.Sub(at[3], step.MatMul(at[1], mixed))))
-        each = view("q", size, both), view("k", 1, size, width), view("end", 1, width, size), written, view("whole", 2, 2)
+        each = [view("q", size, both), view("k", 1, size, width), view("end", 1, width, size), written]
+        each.append(view("whole", 2, 2))
         _, carried = self.Scan(start, *each, body=step.body(names, [new, read]), num_scan_inputs=len(each), outputs=2)
         return self.Add(view("o", size, width), carried)
 
@@ -623,11 +687,12 @@ def export_onnx(student: DeltaNetStudent, path: Path, scratch: Path) -> dict[str
         mask = (torch.arange(length) < torch.tensor([[length], [max(1, length // 2)], [length]])).long()
         hidden = student(ids, mask).last_hidden_state
         found, embedding = model.run(ids, mask)
-        # What stands at padding is nobody's.
-        differences = (found - hidden)[mask.bool()], embedding - script.mean_pool(hidden, mask)
+        # What stands at padding is nobody's. A learned pooling makes some tokens large: as a share of their size then.
+        size = hidden.abs().amax(-1, keepdim=True).clamp(min=1)
+        differences = ((found - hidden) / size)[mask.bool()], embedding - script.mean_pool(hidden, mask)
         result[f"onnx_error_{length}"] = max(x.abs().max().item() for x in differences)
     if not max(result.values()) < 1e-4:
-        raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; nothing was written")
+        raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; not written")
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, lambda file: file.write(temporary.read_bytes()))
     return result
@@ -678,9 +743,13 @@ def export_int8(tokenizer: Any, source: Path, path: Path, scratch: Path, cfg: di
 
 def save(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the command line says; returns what was written."""
+    if args.push_to_hub is not None:
+        check_hub(args.push_to_hub)
+        if args.export_trained:
+            raise UserError("push_to_hub: sends a whole folder; leave out --export_trained")
     source, chosen = find_source(args.checkpoint, Path(args.run_dir))
     state, cfg, info = read_student(source)
-    chosen = info.get("chosen") or chosen
+    chosen = info["chosen"] or chosen
     info["scores"] = {} if args.average else measured_scores(info)  # an average's are not known yet
     home, split = Path(info["file"]).parent, cfg["best_model_split"]
     folder = Path(args.export_trained or args.output_dir or (args.run_dir if info["kind"] == "export" else home))
@@ -690,7 +759,8 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
     if not args.force:
         names = ("metrics.json", "student.safetensors") if args.export_trained else ("scores.json", "pytorch_model.bin")
         refuse_worse(folder, *names, info, split)
-        if not args.export_trained and card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        foreign = card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
+        if foreign and not args.export_trained:
             raise UserError(f"{card}: is not a model card; choose another --output_dir, or --force")
     teacher, tokenizer, _ = load_teacher(cfg | ({"teacher_model": args.teacher_model} if args.teacher_model else {}))
     student = student_from(state, cfg, info["file"], teacher)
@@ -705,16 +775,14 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
         return result | {"files": export_trained(folder, student, cfg, record)}
     if args.onnx or args.int8:
         need("onnx", "onnxruntime")
-    lock = RunLock(folder, lambda line: None) if (folder / ".lock").exists() else None  # a training writes its best model here
     onnx, int8 = folder / "onnx" / "model.onnx", folder / "onnx" / "model_qint8.onnx"  # sentence-transformers' places
-    try:
+    with ExitStack() as stack:
+        if (folder / ".lock").exists():  # a training writes its best model here
+            stack.callback(RunLock(folder, lambda line: None).release)
         for file in (onnx, int8):
             file.unlink(missing_ok=True)  # of other weights
-        save_model(folder, student, tokenizer, cfg, record)
-        write_atomic(card, lambda file: file.write(model_card(student, cfg, info, chosen).encode()))
-    finally:
-        if lock:
-            lock.release()
+        files = save_model(folder, student, tokenizer, cfg, record)
+        write_text(card, model_card(student, cfg, info, chosen, args.push_to_hub or "FOLDER"))
     if args.onnx or args.int8:
         with tempfile.TemporaryDirectory() as scratch:
             try:
@@ -723,44 +791,39 @@ def save(args: argparse.Namespace) -> dict[str, Any]:
                     data = {"data_dir": args.data_dir, "sts_name": "auto"} if args.data_dir else {}
                     result["onnx"] |= export_int8(tokenizer, onnx, int8, Path(scratch), cfg | data, bool(args.data_dir))
             except (RuntimeError, ValueError, TypeError) as error:  # of onnxruntime
-                raise UserError(f"{folder}: the ONNX export failed ({(str(error).splitlines() or [''])[0][:160]})") from None
-    return result | {"files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()
-                                     and not p.name.startswith((".", "checkpoint_")))}
+                raise UserError(f"{folder}: the ONNX export failed ({first_line(error)[:160]})") from None
+    files += ["README.md", *(f"onnx/{file.name}" for file in (onnx, int8) if file.is_file())]
+    if args.push_to_hub:
+        result["hub"] = push_to_hub(folder, args.push_to_hub, files, cfg, f"Step {info['step']}: {chosen}"[:200])
+    return result | {"files": sorted(files)}
+
+
+def page(result: dict[str, Any]) -> str:
+    """What was written, for people."""
+    lines = [f"{result['source']} (step {result['step']}) -> {result['folder']}"]
+    for key, value in [*result["scores"].items(), *result.get("onnx", {}).items()]:
+        lines.append(f"  {key:<24} {value:.4g}" if isinstance(value, float) else f"  {key:<24} {value}")
+    return "\n".join([*lines, *([f"  hub: {result['hub']}"] if "hub" in result else []),
+                      "  files: " + ", ".join(result["files"])])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 when the model was written, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="checkpoint file, saved folder, or in --run_dir: a file name, a step, best, last")
-    parser.add_argument("--output_dir", help="folder to write (default: the checkpoint's own; for an export, --run_dir)")
-    parser.add_argument("--run_dir", default=config["output_dir"], help="where bare names are looked up (default: %(default)s)")
-    parser.add_argument("--teacher_model", help="teacher's folder or id (default: the one it was trained with)")
-    parser.add_argument("--export_trained", metavar="DIR", help="write only the compact form, into DIR")
-    parser.add_argument("--average", nargs="+", default=[], metavar="STUDENT", help="average its weights with these students'")
-    parser.add_argument("--weights", nargs="+", type=float, help="of CHECKPOINT and of each of --average (default: equal)")
-    parser.add_argument("--onnx", action="store_true", help="also write onnx/model.onnx, checked with onnxruntime")
-    parser.add_argument("--int8", action="store_true", help="also write onnx/model_qint8.onnx, and onnx/model.onnx")
-    parser.add_argument("--data_dir", help="folder with sts/stsb-dev.tsv.gz for --int8 (default: the training's)")
-    parser.add_argument("--force", action="store_true", help="overwrite a better model")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
-    args = parser.parse_args(argv)
-    transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
-    try:
-        result = save(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or args.output_dir}: cannot be read or written ({error.strerror or error})", file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print(f"{result['source']} (step {result['step']}) -> {result['folder']}")
-        for key, value in [*result["scores"].items(), *result.get("onnx", {}).items()]:
-            print(f"  {key:<24} {value:.4g}" if isinstance(value, float) else f"  {key:<24} {value}")
-        print("  files: " + ", ".join(result["files"]))
-    return 0
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("checkpoint", help="checkpoint file, saved folder, or in --run_dir: a file name, a step, best, last")
+    add("--output_dir", help="folder to write (default: the checkpoint's own; for an export, --run_dir)")
+    add("--run_dir", default=config["output_dir"], help="where bare names are looked up (default: %(default)s)")
+    add("--teacher_model", help="teacher's folder or id (default: the one it was trained with)")
+    add("--export_trained", metavar="DIR", help="write only the compact form, into DIR")
+    add("--average", nargs="+", default=[], metavar="STUDENT", help="average its weights with these students'")
+    add("--weights", nargs="+", type=float, help="of CHECKPOINT and of each of --average (default: equal)")
+    add("--onnx", action="store_true", help="also write onnx/model.onnx, checked with onnxruntime")
+    add("--int8", action="store_true", help="also write onnx/model_qint8.onnx, and onnx/model.onnx")
+    add("--data_dir", help="folder with sts/stsb-dev.tsv.gz for --int8 (default: the training's)")
+    add("--push_to_hub", metavar="OWNER/NAME", help="also send what was written to this model of the hub")
+    add("--force", action="store_true", help="overwrite a better model")
+    return run_helper(parser, argv, save, page)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python test_checkpoints.py runs/first --every 10 --split test       thinned, one split
     python test_checkpoints.py runs/first --json
 
-Writes checkpoint_scores.json and checkpoint_scores.png into the folder. Scores are kept by the files' hashes: a second scan
-evaluates only what is new. A file that cannot be evaluated is a row that says why, and the exit status is then 1.
+Writes checkpoint_scores.json and checkpoint_scores.png into the folder. Scores are kept by the files' hashes: a second
+scan evaluates only what is new. A file that cannot be evaluated is a row that says why, and the exit status is then 1.
 """
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from train_6layer_deltanet import (ARCHITECTURE_KEYS, UserError, checkpoint_steps, choose_device, config, evaluate_sts,
-                                   file_sha256, load_student_state, load_sts, load_teacher, read_record, read_student,
-                                   recorded_config, student_from, write_atomic, write_json)
+                                   file_sha256, load_student_state, load_sts, load_teacher, plot_spearman, read_record,
+                                   read_student, recorded_config, run_helper, student_from, write_atomic, write_json)
 
 SPLITS = {"validation": "dev", "test": "test"}
+RUN_KEYS = ("data_dir", "sts_name", "teacher_model", "device")
 AGREEMENT = 1e-4  # other devices and thread counts sum in another order; a real difference is larger
 
 
@@ -42,9 +43,8 @@ class TokenisedOnce:
 
 
 def thin(steps: list[int], every: int, limit: int, last: int) -> list[int]:
-    """The steps to scan, rising: the newest `last`, of them every `every`-th back from the newest, at most `limit` spread evenly."""
-    chosen = steps[-last:] if last else steps
-    chosen = chosen[::-1][::every][::-1]
+    """The steps to scan, rising: of the newest `last` every `every`-th back from the newest, at most `limit` evenly."""
+    chosen = steps[-last:][::-1][::every][::-1]
     if limit and len(chosen) > limit:
         chosen = [chosen[i] for i in np.linspace(len(chosen) - 1, 0, limit).round().astype(int)[::-1]]
     return chosen
@@ -60,9 +60,8 @@ def run_config(folder: Path, files: list[Path], args: argparse.Namespace) -> dic
             break
         except UserError:
             continue
-    given = {key: getattr(args, key) for key in ("data_dir", "sts_name", "teacher_model", "device") if getattr(args, key)}
-    cfg = recorded_config((cfg or config) | {"device": "auto"} | given, folder)
-    return cfg | {"precision": "float32"}
+    given = {key: getattr(args, key) for key in RUN_KEYS if getattr(args, key)}
+    return recorded_config((cfg or config) | {"device": "auto", "precision": "float32"} | given, folder)
 
 
 class Scan:
@@ -133,53 +132,37 @@ class Scan:
         return row
 
 
-def plot(path: Path, rows: list[dict[str, Any]], teacher: dict[str, float], name: str) -> None:
-    """Spearman over steps, the teacher's as a dashed line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for key, colour in (("validation_spearman", "tab:blue"), ("test_spearman", "tab:orange")):
-        points = sorted((r["step"], r["scores"][key]) for r in rows if r["file"].endswith(".pt") and key in r.get("scores", {}))
-        if key in teacher:
-            axis.plot(*(zip(*points) if points else ([], [])), marker=".", color=colour, label=f"student, {key.split('_')[0]}")
-            axis.axhline(teacher[key], ls="--", color=colour, label=f"teacher, {key.split('_')[0]}")
-    axis.set(title=f"Spearman on {name}", xlabel="step", ylabel="Spearman"), axis.legend(), axis.grid(alpha=0.3)
-    figure.tight_layout()
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=100))
-    plt.close(figure)
-
-
 def scan(args: argparse.Namespace) -> dict[str, Any]:
     """Scan the folder as the command line says; returns the report, which is also written."""
     folder = Path(args.output_dir)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = [folder / f"checkpoint_{step}.pt" for step in thin(checkpoint_steps(folder), args.every, args.limit, args.last)]
-    strays = {*folder.glob("checkpoint_*.pt")} - {folder / f"checkpoint_{s}.pt" for s in checkpoint_steps(folder)}
+    steps = checkpoint_steps(folder)
+    files = [folder / f"checkpoint_{step}.pt" for step in thin(steps, args.every, args.limit, args.last)]
+    strays = {*folder.glob("checkpoint_*.pt")} - {folder / f"checkpoint_{step}.pt" for step in steps}
     if (folder / "pytorch_model.bin").is_file():
         files.append(folder / "pytorch_model.bin")
     if not files and not strays:
         raise UserError(f"{folder}: holds no checkpoint_*.pt and no pytorch_model.bin")
     cfg = run_config(folder, files, args)
     work = Scan(folder, cfg, [args.split] if args.split else list(SPLITS))
-    report: dict[str, Any] = {"evaluation": cfg["sts_name"], "splits": list(work.rows), "teacher": work.teacher_scores(), "files": []}
-    report["files"] = [{"file": p.name, "step": None, "error": "its name holds no step"} for p in sorted(strays)]
-
-    def keep() -> None:
-        write_json(folder / "checkpoint_scores.json", report | {"cache": work.cache})
-
-    for path in tqdm(files, desc="checkpoints", unit="file", disable=None if not args.json else True):
-        report["files"].append(work.row(path))
-        keep()  # a scan that is stopped loses nothing
+    rows = [{"file": path.name, "step": None, "error": "its name holds no step"} for path in sorted(strays)]
+    report: dict[str, Any] = {"evaluation": cfg["sts_name"], "splits": list(work.rows),
+                              "teacher": work.teacher_scores(), "files": rows}
+    for path in tqdm(files, desc="checkpoints", unit="file", disable=True if args.json else None):
+        rows.append(work.row(path))
+        write_json(folder / "checkpoint_scores.json", report | {"cache": work.cache})  # a stopped scan loses nothing
     for split in work.rows:
         key = f"{split}_spearman"
-        good = [r for r in report["files"] if key in r.get("scores", {})]
-        best = max(good, key=lambda r: (r["scores"][key], r["file"].endswith(".pt")), default=None)
+        good = [row for row in rows if key in row.get("scores", {})]
+        best = max(good, key=lambda row: (row["scores"][key], row["file"].endswith(".pt")), default=None)
         report[f"best_by_{split}"] = best and {"file": best["file"], "step": best["step"], **best["scores"]}
-    report["evaluated"], report["bad"] = work.evaluated, sum("error" in r for r in report["files"])
-    keep()
-    plot(folder / "checkpoint_scores.png", report["files"], report["teacher"], cfg["sts_name"])
+    report |= {"evaluated": work.evaluated, "bad": sum("error" in row for row in rows)}
+    write_json(folder / "checkpoint_scores.json", report | {"cache": work.cache})
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    scored = [{"step": row["step"], **row.get("scores", {})} for row in rows if row["file"].endswith(".pt")]
+    plot_spearman(figure.subplots(), scored, report["teacher"], cfg["sts_name"])
+    write_atomic(folder / "checkpoint_scores.png", lambda file: figure.savefig(file, dpi=100))
     return report
 
 
@@ -190,7 +173,8 @@ def table(report: dict[str, Any]) -> str:
     recorded = "".join(f"{'recorded ' + s.replace('validation', 'val'):>15}" for s in report["splits"])
     lines = [f"{'file':<24}{'step':>8}{head}{recorded}  agree"]
     number = lambda value, width: f"{value:>{width}.4f}" if value is not None else f"{'-':>{width}}"  # noqa: E731
-    for r in [*report["files"], {"file": "teacher", "step": "", "scores": report["teacher"], "recorded": {}, "agrees": None}]:
+    teacher = {"file": "teacher", "step": "", "scores": report["teacher"], "recorded": {}, "agrees": None}
+    for r in [*report["files"], teacher]:
         line = f"{r['file']:<24}{r['step'] if r['step'] is not None else '-':>8}"
         if "error" in r:
             lines.append(f"{line}  error: {r['error']}")
@@ -200,7 +184,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{line}  {({True: 'yes', False: 'NO', None: '-'})[r['agrees']]}")
     for split in report["splits"]:
         if best := report[f"best_by_{split}"]:
-            lines.append(f"best by {split}: {best['file']}, step {best['step']}, Spearman {best[f'{split}_spearman']:.4f}")
+            score = best[f"{split}_spearman"]
+            lines.append(f"best by {split}: {best['file']}, step {best['step']}, Spearman {score:.4f}")
     return "\n".join([*lines, f"{report['evaluated']} evaluations run, the rest was known; {report['bad']} bad files"])
 
 
@@ -213,27 +198,15 @@ def count(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 if all files were evaluated, 1 if some are bad, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of a training run")
     parser.add_argument("--split", choices=list(SPLITS), help="only this split (default: both)")
-    parser.add_argument("--every", type=count, default=1, metavar="N", help="only every N-th checkpoint, back from the newest")
+    parser.add_argument("--every", type=count, default=1, metavar="N", help="only every N-th, back from the newest")
     parser.add_argument("--limit", type=count, default=0, metavar="N", help="at most N checkpoints, spread evenly")
     parser.add_argument("--last", type=count, default=0, metavar="N", help="only the newest N checkpoints")
-    for key in ("data_dir", "sts_name", "teacher_model", "device"):
-        parser.add_argument(f"--{key}", help="as in training" if key == "device" else "as in training (default: the run's)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    args = parser.parse_args(argv)
-    transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
-    try:
-        report = scan(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or args.output_dir}: cannot be read or written ({error.strerror or error})", file=sys.stderr)
-        return 2
-    print(json.dumps(report, indent=2) if args.json else table(report))
-    return 1 if report["bad"] else 0
+    for key in RUN_KEYS:
+        parser.add_argument(f"--{key}", help="as in training" + " (default: the run's)" * (key != "device"))
+    return run_helper(parser, argv, scan, table, lambda report: report["bad"] > 0)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@
     python test_mteb_local.py --checkpoint runs/first --compare results/best sentence-transformers/all-MiniLM-L6-v2
     python test_mteb_local.py --checkpoint runs/first --benchmark "MTEB(eng, v2)"
 
-With --data_dir, STSBenchmark reads sts/stsb-test.tsv.gz and an STS task NAME reads sts/NAME.tsv.gz (sentence1, sentence2,
-score); every other task needs the hub. A task whose data cannot be had is reported as not run, and the exit status is then 1.
-Results go to mteb_results/ in mteb's own layout, with summary.md and summary.json.
+With --data_dir, STSBenchmark reads sts/stsb-test.tsv.gz and an STS task NAME reads sts/NAME.tsv.gz (sentence1,
+sentence2, score); every other task needs the hub. A task whose data cannot be had is reported as not run, and the exit
+status is then 1. Results go to mteb_results/ in mteb's own layout, with summary.md and summary.json.
 """
 from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import logging
 import re
 import sys
@@ -22,10 +21,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import transformers
-
-from train_6layer_deltanet import (STS_ROWS, UserError, config, file_sha256, find_teacher, load_teacher, read_record,
-                                   read_student, read_sts_file, save_model, student_from, write_atomic, write_json)
+from train_6layer_deltanet import (STS_ROWS, UserError, config, file_sha256, find_teacher, first_line, load_teacher,
+                                   read_record, read_student, read_sts_file, run_helper, save_model, student_from,
+                                   write_json, write_text)
 
 # Main scores of all-MiniLM-L6-v2 on the MTEB leaderboard, in percent (multilingual tasks: English).
 PUBLISHED = {"BIOSSES": 81.64, "SICK-R": 77.58, "STS12": 72.37, "STS13": 80.60, "STS14": 75.59, "STS15": 85.39,
@@ -81,15 +79,21 @@ def open_model(name: str, teacher_model: str | None, device: str | None, scratch
     try:
         model = sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=path.exists(), device=device)
     except Exception as error:  # the hub's client and four libraries raise unrelated types
-        raise UserError(f"{name}: cannot be opened ({(str(error).splitlines() or [''])[0][:200]})") from None
+        raise UserError(f"{name}: cannot be opened ({first_line(error)[:200]})") from None
     encoder = mteb.SentenceTransformerEncoderWrapper(model)
     revision = revision or getattr(model.model_card_data, "base_model_revision", None)
     if revision is None:
-        raise UserError(f"{name}: its revision is not known, so its results cannot be told from others'; download it into a "
-                        "folder and give that")
+        raise UserError(f"{name}: its revision is not known, so its results cannot be told from others'; download it "
+                        "into a folder and give that")
     # mteb keeps results by name and revision: both must say which weights these are.
     encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update={"name": label, "revision": revision})
     return encoder
+
+
+def no_such(kind: str, name: str, known: list[str]) -> UserError:
+    """mteb has no `kind` of this `name`; the closest one of `known`."""
+    close = difflib.get_close_matches(name, known, 1)
+    return UserError(f"mteb has no {kind} {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
 
 
 def choose_tasks(names: list[str] | None, benchmark: str | None) -> list[Any]:
@@ -99,9 +103,7 @@ def choose_tasks(names: list[str] | None, benchmark: str | None) -> list[Any]:
         try:
             tasks = list(mteb.get_benchmark(benchmark).tasks)
         except KeyError:
-            known = [b.name for b in mteb.get_benchmarks()]
-            close = difflib.get_close_matches(benchmark, known, 1)
-            raise UserError(f"mteb has no benchmark {benchmark!r}" + (f": did you mean {close[0]!r}?" if close else "")) from None
+            raise no_such("benchmark", benchmark, [b.name for b in mteb.get_benchmarks()]) from None
         known_tasks = {task.metadata.name for task in tasks}
         if missing := [n for n in names or [] if n not in known_tasks]:
             raise UserError(f"{missing[0]}: is not in {benchmark}")
@@ -111,8 +113,7 @@ def choose_tasks(names: list[str] | None, benchmark: str | None) -> list[Any]:
         try:
             task = mteb.get_task(name)
         except KeyError:
-            close = difflib.get_close_matches(name, [t.metadata.name for t in mteb.get_tasks()], 1)
-            raise UserError(f"mteb has no task {name!r}" + (f": did you mean {close[0]!r}?" if close else "")) from None
+            raise no_such("task", name, [t.metadata.name for t in mteb.get_tasks()]) from None
         if task.metadata.is_multilingual:
             task = mteb.get_task(name, languages=["eng"], exclusive_language_filter=True)
         tasks.append(task)
@@ -129,7 +130,8 @@ def give_data(task: Any, data_dir: str) -> str:
         if not rows or (name == "STSBenchmark" and len(rows) != STS_ROWS["test"]):
             raise UserError(f"{path}: {len(rows)} pairs" + (f", expected exactly {STS_ROWS['test']}" if rows else ""))
         first, second, gold = (list(column) for column in zip(*rows))
-        data = {split: Dataset.from_dict({"sentence1": first, "sentence2": second, "score": gold}) for split in task.eval_splits}
+        found = Dataset.from_dict({"sentence1": first, "sentence2": second, "score": gold})
+        data = {split: found for split in task.eval_splits}
         task.dataset = {task.hf_subsets[0]: data} if task.metadata.is_multilingual else data
         if task.metadata.is_multilingual:
             task.hf_subsets = task.hf_subsets[:1]
@@ -138,15 +140,16 @@ def give_data(task: Any, data_dir: str) -> str:
     try:
         task.load_data()
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         looked = f" {path}" if task.metadata.type == "STS" and data_dir else ""
-        raise UserError(f"no local file{looked}, and the hub gave none ({reason})") from None
+        raise UserError(f"no local file{looked}, and the hub gave none ({first_line(error)[:160]})") from None
     return f"hub, {task.metadata.dataset['path']}"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Every task on every model; returns and writes the summary."""
     mteb, _ = require_libraries()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     if args.data_dir and not Path(args.data_dir).is_dir():
         raise UserError(f"data_dir {args.data_dir}: no such folder")
     tasks, folder = choose_tasks(args.tasks, args.benchmark), Path(args.output_dir)
@@ -167,21 +170,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for task in (t for t in tasks if t.metadata.name in origins):
                 name, key = task.metadata.name, f"{meta.name} {meta.revision} {task.metadata.name}"
                 kept = not args.overwrite and used.get(key) == origins[name]
-                found = mteb.evaluate(encoder, task, cache=cache, overwrite_strategy="only-missing" if kept else "always",
-                                      raise_error=False, co2_tracker=False, show_progress_bar=not args.json)
+                found = mteb.evaluate(encoder, task, cache=cache, raise_error=False, co2_tracker=False,
+                                      overwrite_strategy="only-missing" if kept else "always",
+                                      show_progress_bar=not args.json)
                 if not found.task_results:
-                    reason = str(found.exceptions[0].exception).splitlines() if found.exceptions else []
-                    not_run[f"{name}, {meta.name}"] = f"failed: {(reason or ['no result'])[0][:160]}"
+                    reason = first_line(found.exceptions[0].exception) if found.exceptions else "no result"
+                    not_run[f"{name}, {meta.name}"] = f"failed: {reason[:160]}"
                     continue
                 scores[name] = float(found.task_results[0].get_score())
                 used[key] = origins[name]
                 write_json(folder / "data.json", used)
             models.append({"model": meta.name, "revision": meta.revision, "scores": scores})
-    summary = {"mteb": mteb.__version__, "tasks": [t.metadata.name for t in tasks], "data": origins, "models": models,
-               "published_teacher": {t.metadata.name: PUBLISHED[t.metadata.name] / 100 for t in tasks if t.metadata.name in PUBLISHED},
+    names = [task.metadata.name for task in tasks]
+    summary = {"mteb": mteb.__version__, "tasks": names, "data": origins, "models": models,
+               "published_teacher": {name: PUBLISHED[name] / 100 for name in names if name in PUBLISHED},
                "not_run": not_run}
     write_json(folder / "summary.json", summary)
-    write_atomic(folder / "summary.md", lambda file: file.write(page(summary).encode()))
+    write_text(folder / "summary.md", page(summary))
     return summary
 
 
@@ -203,30 +208,18 @@ def page(summary: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 if every task ran on every model, 1 if one did not, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint file, saved folder, or hub id")
     parser.add_argument("--compare", nargs="+", default=[], metavar="PATH", help="more of them, for a table")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="MTEB tasks (default: STSBenchmark)")
     parser.add_argument("--benchmark", help='a benchmark\'s tasks, such as "MTEB(eng, v2)"')
-    parser.add_argument("--data_dir", default="", help="folder with sts/stsb-test.tsv.gz or sts/NAME.tsv.gz (default: the hub)")
+    parser.add_argument("--data_dir", default="",
+                        help="folder with sts/stsb-test.tsv.gz or sts/NAME.tsv.gz (default: the hub)")
     parser.add_argument("--output_dir", default="mteb_results", help="where results go (default: %(default)s)")
     parser.add_argument("--teacher_model", help="teacher's folder or id (default: the checkpoint's)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--overwrite", action="store_true", help="run again what is already in the output folder")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    args = parser.parse_args(argv)
-    transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore"), logging.disable(logging.WARNING)
-    try:
-        summary = run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or args.output_dir}: cannot be read or written ({error.strerror or error})", file=sys.stderr)
-        return 2
-    print(json.dumps(summary, indent=2) if args.json else page(summary))
-    return 1 if summary["not_run"] else 0
+    return run_helper(parser, argv, run, page, lambda summary: bool(summary["not_run"]))
 
 
 if __name__ == "__main__":

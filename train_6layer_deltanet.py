@@ -19,6 +19,7 @@ if __name__ == "__main__":  # a signal during the imports below, which take seco
         signal.signal(_number, lambda number, _: os._exit(128 + number))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
+import argparse
 import ast
 import copy
 import difflib
@@ -43,10 +44,12 @@ import warnings
 import zipfile
 import zlib
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -95,7 +98,7 @@ config: dict[str, Any] = {
     "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention projections)
     # batch and schedule
     "batch_size": 256,  # pairs an optimiser step draws; each anchor has batch_size - 1 in-batch negatives
-    "gradient_accumulation_steps": 4,  # micro-batches a step is processed in; changes memory and dropout's draws, not the gradients
+    "gradient_accumulation_steps": 4,  # micro-batches of a step; changes memory and dropout's draws, not the gradients
     "max_length": 128,  # tokens a training text is truncated to, before joining
     "total_steps": 200000,  # optimiser steps
     "warmup_steps": 1000,  # steps of linear warm-up from 0
@@ -117,7 +120,6 @@ config: dict[str, Any] = {
     "contrastive_scale": 20.0,  # factor on the cosine before the softmax
     "label_smoothing": 0.1,  # of the contrastive targets
     "guided_contrastive": False,  # no negatives that the teacher scores above the positive; more from the query's side
-    "guided_margin": 0.0,  # cosine below the positive's from which on they are left out already
     "distillation_weight": 1.0,  # weight of the squared L2 distance between final embeddings
     "layer_distill_weight": 1.5,  # weight of the mean squared distance between hidden states
     "orthogonal_reg_weight": 0.01,  # weight of ||W^T W - I||^2 over the projections
@@ -127,122 +129,101 @@ config: dict[str, Any] = {
     "spearman_pairs": 512,  # in-batch pairs that the Spearman and ranking losses compare
     "ranking_loss_weight": 0.2,  # weight of the pairwise ranking hinge
     "ranking_margin": 0.05,  # cosine margin the student keeps between pairs the teacher orders
-    "similarity_distill_weight": 0.0,  # weight of the squared difference of the in-batch similarity matrices
     "state_dropout": 0.10,  # share of state updates dropped
     "dropout": 0.15,  # on embeddings, mixer and FFN outputs
     # data
     "data_dir": "",  # folder with train/*.jsonl.gz and sts/stsb-{dev,test}.tsv.gz; empty: the hub
-    "sources": "auto",  # names joined by commas: allnli, qqp, msmarco, wikianswers, snli, local; auto: see README; none: streams alone
+    "sources": "auto",  # allnli, qqp, msmarco, wikianswers, snli, local, joined by commas; none; auto: local, else hub
     "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
     "source_focus": 0.0,  # draw a source (its distance to the teacher / the mean)**source_focus times as often
     "one_source_batches": False,  # each batch from one source, so that its negatives are hard
     "held_out_share": 0.0,  # share of all texts kept out of training with their pairs, for bench/generalise.py
-    "streams": "",  # data sets read with streaming beside `sources`: hub ids, or folders of JSON lines, joined by commas
+    "streams": "",  # data sets read with streaming beside `sources`: hub ids or folders of JSON lines, joined by commas
     "stream_share": 0.5,  # share of the pairs that comes from the streams
-    "joined_share": 0.0,  # share of the pairs that are joined with those that follow them into longer texts; fewer where these would overlap
+    "joined_share": 0.0,  # share of the pairs that those behind them are joined to; fewer where these would overlap
     "joined_length": 512,  # tokens that such texts reach at most; their lengths are log-uniform from 32
     "long_share": 0.0,  # share of the steps that are of long documents, each with a query: data_dir/long/*.jsonl.gz
     "long_length": 8192,  # tokens a document is cut at; in half of its batches earlier, log-uniformly from 256
     "long_tokens": 16384,  # tokens of documents in a step; more give each query more negatives
     "long_contrastive_weight": 1.0,  # weight of the guided contrastive loss between queries and documents
-    "skip_files": "",  # local files to leave out, names without .jsonl.gz joined by commas
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
     "num_proc": 0,  # processes that tokenise; 0: this one, with the tokenizer's own threads
     "teacher_cache": "",  # folder to keep the teacher's results in, for runs on the same batches; about 5 KB a token
     "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
-    "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128,160,192,256,320,384,448",  # lengths that batches are padded to
+    "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128,160,192,256,320,384,448",  # of batches, in tokens
     # evaluation and output
     "sts_name": "auto",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz; auto: stsb, else generated
     "best_model_split": "test",  # split whose Spearman chooses the best model: test or validation
     "output_dir": "deltanet_minilm_6layers_FIXED_FROM_SCRATCH",  # checkpoints, metrics and models
+    "report_to": "",  # where metrics go beside metrics.jsonl: tensorboard, wandb or trackio, if it is installed
     # device
     "device": "auto",  # cuda if there is one, else cpu
     "precision": "float32",  # float32, or bf16 autocast; the delta rule's core stays float32
     "compile": "auto",  # torch.compile of student and teacher: true, false, or auto: on CUDA alone
     "threads": 0,  # CPU threads; 0: PyTorch's choice
-    "peer_timeout": 25,  # seconds that a process waits for another one in a step, under torchrun; more than its longest micro-batch takes
+    "peer_timeout": 25,  # seconds a process waits for another in a step; more than the longest micro-batch takes
 }
 
-# What differs from the specification's defaults in a run that matches the teacher, and why.
+# What differs from the specification's defaults in both stages of a run towards the teacher and past it, and why.
+STAGE = {
+    "gradient_accumulation_steps": 1,  # the batches fit in memory at once
+    "projection_init": "teacher",  # its q, k, v, o are a better start than random ones: dev +0.019 after 100 steps
+    "weight_decay": 0.01,  # not searched
+    "dropout": 0.0, "state_dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
+    "distillation_weight": 5.0,  # what carries the first stage; 20: dev -0.003; not searched in the second
+    "spearman_loss_weight": 0.0, "ranking_loss_weight": 0.0,  # the order follows from the embeddings; no gain found
+    "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
+    "ortho_state_reg_weight": 0.0,  # no gain found
+    "source_alpha": 0.7,  # many small sources instead of mostly captions; 0.5 and 1: no change
+    "held_out_share": 0.05,  # a tenth of the pairs, so that small sources too have 200 texts to measure on
+    "best_model_split": "validation",  # nothing is chosen on test
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "match_teacher": {
-        "projection_init": "teacher",  # the teacher's q, k, v, o are a better start than random ones: dev +0.019 after 100 steps
+    "match_teacher": STAGE | {
         "batch_size": 16,  # more steps in the same time: the distillation losses need no negatives
-        "gradient_accumulation_steps": 1,  # 16 pairs fit in memory at once
-        "total_steps": 3000,  # 1.5 hours of one CPU core
-        "warmup_steps": 100,  # in proportion
-        "eval_interval": 500,
-        "save_interval": 250,
-        "log_interval": 25,
+        "total_steps": 3000, "warmup_steps": 100,  # 1.5 hours of one CPU core
+        "eval_interval": 500, "save_interval": 250, "log_interval": 25,
         "peak_learning_rate": 2e-4,  # the copied norms and FFNs have to move, not only to adapt; 4e-4: dev -0.008
         "mixer_lr_multiplier": 10.0,  # the mixers start untrained; 5: dev -0.001, 20: -0.005
-        "weight_decay": 0.01,  # not searched
-        "dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
-        "state_dropout": 0.0,  # likewise
         "contrastive_weight": 0.0,  # pulls away from the teacher, whose similarities are graded: dev -0.004 with it
         "layer_distill_weight": 30.0,  # 1: dev -0.007 after 1,600 pairs, 100: -0.005
-        "distillation_weight": 5.0,  # what carries the result; 20: dev -0.003
-        "spearman_loss_weight": 0.0,  # the teacher's order follows from its embeddings; no gain found
-        "ranking_loss_weight": 0.0,  # likewise
-        "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
-        "ortho_state_reg_weight": 0.0,  # no gain found
-        "source_alpha": 0.7,  # many small sources instead of mostly captions; 0.5 and 1: no change
-        "held_out_share": 0.05,  # a tenth of the pairs, so that small sources too have 200 texts to measure on
-        "joined_share": 0.02,  # training texts have 23 tokens on average; the student is to follow its teacher on longer ones too
+        "joined_share": 0.02,  # training texts have 23 tokens on average; its teacher is to be followed on longer ones
         "joined_length": 256,  # tokens; at 512 a joined text would be 1.6 times as long on average
-        "best_model_split": "validation",  # nothing is chosen on test
     },
-    "past_teacher": {  # the second stage, of a student that match_teacher has made: results/best
+    "past_teacher": STAGE | {  # the second stage, of a student that match_teacher has made: results/best
         "init_student": "runs/match",  # what `--preset match_teacher --output_dir runs/match` writes
         "one_source_batches": True,  # hard negatives: of the same kind as the positive
         "guided_contrastive": True,  # and the teacher says which of them are none
-        "contrastive_scale": 20.0,  # 30 and 50 not tried
         "label_smoothing": 0.0,  # the guide has already left out what may be right
-        "batch_size": 64,  # 63 negatives; more not tried
-        "gradient_accumulation_steps": 1,  # 64 pairs fit in memory at once
-        "total_steps": 240,  # 50 minutes of one CPU core
-        "warmup_steps": 20,
-        "eval_interval": 60,
-        "save_interval": 30,
-        "log_interval": 10,
-        "peak_learning_rate": 2e-5,  # a tenth of the first stage's; 4e-5: dev +0.0008 after 60 steps, one trial without documents
-        "mixer_lr_multiplier": 5.0,  # not searched
-        "weight_decay": 0.01,
-        "dropout": 0.0,
-        "state_dropout": 0.0,
-        "distillation_weight": 5.0,  # holds it near its teacher; not searched
+        "batch_size": 64,  # 63 negatives; more not tried, as contrastive_scale 30 and 50
+        "total_steps": 240, "warmup_steps": 20,  # 50 minutes of one CPU core
+        "eval_interval": 60, "save_interval": 30, "log_interval": 10,
+        "mixer_lr_multiplier": 5.0,  # not searched; peak_learning_rate 4e-5: dev +0.0008 after 60 steps, one trial
         "layer_distill_weight": 0.0,  # the hidden states may go their own way
-        "spearman_loss_weight": 0.0,
-        "ranking_loss_weight": 0.0,
-        "orthogonal_reg_weight": 0.0,
-        "ortho_state_reg_weight": 0.0,
-        "source_alpha": 0.7,  # as in match_teacher
-        "held_out_share": 0.05,  # as in match_teacher
-        "projection_init": "teacher",
         "long_share": 0.25,  # every fourth step reads 16,384 tokens of long documents
-        "best_model_split": "validation",
     },
     "quickstart": {
-        "data_dir": "data/generated", "output_dir": "runs/quickstart",
-        "batch_size": 16, "gradient_accumulation_steps": 1, "total_steps": 200,
-        "warmup_steps": 20, "eval_interval": 100, "save_interval": 100, "log_interval": 10,
+        "data_dir": "data/generated", "output_dir": "runs/quickstart", "best_model_split": "validation",
+        "batch_size": 16, "gradient_accumulation_steps": 1, "total_steps": 200, "warmup_steps": 20,
+        "eval_interval": 100, "save_interval": 100, "log_interval": 10,
         "peak_learning_rate": 1e-4, "mixer_lr_multiplier": 10.0, "dropout": 0.0, "state_dropout": 0.0,
-        "best_model_split": "validation",
     },
 }
 
 CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("test", "validation"),
-           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false")}
+           "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false"),
+           "report_to": ("", "tensorboard", "wandb", "trackio")}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
                      "learned_pooling", "learned_positions")
-# Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed schedule
-# (total_steps, warmup_steps) is said.
+# Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed
+# schedule (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
-             "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile", "best_model_split",
-             "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout")
-FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing on another machine
+             "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile",
+             "best_model_split", "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout",
+             "report_to")
+FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing elsewhere
 
 
 class UserError(Exception):
@@ -256,87 +237,78 @@ def first_line(error: Exception) -> str:
 
 def config_comments() -> dict[str, str]:
     """The trailing comment of every config key, read from this file's own source."""
-    lines = Path(__file__).read_text(encoding="utf-8").split("PRESETS:")[0].splitlines()
+    lines = Path(__file__).read_text(encoding="utf-8").split("STAGE =")[0].splitlines()
     found = (re.match(r'    "(\w+)": .+?,  # (.+)', line) for line in lines)
     return {m[1]: m[2] for m in found if m}
 
 
-def parse_value(key: str, text: str, default: Any) -> Any:
-    """`text` as the type of `default`; raises UserError naming the key."""
-    if isinstance(default, bool):
-        value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
-        if value is None:
-            raise UserError(f"--{key} takes true or false, not {text!r}")
-        return value
-    try:
-        return type(default)(text)
-    except ValueError:
-        raise UserError(f"--{key} takes {type(default).__name__}, not {text!r}") from None
+def boolean(text: str) -> bool:
+    """`text`, which says true or false, as a value."""
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def step_number(text: str) -> int:
+    """`text`, a step or `latest`, as a value of `resume_from_step`."""
+    return -1 if text == "latest" else int(text)
 
 
 def parse_config(argv: list[str]) -> dict[str, Any]:
-    """`--key value` (or `--key=value`) over the preset named by `--preset`, over the defaults."""
-    if "-h" in argv or "--help" in argv:
-        comments = config_comments()
-        print(__doc__ + "\nconfig keys:", *(f"  --{key} {value!r}\n        {comments[key]}" for key, value in config.items()),
-              f"  --preset NAME\n        keys of a named preset: {', '.join(PRESETS)}", sep="\n")
-        raise SystemExit(0)
-    cfg, given = dict(config), {}
-    words = iter([w for arg in argv for w in (arg.split("=", 1) if arg.startswith("--") else [arg])])
-    for word in words:
-        if not word.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}: options are written --key value")
-        key, text = word[2:].replace("-", "_"), next(words, None)
-        if text is None:
-            raise UserError(f"--{key} has no value")
-        if key == "resume":
-            key, text = "resume_from_step", "-1" if text == "latest" else text
-        if key == "preset":
-            if text not in PRESETS:
-                raise UserError(f"no preset {text!r}: there are {', '.join(PRESETS)}")
-            cfg.update(PRESETS[text])
-        elif key not in cfg:
-            close = difflib.get_close_matches(key, cfg, 1)
-            raise UserError(f"no config key {key!r}" + (f": did you mean {close[0]!r}?" if close else "; see --help"))
-        else:
-            given[key] = parse_value(key, text, config[key])
-    cfg.update(given)
-    cfg["sts_name"] = evaluation_name(cfg)
-    return check_config(cfg)
+    """`--key value` (or `--key=value`) over the preset named by `--preset`, over the defaults. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--key value] ...", allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False)
+    parser.add_argument("--preset", choices=PRESETS, help="values of some keys; other arguments go over them")
+    comments, types = config_comments(), {bool: boolean}
+    for key, value in config.items():
+        names, kind = [f"--{key}"], types.get(type(value), type(value))
+        if key == "resume_from_step":
+            names, kind = [*names, "--resume"], step_number
+        parser.add_argument(*names, type=kind, default=argparse.SUPPRESS, metavar=repr(value),
+                            help=comments[key].replace("%", "%%"))
+    words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+    try:
+        given, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], config, 1)
+        raise UserError(f"unknown argument {unknown[0]!r}: {f'did you mean {close[0]!r}?' if close else 'see --help'}")
+    cfg = config | PRESETS.get(given.preset, {}) | {key: value for key, value in vars(given).items() if key != "preset"}
+    return check_config(cfg | {"sts_name": evaluation_name(cfg)})
 
 
 def check_config(cfg: dict[str, Any]) -> dict[str, Any]:
     """`cfg` if its values make sense together, else UserError naming the key."""
-    rules = [(key, cfg[key] in allowed, f"one of {', '.join(allowed)}") for key, allowed in CHOICES.items()]
-    rules += [(key, math.isfinite(cfg[key]) and cfg[key] >= 0, "finite and not negative")
-              for key, default in config.items() if isinstance(default, float)]
-    for bound, keys in ((0, ("warmup_steps", "keep_checkpoints", "threads", "num_proc")), (2, ("batch_size", "spearman_pairs")),
-                        (1, ("gradient_accumulation_steps", "total_steps", "eval_interval", "save_interval", "log_interval", "num_heads",
-                             "num_layers", "d_model", "max_bad_steps", "peer_timeout", "length_groups")), (-1, ("resume_from_step",))):
-        rules += [(key, cfg[key] >= bound, f"at least {bound}") for key in keys]
-    rules += [(key, cfg[key] < 1, "below 1")
-              for key in ("dropout", "state_dropout", "label_smoothing", "held_out_share")]
-    rules += [(key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")]
-    rules += [("slow_decay_max", cfg["slow_decay_max"] == 0 or cfg["slow_decay_init"] <= cfg["slow_decay_max"] < 1,
-               "0, or at least slow_decay_init and below 1")]
-    rules += [(key, 4 <= cfg[key] <= 512, "4 to 512, the tokens that the teacher reads") for key in ("max_length", "joined_length")]
-    rules += [("stream_share", 0 < cfg["stream_share"] <= 1, "above 0 and at most 1"), ("joined_share", cfg["joined_share"] <= 1, "at most 1"),
-              ("long_share", cfg["long_share"] <= 1, "at most 1"),
-              ("long_length", cfg["long_length"] >= 4, "at least 4"), ("long_tokens", cfg["long_tokens"] >= 1, "at least 1"),
-              ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
-               "above 0, or another loss than the two regularisations"),
-              ("spearman_temperature", cfg["spearman_temperature"] > 0, "above 0"),
-              ("batch_size", cfg["batch_size"] >= cfg["gradient_accumulation_steps"], "at least gradient_accumulation_steps"),
-              ("compile", cfg["compile"] != "true" or not cfg["deterministic"],
-               "false or auto with deterministic, as compiled kernels follow the first shapes seen")]
+    least = {"resume_from_step": -1, "batch_size": 2, "spearman_pairs": 2, "long_length": 4}
+    least |= dict.fromkeys(("warmup_steps", "keep_checkpoints", "threads", "num_proc"), 0)
+    least |= dict.fromkeys(("gradient_accumulation_steps", "total_steps", "eval_interval", "save_interval",
+                            "log_interval", "num_heads", "num_layers", "d_model", "max_bad_steps", "peer_timeout",
+                            "length_groups", "long_tokens"), 1)
+    lengths = [int(x) if x.strip().isdecimal() else 0 for x in cfg["pad_lengths"].split(",")]
+    rules = [
+        *((key, cfg[key] in allowed, f"one of {', '.join(x or 'empty' for x in allowed)}") for key, allowed in CHOICES.items()),
+        *((key, math.isfinite(cfg[key]) and cfg[key] >= 0, "finite and not negative")
+          for key, default in config.items() if isinstance(default, float)),
+        *((key, cfg[key] >= bound, f"at least {bound}") for key, bound in least.items()),
+        *((key, cfg[key] < 1, "below 1") for key in ("dropout", "state_dropout", "label_smoothing", "held_out_share")),
+        *((key, cfg[key] <= 1, "at most 1") for key in ("joined_share", "long_share", "stream_share")),
+        *((key, cfg[key] > 0, "above 0") for key in ("stream_share", "spearman_temperature")),
+        *((key, 0 < cfg[key] < 1, "between 0 and 1") for key in ("fast_decay_init", "slow_decay_init")),
+        *((key, 4 <= cfg[key] <= 512, "4 to 512, what the teacher reads") for key in ("max_length", "joined_length")),
+        ("slow_decay_max", cfg["slow_decay_max"] == 0 or cfg["slow_decay_init"] <= cfg["slow_decay_max"] < 1,
+         "0, or at least slow_decay_init and below 1"),
+        ("distillation_weight", any(cfg[key] for name, key in LOSS_WEIGHTS.items() if not name.startswith("ortho")),
+         "above 0, or another loss than the two regularisations"),
+        ("batch_size", cfg["batch_size"] >= cfg["gradient_accumulation_steps"], "at least gradient_accumulation_steps"),
+        ("compile", cfg["compile"] != "true" or not cfg["deterministic"],
+         "false or auto with deterministic, as compiled kernels follow the first shapes seen"),
+        ("pad_lengths", lengths == sorted(set(lengths)) and lengths[0] > 0, "rising numbers joined by commas")]
     for key, fine, must in rules:
         if not fine:
             raise UserError(f"{key} is {cfg[key]!r}: it must be {must}")
     if cfg["d_model"] % cfg["num_heads"] or (cfg["bidirectional"] and cfg["num_heads"] % 2):
         raise UserError(f"num_heads is {cfg['num_heads']}: it must divide d_model, and be even when bidirectional")
-    lengths = [int(x) if x.strip().isdecimal() else 0 for x in cfg["pad_lengths"].split(",")]
-    if lengths != sorted(set(lengths)) or lengths[0] < 1:
-        raise UserError(f"pad_lengths is {cfg['pad_lengths']!r}: it must be rising numbers joined by commas")
     return cfg
 
 
@@ -863,12 +835,13 @@ class DeltaNetStudent(PreTrainedModel):
 
         The overlap: see `state_overlap`; 0 without a slow state.
         """
-        positions, states, overlaps = self.position_embeddings.weight, [], []
+        positions, states, finals, mask = self.position_embeddings.weight, [], [], mask.bool()
         if self.config.learned_positions:
             if input_ids.shape[1] > len(positions):
                 raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
             positions = positions[:input_ids.shape[1]]
-        drop = lambda x: F.dropout(x, self.config.dropout, self.training)  # noqa: E731
+        rate = self.config.dropout if self.training else 0.0
+        drop = lambda x: torch.native_dropout(x, rate, True)[0] if rate else x  # noqa: E731  keeps a byte, where F.dropout keeps a float on a CPU
         add = lambda x, y: x + y if torch.is_grad_enabled() else y.add_(x)  # noqa: E731  a long text needs the room
         wanted = output_state_overlap and self.config.hierarchical_memory
         x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
@@ -878,8 +851,8 @@ class DeltaNetStudent(PreTrainedModel):
             x = norm(add(x, drop(mixed)))
             x = ffn_norm(add(x, drop(ffn(x))))
             states = [x] if last_alone else [*states, x]
-            overlaps += [state_overlap(final)] if wanted else []
-        overlap = torch.stack(overlaps).mean() if wanted else x.new_zeros(())
+            finals += [final] if wanted else []
+        overlap = state_overlap(torch.stack(finals)) if wanted else x.new_zeros(())
         return states, overlap if output_state_overlap else None
 
     def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -950,7 +923,7 @@ def compile_models(student: DeltaNetStudent, teacher: PreTrainedModel, cfg: dict
         student.train(was_training)
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs at DDP's buckets
     student.hidden_states = MethodType(compiled, student)
-    teacher.compile(dynamic=True, backend=backend)
+    teacher.compile(dynamic=True, fullgraph=True, backend=backend)
     return True
 
 
@@ -1039,6 +1012,7 @@ def window_table(length: int) -> tuple[np.ndarray, np.ndarray]:
 def teacher_states(teacher: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
     """The teacher's hidden state after each layer, a list of (B, T, D); of long texts by windows (see `window_table`)."""
     def read(ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        mask = mask.bool()[:, None, None]  # of four axes it is taken as it is; of two, transformers would look whether all are real
         return teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
 
     if input_ids.shape[1] <= TEACHER_WHOLE:
@@ -1096,15 +1070,14 @@ def build_student(cfg: dict[str, Any], teacher: PreTrainedModel) -> DeltaNetStud
 
 
 def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys: Tensor, scale: float = 20.0,
-                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None,
-                     margin: float = 0.0) -> Tensor:
+                     label_smoothing: float = 0.1, guide: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
     """Symmetric in-batch cross-entropy on scaled cosines (MultipleNegativesRanking, InfoNCE; arXiv:1705.00652).
 
     Anchor i's candidates are all positives and all hard negatives; positive j's are all anchors. A candidate with the
     text of the anchor or of its positive is no negative. Smoothing spreads over the remaining candidates.
 
     With a guide, an anchor's candidates are all anchors too, a positive's all positives; one whose cosine with the query
-    is, by the guide, above that of the query's own pair less `margin` is left out: it may well be another right answer
+    is, by the guide, above that of the query's own pair is left out: it may well be another right answer
     (GISTEmbed, arXiv:2402.16829, with one softmax over all four kinds where this has one for each side).
 
     Args: anchors, positives (B, D), negatives (M, D), of unit length; keys (2 B + M,), equal for equal texts; guide:
@@ -1113,7 +1086,7 @@ def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys
     n, sides = len(anchors), (anchors, positives, negatives)
     side_keys = keys.split([n, n, len(negatives)])
     own = torch.eye(n, dtype=torch.bool, device=keys.device)
-    limit = (guide[0] * guide[1]).sum(1, keepdim=True) - margin if guide else None
+    limit = (guide[0] * guide[1]).sum(1, keepdim=True) if guide else None
 
     def direction(query: int, *others: int) -> Tensor:
         candidates, candidate_keys = (torch.cat([x[i] for i in others]) for x in (sides, side_keys))
@@ -1133,58 +1106,54 @@ def embedding_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().sum(-1).mean()
 
 
-def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+def layer_distillation_loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, tokens: Tensor | float | None = None) -> Tensor:
     """Squared distance of hidden states, (B, T, D) each, averaged over layers, real tokens and channels.
 
-    mask (B, T). Layer-wise distillation as in TinyBERT (arXiv:1909.10351), without a projection: the widths are equal.
+    mask (B, T); `tokens`: the number to divide by instead of its own, where it is a part of a batch. Layer-wise distillation as in
+    TinyBERT (arXiv:1909.10351), without a projection: the widths are equal.
     """
-    per_layer = [((s.float() - t).square().mean(-1) * mask).sum() for s, t in zip(student, teacher)]
-    return torch.stack(per_layer).mean() / mask.sum()
+    apart = (torch.stack(student).float() - torch.stack(teacher)).square().mean(-1)
+    return (apart * mask).sum() / (len(student) * (mask.sum() if tokens is None else tokens))
 
 
 def orthogonal_regularisation_loss(student: DeltaNetStudent) -> Tensor:
     """Mean over all q, k, v, o projections W of ||W^T W - I||_F^2 (arXiv:1609.07093)."""
-    terms = [(w.T @ w - torch.eye(w.shape[1], device=w.device, dtype=w.dtype)).square().sum()
-             for mixer in student.deltanet_layers for w in mixer.projections()]
-    return torch.stack(terms).mean()
-
-
-def similarity_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the cosines of all pairs of sentences; student, teacher (N, D) of unit length.
-
-    Similarity-preserving distillation (arXiv:1907.09682) without its row normalisation.
-    """
-    return (student @ student.T - teacher @ teacher.T).square().mean()
+    weights = torch.stack([w for mixer in student.deltanet_layers for w in mixer.projections()])  # (4 L, D, D)
+    return (weights.mT @ weights - torch.eye(weights.shape[-1], device=weights.device)).square().sum() / len(weights)
 
 
 def spread_pairs(similarity: Tensor, count: int) -> Tensor:
-    """Flat indices of at most `count` entries whose values are spread evenly from the smallest to the largest.
+    """Flat indices (count,) of entries whose values are spread evenly from the smallest to the largest; repeats stand side by side.
 
     Most in-batch pairs are unrelated: a random choice would leave the upper half of the range to the positives.
     """
     values, order = similarity.flatten().sort()
-    wanted = torch.linspace(values[0].item(), values[-1].item(), count, device=values.device, dtype=values.dtype)
-    return order[torch.searchsorted(values, wanted).clamp(max=len(values) - 1).unique()]
+    wanted = torch.lerp(values[0], values[-1], torch.linspace(0, 1, count, device=values.device, dtype=values.dtype))
+    return order[torch.searchsorted(values, wanted).clamp(max=len(values) - 1)]
 
 
-def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05) -> Tensor:
+def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05, counted: Tensor | None = None) -> Tensor:
     """1 - Pearson of the student's soft ranks and the teacher's ranks: a Spearman correlation with a gradient.
 
     The soft rank of x_i is sum_j sigmoid((x_i - x_j) / temperature) (Qin et al. 2010, doi:10.1007/s10791-009-9124-x).
-    Args: student, teacher (P,), similarities of the same pairs. Returns a scalar in [0, 2].
+    Args: student, teacher (P,), similarities of the same pairs; counted (P,), 1, or 0 for those to leave out.
+    Returns a scalar in [0, 2].
     """
-    soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature).sum(1)
-    ranks = 0.5 * torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype).sum(1)  # less a constant; ties have their mean
-    soft, ranks = soft - soft.mean(), ranks - ranks.mean()
-    return 1 - (soft * ranks).sum() / (soft.norm() * ranks.norm() + 1e-8)
+    counted = torch.ones_like(student) if counted is None else counted
+    soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature) @ counted
+    ranks = 0.5 * torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype) @ counted  # less a constant; ties have their mean
+    soft, ranks = ((x - x @ counted / counted.sum()) * counted for x in (soft, ranks))
+    return 1 - soft @ ranks / (soft.norm() * ranks.norm() + 1e-8)
 
 
-def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05) -> Tensor:
+def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05, counted: Tensor | None = None) -> Tensor:
     """Mean hinge max(0, margin - (s_i - s_j)) over all i, j with t_i > t_j (RankNet's pairs, a margin loss).
 
-    Args: student, teacher (P,), similarities of the same pairs.
+    Args: student, teacher (P,), similarities of the same pairs; counted (P,), 1, or 0 for those to leave out.
     """
-    ordered = teacher[:, None] > teacher[None, :]
+    ordered = (teacher[:, None] > teacher[None, :]).to(student.dtype)
+    if counted is not None:
+        ordered = ordered * torch.outer(counted, counted)
     hinge = F.relu(margin - (student[:, None] - student[None, :]))
     return (hinge * ordered).sum() / ordered.sum().clamp(min=1)
 
@@ -1200,41 +1169,45 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
     if cfg["contrastive_weight"]:
         losses["contrastive"] = contrastive_loss(
             a, p, n, keys, cfg["contrastive_scale"], cfg["label_smoothing"],
-            (ta, tp, tn) if cfg["guided_contrastive"] else None, cfg["guided_margin"])
+            (ta, tp, tn) if cfg["guided_contrastive"] else None)
     if cfg["distillation_weight"]:
         losses["distillation"] = embedding_distillation_loss(student, teacher)
-    if cfg["similarity_distill_weight"]:
-        losses["similarity_distill"] = similarity_distillation_loss(student, teacher)
     if cfg["spearman_loss_weight"] or cfg["ranking_loss_weight"]:
         target = ta @ tp.T
         chosen = spread_pairs(target, cfg["spearman_pairs"])
-        scores, target = (a @ p.T).flatten()[chosen], target.flatten()[chosen]
+        counted = (chosen.diff(prepend=chosen.new_full((1,), -1)) != 0).to(a.dtype)  # each entry once
+        scores, target = (x.flatten().index_select(0, chosen) for x in (a @ p.T, target))
         if cfg["spearman_loss_weight"]:
-            losses["spearman"] = spearman_loss(scores, target, cfg["spearman_temperature"])
+            losses["spearman"] = spearman_loss(scores, target, cfg["spearman_temperature"], counted)
         if cfg["ranking_loss_weight"]:
-            losses["ranking"] = pairwise_ranking_loss(scores, target, cfg["ranking_margin"])
+            losses["ranking"] = pairwise_ranking_loss(scores, target, cfg["ranking_margin"], counted)
     return losses
 
 
 LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillation_weight",
                 "layer_distill": "layer_distill_weight", "orthogonal_reg": "orthogonal_reg_weight",
                 "ortho_state_reg": "ortho_state_reg_weight", "spearman": "spearman_loss_weight",
-                "ranking": "ranking_loss_weight", "similarity_distill": "similarity_distill_weight"}
+                "ranking": "ranking_loss_weight"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
-HUB_SOURCES = {  # name: hub id, configuration, split, rows taken, streamed
+SIDES = ("anchor", "positive", "negative")
+HUB_SOURCES = {  # name: hub id, configuration, split, rows taken (all for None), streamed
     "allnli": ("sentence-transformers/all-nli", "triplet", "train", None, False),
     "qqp": ("nyu-mll/glue", "qqp", "train", 200_000, False),
     "msmarco": ("microsoft/ms_marco", "v1.1", "train", 100_000, False),
     "wikianswers": ("sentence-transformers/wikianswers-duplicates", "pair", "train", 1_000_000, True),
     "snli": ("stanfordnlp/snli", None, "train", 100_000, False),
 }
-KEPT_FILES = {"allnli": "AllNLI", "wikianswers": "WikiAnswers"}  # read from data_dir where they are there
+HUB_COLUMNS = {"allnli": SIDES, "qqp": ("question1", "question2"), "snli": ("premise", "hypothesis"),
+               "wikianswers": SIDES[:2]}
+HUB_LABELS = {"qqp": 1, "snli": 0}  # of pairs of the same meaning
+HUB_FILES = {"allnli": "AllNLI.jsonl.gz", "wikianswers": "WikiAnswers.jsonl.gz"}  # read from data_dir if they are there
 DEFAULT_HUB_SOURCES = "allnli,qqp,msmarco,snli"  # wikianswers is optional
 CACHE_FORMAT = 2
+SHARD_ROWS = 1 << 16
 Row = tuple[str, str, "str | None"]
 
 
@@ -1249,22 +1222,20 @@ def is_held_out(key: bytes, share: float) -> bool:
     return int.from_bytes(key, "little") < share * 2**64
 
 
+def is_text(value: Any) -> bool:
+    """Whether `value` is a text that is not blank and that UTF-8 can hold."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+
+
 def hub_rows(name: str, item: dict[str, Any]) -> Iterator[Row]:
     """The (anchor, positive, hard negative) rows of one hub record; only pairs labelled as the same meaning."""
-    if name == "allnli":
-        yield item["anchor"], item["positive"], item["negative"]
-    elif name == "qqp" and item["label"] == 1:
-        yield item["question1"], item["question2"], None
-    elif name == "snli" and item["label"] == 0:
-        yield item["premise"], item["hypothesis"], None
-    elif name == "wikianswers":
-        yield item["anchor"], item["positive"], None
-    elif name == "msmarco":
-        passages = item["passages"]
-        chosen = [t for t, s in zip(passages["passage_text"], passages["is_selected"]) if s]
-        others = [t for t, s in zip(passages["passage_text"], passages["is_selected"]) if not s]
+    if name == "msmarco":
+        passages = list(zip(item["passages"]["passage_text"], item["passages"]["is_selected"]))
+        chosen, others = ([text for text, selected in passages if bool(selected) is wanted] for wanted in (True, False))
         if chosen:
-            yield item["query"], chosen[0], others[0] if others else None
+            yield item["query"], chosen[0], (*others, None)[0]
+    elif item.get("label") == HUB_LABELS.get(name):
+        yield (*(item[column] for column in HUB_COLUMNS[name]), None)[:3]
 
 
 def read_hub(name: str) -> Iterator[Row]:
@@ -1277,34 +1248,39 @@ def read_hub(name: str) -> Iterator[Row]:
             records = islice(records, limit)
         yield from islice((row for item in records for row in hub_rows(name, item)), limit)
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise UserError(f"source {name} ({path}): cannot be loaded ({first_line(error)}); check the network, "
-                        "set data_dir to local files, leave it out of sources, or set allow_missing_sources true") from None
+        raise UserError(f"source {name} ({path}): cannot be loaded ({first_line(error)}); check the network, set "
+                        "data_dir to local files, leave it out of sources, or set allow_missing_sources true") from None
 
 
-def read_pairs(path: Path) -> Iterator[Row]:
-    """Rows of a .jsonl.gz file, one JSON list of 2 or 3 strings a line. Raises UserError naming file and line."""
-    number, found = 0, False
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The lines of a gzipped file, each with the words that name it. Raises UserError where it cannot be read."""
+    number = 0
     try:
         with gzip.open(path, "rb") as file:
             while line := file.readline(1 << 20):
                 number += 1
                 if len(line) == 1 << 20:
-                    raise UserError(f"{path}, line {number}: longer than 1 MiB; is it one JSON list a line?")
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    raise UserError(f"{path}, line {number}: not JSON in UTF-8; expected a list of 2 or 3 strings") from None
-                if not (isinstance(row, list) and 2 <= len(row) <= 3
-                        and all(isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t) for t in row)):
-                    raise UserError(f"{path}, line {number}: expected a list of 2 or 3 texts that are not empty")
-                yield row[0], row[1], row[2] if len(row) == 3 else None
-                found = True
-        if not found:
-            raise UserError(f"{path}: holds no pairs; remove it, or name it in skip_files")
+                    raise UserError(f"{path}, line {number}: longer than 1 MiB")
+                yield f"{path}, line {number}", line
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}, after line {number}: cannot be read as gzip ({error})") from None
+
+
+def read_pairs(path: Path) -> Iterator[Row]:
+    """Rows of a .jsonl.gz file, one JSON list of 2 or 3 strings a line. Raises UserError naming file and line."""
+    row = None
+    for where, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: not JSON in UTF-8; expected a list of 2 or 3 strings") from None
+        if not (isinstance(row, list) and 2 <= len(row) <= 3 and all(map(is_text, row))):
+            raise UserError(f"{where}: expected a list of 2 or 3 texts that are not empty")
+        yield row[0], row[1], row[2] if len(row) == 3 else None
+    if row is None:
+        raise UserError(f"{path}: holds no pairs; remove it")
 
 
 def kept_aside(keys: np.ndarray) -> np.ndarray:
@@ -1317,135 +1293,121 @@ def kept_aside(keys: np.ndarray) -> np.ndarray:
     return aside
 
 
-SHARD_ROWS = 1 << 16
-
-
 def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
-                  held_out: float = 0.0) -> tuple[dict[str, Any], dict[str, int]]:
-    """Token ids and text keys of `rows` as columns, and counts; a row is dropped that has a text whose key is in `banned`,
-    or a text of the share `held_out` (see `is_held_out`).
+                  held_out: float = 0.0) -> tuple[Any, int]:
+    """Token ids and text keys of `rows` as an Arrow table, and how many were dropped for a text whose key is `banned`.
 
-    Columns: anchor, positive, negative (lists of ids, negative empty where there is none), key_anchor, key_positive,
-    key_negative (int64).
+    Rows with a text of the share `held_out` (see `is_held_out`) are dropped, too. Columns: SIDES, lists of ids, of a
+    negative that is not there empty; key_anchor, key_positive, key_negative.
     """
-    backend, columns, sides = tokenizer.backend_tokenizer, {}, ("anchor", "positive", "negative")
+    import pyarrow as pa
+    backend, columns = tokenizer.backend_tokenizer, {}
     backend.enable_truncation(max_length)
     backend.no_padding()
-    keys = [[text_key(t) if t is not None else bytes(8) for t in row] for row in rows]
-    clean = [i for i, k in enumerate(keys) if not banned.intersection(k)]
-    kept = [i for i in clean if not any(is_held_out(k, held_out) for k, t in zip(keys[i], rows[i]) if t is not None)]
-    for side, name in enumerate(sides):
-        texts = [rows[i][side] or "" for i in kept]
-        ids = [e.ids for e in backend.encode_batch_fast(texts)] if texts else []
-        columns[name] = [x if rows[i][side] is not None else [] for i, x in zip(kept, ids)]
-        columns[f"key_{name}"] = np.array([int.from_bytes(keys[i][side], "little", signed=True) for i in kept], np.int64)
-    return columns, {"pairs": len(kept), "leaks": len(rows) - len(clean),
-                     "hard_negatives": sum(rows[i][2] is not None for i in kept),
-                     "tokens": sum(len(x) for name in sides for x in columns[name])}
+    keyed = [(row, [text_key(t) if t is not None else bytes(8) for t in row]) for row in rows]
+    clean = [(row, keys) for row, keys in keyed if not banned.intersection(keys)]
+    kept = [(row, keys) for row, keys in clean
+            if not any(is_held_out(key, held_out) for text, key in zip(row, keys) if text is not None)]
+    for side, name in enumerate(SIDES):
+        found = backend.encode_batch_fast([row[side] or "" for row, _ in kept])
+        ids = [e.ids if row[side] is not None else [] for e, (row, _) in zip(found, kept)]
+        columns[name] = pa.array(ids, pa.list_(pa.uint16()))
+    for side, name in enumerate(SIDES):
+        numbers = [int.from_bytes(keys[side], "little", signed=True) for _, keys in kept]
+        columns[f"key_{name}"] = pa.array(numbers, pa.int64())
+    return pa.table(columns), len(rows) - len(clean)
 
 
-def tokenise_shard(path: Path, rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
-                   held_out: float = 0.0) -> None:
+def tokenise_shard(path: Path, rows: list[Row], *recipe: Any) -> dict[str, Any]:
     """Write `tokenise_rows` of `rows` to `path`, then counts and sha256 to the .json beside it, which commits it."""
+    import pyarrow as pa
     from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
-    sides = ("anchor", "positive", "negative")
-    features = Features({**{s: List(Value("uint16")) for s in sides}, **{f"key_{s}": Value("int64") for s in sides}})
-    totals: dict[str, int] = defaultdict(int)
+    schema = Features({**{s: List(Value("uint16")) for s in SIDES},
+                       **{f"key_{s}": Value("int64") for s in SIDES}}).arrow_schema
+    record = {"rows": len(rows), "pairs": 0, "leaks": 0}
 
     def write(file: Any) -> None:
-        with ArrowWriter(features=features, stream=file, writer_batch_size=8192) as writer:
+        with pa.ipc.new_stream(file, schema) as stream:
             for start in range(0, len(rows), 8192):
-                columns, counts = tokenise_rows(rows[start:start + 8192], tokenizer, max_length, banned, held_out)
-                for key, value in counts.items():
-                    totals[key] += value
-                if counts["pairs"]:
-                    writer.write_batch(columns)
-            writer.finalize(close_stream=False)
+                table, leaks = tokenise_rows(rows[start:start + 8192], *recipe)
+                record["pairs"], record["leaks"] = record["pairs"] + len(table), record["leaks"] + leaks
+                if len(table):
+                    stream.write_table(table.cast(schema))
 
     write_atomic(path, write)
-    write_json(path.with_suffix(".json"), totals | {"rows": len(rows), "sha256": file_sha256(path)})
+    record["sha256"] = file_sha256(path)
+    write_json(path.with_suffix(".json"), record)
+    return record
 
 
-def shard_record(path: Path, verify: bool = True) -> dict[str, Any] | None:
+def shard_record(path: Path) -> dict[str, Any] | None:
     """What the .json beside a shard holds, or None if the shard is not whole."""
     try:
         record = json.loads(path.with_suffix(".json").read_text())
-        whole = all(isinstance(record[key], int) for key in ("pairs", "hard_negatives", "leaks", "tokens"))
-        return record if whole and (not verify or file_sha256(path) == record["sha256"]) else None
+        whole = isinstance(record["pairs"] + record["leaks"], int) and file_sha256(path) == record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return record if whole else None
 
 
-def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes], folder: Path,
-                    pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print,
+def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes],
+                    folder: Path, pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print,
                     held_out: float = 0.0) -> tuple[Any, dict[str, Any]]:
-    """The rows of a source as a memory-mapped `datasets.Dataset` and their counts; tokenises what `folder` does not hold.
+    """The rows of a source as a memory-mapped `datasets.Dataset`, and counts; tokenises what `folder` does not hold.
 
-    Shards of SHARD_ROWS rows are built one by one, or by the processes of `pool`. Whole ones that an interrupted build left
-    are kept, and one whose sha256 differs is built again. meta.json, written last, says how many there are.
+    Shards of SHARD_ROWS rows are built one by one, or by the processes of `pool`. Whole ones that an interrupted build
+    left are kept, and one whose sha256 differs is built again, which the library's own cache would not notice.
+    meta.json, written last, says how many there are.
     """
     from datasets import Dataset, concatenate_datasets
     folder.mkdir(parents=True, exist_ok=True)
-    meta, shard = folder / "meta.json", lambda number: folder / f"shard-{number:05}.arrow"
+    meta, shard, records = folder / "meta.json", lambda number: folder / f"shard-{number:05}.arrow", []
+    settled = lambda record: record.result() if isinstance(record, Future) else record  # noqa: E731
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same
         for stale in folder.glob(".*.tmp-*"):
             stale.unlink()
         try:
-            count = int(json.loads(meta.read_text())["shards"])
+            records = [shard_record(shard(i)) for i in range(json.loads(meta.read_text())["shards"])]
         except (OSError, ValueError, KeyError, TypeError):  # not finished
-            count = None
-        records = [shard_record(shard(i)) for i in range(count or 0)]
-        if count is None or None in records:
-            if count is not None:
-                log(f"warning: {shard(records.index(None))}: its sha256 differs from what was written; tokenised again")
-            pending, source = [], iter(rows())
-            for number, block in enumerate(iter(lambda: list(islice(source, SHARD_ROWS)), [])):
-                count = number + 1
-                if shard_record(shard(number)):
-                    continue
-                job = (tokenise_shard, shard(number), block, tokenizer, max_length, banned, held_out)
-                pending.append(pool.submit(*job) if pool else job[0](*job[1:]))
-                if pool and len(pending) > 4:
-                    pending.pop(0).result()  # so that few blocks are in memory
-            for job in pending if pool else ():
-                job.result()
-            records = [shard_record(shard(i), verify=False) for i in range(count or 0)]
+            pass
+        if None in records:
+            log(f"warning: {shard(records.index(None))}: its sha256 differs from what was written; tokenised again")
+        if not records or None in records:
+            records, source = [], iter(rows())
+            while block := list(islice(source, SHARD_ROWS)):
+                path = shard(len(records))
+                job = (tokenise_shard, path, block, tokenizer, max_length, banned, held_out)
+                records.append(shard_record(path) or (pool.submit(*job) if pool else job[0](*job[1:])))
+                records[:-4] = map(settled, records[:-4])  # so that few blocks are in memory
+            records = list(map(settled, records))
             write_json(meta, {"shards": len(records)})
-    totals = {key: sum(r[key] for r in records) for key in ("pairs", "hard_negatives", "leaks", "tokens")}
-    totals["sha256"] = hashlib.sha256("".join(r["sha256"] for r in records).encode()).hexdigest()
-    shards = [Dataset.from_file(str(shard(i))) for i, r in enumerate(records) if r["pairs"]]
-    return concatenate_datasets(shards) if shards else None, totals
+    shards = [Dataset.from_file(str(shard(i))) for i, record in enumerate(records) if record["pairs"]]
+    return concatenate_datasets(shards) if shards else None, {
+        **{key: sum(record[key] for record in records) for key in ("pairs", "leaks")},
+        "sha256": hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()}
 
 
 def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
     """(name, local file or None for the hub) of every training source that the config asks for."""
-    data_dir, skip = Path(cfg["data_dir"]), set(filter(None, cfg["skip_files"].split(",")))
+    data_dir = Path(cfg["data_dir"])
     if cfg["data_dir"] and not data_dir.is_dir():
         raise UserError(f"data_dir {data_dir}: no such folder")
     files = sorted([*data_dir.glob("train/*.jsonl.gz"), *data_dir.glob("*.jsonl.gz")]) if cfg["data_dir"] else []
     names = [] if cfg["sources"] == "none" else cfg["sources"].split(",")
     if names == ["auto"]:
         names = ["local"] if files else DEFAULT_HUB_SOURCES.split(",")
+    kept = {name: data_dir / HUB_FILES[name] for name in names if name in HUB_FILES}
     found: list[tuple[str, Path | None]] = []
     for name in names:
-        if name == "local":
-            if not files:
-                raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(data_dir)!r}")
-            kept = {f"{stem}.jsonl.gz" for name, stem in KEPT_FILES.items() if name in names}  # read under their own names
-            own = [f for f in files if f.name not in kept or f.parent != data_dir]
-            local = {f.name.removesuffix(".jsonl.gz"): f for f in own}
-            if len(local) < len(own):
-                raise UserError(f"data_dir {data_dir}: a file name is both under train/ and beside it; rename one")
-            if unknown := skip - set(local):
-                raise UserError(f"skip_files: no file {min(unknown)!r} under {data_dir}")
-            found += [(stem, file) for stem, file in local.items() if stem not in skip]
-        elif name in HUB_SOURCES:
-            kept = data_dir / f"{KEPT_FILES.get(name, '')}.jsonl.gz"
-            found.append((name, kept if cfg["data_dir"] and kept.is_file() else None))
-        else:
+        if name in HUB_SOURCES:
+            found.append((name, kept[name] if kept.get(name) in files else None))
+        elif name != "local":
             raise UserError(f"sources: no source {name!r}; there are local, {', '.join(HUB_SOURCES)}")
+        elif not files:
+            raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(data_dir)!r}")
+        else:
+            found += [(f.name.removesuffix(".jsonl.gz"), f) for f in files if f not in kept.values()]
     return found
 
 
@@ -1457,24 +1419,27 @@ def end_with_parent() -> None:
 
 def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> "PairData":
     """Tokenise what is not in the cache yet, in `num_proc` processes, and open every source memory-mapped."""
-    found = find_sources(cfg)
+    found, streamed = find_sources(cfg), list(filter(None, cfg["streams"].split(",")))
+    names = [*(name for name, _ in found), *streamed]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; "
+                        "rename or leave out one")
     banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
-    tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()  # earlier calls leave traces
+    tokenizer.backend_tokenizer.no_truncation()  # earlier calls leave traces
+    tokenizer.backend_tokenizer.no_padding()
     recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
                          hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
                          *filter(None, [cfg["held_out_share"]])])
-    names = [*(name for name, _ in found), *filter(None, cfg["streams"].split(","))]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; rename or leave out one")
     sources, fingerprints, left_out, leaks = [], {}, [], 0
-    several = cfg["num_proc"] > 1  # a pool starts no process before there is work
-    with ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent) if several else nullcontext() as pool:
+    pool = ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent) \
+        if cfg["num_proc"] > 1 else None  # it starts no process before there is work
+    with pool or nullcontext():
         for name, file in tqdm(found, desc="data", unit="source", leave=False, disable=None):
-            content = file_sha256(file) if file else repr(HUB_SOURCES[name])
-            folder = Path(cfg["cache_dir"]) / f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
             try:
-                rows = partial(read_pairs, file) if file else partial(keep_rows, name, read_hub(name), cfg)
-                data, meta = tokenise_source(rows, tokenizer, cfg["max_length"], banned, folder, pool, log,
+                content = file_sha256(file) if file else repr(HUB_SOURCES[name])
+                folder = f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
+                data, meta = tokenise_source(partial(read_pairs, file) if file else partial(read_hub, name), tokenizer,
+                                             cfg["max_length"], banned, Path(cfg["cache_dir"]) / folder, pool, log,
                                              cfg["held_out_share"])
             except UserError as error:
                 if not cfg["allow_missing_sources"]:
@@ -1486,37 +1451,18 @@ def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str],
             if data is not None:
                 sources.append((name, data))
                 fingerprints[name] = meta["sha256"][:16]
-    streams = [PairStream(name, tokenizer, cfg["max_length"], banned, cfg["held_out_share"])
-               for name in filter(None, cfg["streams"].split(","))]
-    if not sources and not streams:
+    if not sources and not streamed:
         raise UserError("no training pairs: every source is empty or left out")
-    data = PairData(sources, cfg, streams)
-    fingerprints |= {stream.name: "streamed" for stream in streams}
+    data = PairData(sources, cfg, [PairStream(name, tokenizer, cfg["max_length"], banned, cfg["held_out_share"])
+                                   for name in streamed])
+    fingerprints |= dict.fromkeys(streamed, "streamed")
     if cfg["long_share"]:
         data.documents = LongData(cfg, tokenizer, recipe, banned, log)
         fingerprints |= data.documents.fingerprints
     data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
-    log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS evaluation "
-        f"sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
+    log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS "
+        "evaluation sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
     return data
-
-
-def keep_rows(name: str, rows: Iterator[Row], cfg: dict[str, Any]) -> Iterator[Row]:
-    """Pass `rows` on; a streamed source is also kept in data_dir, so that it is streamed once."""
-    if not (cfg["data_dir"] and HUB_SOURCES[name][4]):
-        yield from rows
-        return
-    final = Path(cfg["data_dir"]) / "WikiAnswers.jsonl.gz"
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    for stale in final.parent.glob(f".{final.name}.tmp-*"):
-        stale.unlink()
-    with gzip.open(temporary, "wt", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps([t for t in row if t is not None], ensure_ascii=False) + "\n")
-            yield row
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -1529,6 +1475,11 @@ def mix64(x: np.ndarray) -> np.ndarray:
 def stable_seed(*parts: Any) -> int:
     """A 63-bit number that depends on `parts` alone, the same in every process and Python."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seeded(*parts: Any) -> np.random.Generator:
+    """NumPy's generator of `stable_seed`."""
+    return np.random.default_rng(stable_seed(*parts))
 
 
 def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
@@ -1549,19 +1500,21 @@ def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.random.Generator) -> None:
-    """Make a share of a window's pairs longer in place: each is joined with those that follow it, the same for both sides.
+    """Make a share of a window's pairs longer in place: each is joined with those that follow it, on both sides alike.
 
-    The longer side reaches a length drawn log-uniformly from 32 to `longest` tokens, and both are cut there; nothing of a pair
-    itself is cut. Most neighbours are of one source, so a joined pair is a short document and its rewording. No text is in two
-    joined ones: a pair that an earlier one reaches is passed over. A joined pair keeps its first pair's keys and loses its hard negative.
+    The longer side reaches a length drawn log-uniformly from 32 to `longest` tokens, and both are cut there; nothing of
+    a pair itself is cut. Most neighbours are of one source, so a joined pair is a short document and its rewording. No
+    text is in two joined ones: a pair that an earlier one reaches is passed over. A joined pair keeps its first pair's
+    keys and loses its hard negative.
     """
-    sides, count = ("anchor", "positive"), len(rows["anchor_length"])
+    sides, count = SIDES[:2], len(rows["anchor_length"])
     chosen = np.sort(rng.permutation(count)[:round(share * count)])
     own = np.maximum(rows["anchor_length"], rows["positive_length"])[chosen]
-    limit = np.maximum(np.exp(rng.uniform(math.log(min(32, longest)), math.log(longest), len(chosen))).astype(np.int64), own) - 2
-    ends = {side: np.cumsum(rows[f"{side}_length"] - 2) for side in sides}  # in the tokens of all rows without [CLS] and [SEP]
+    drawn = np.exp(rng.uniform(math.log(min(32, longest)), math.log(longest), len(chosen))).astype(np.int64)
+    limit = np.maximum(drawn, own) - 2
+    ends = {side: np.cumsum(rows[f"{side}_length"] - 2) for side in sides}  # in all rows' tokens but [CLS] and [SEP]
     begin = {side: (ends[side] - rows[f"{side}_length"] + 2)[chosen] for side in sides}
-    last = np.minimum.reduce([np.searchsorted(ends[side], begin[side] + limit) for side in sides]).clip(max=count - 1)
+    last = np.minimum.reduce([np.searchsorted(ends[s], begin[s] + limit) for s in sides]).clip(max=count - 1)
     joined, reached = [], -1
     for i, row in enumerate(chosen):
         if reached < row < last[i]:
@@ -1580,27 +1533,65 @@ def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.
         rows[side] = np.concatenate([rows[side], *made])
 
 
-class PairStream:
-    """A data set read in order with `datasets` streaming, tokenised as it comes; `seek` and `take` in windows of rows.
+@dataclass
+class MicroBatch:
+    """What goes through the models at once: n anchors, n positives and m hard negatives of a step, in this order."""
 
-    Columns anchor and positive (and negative), else the first two or three columns of text. A read that fails is a UserError.
+    pairs: int  # n
+    keys: Tensor  # (2 n + m,), text keys
+    groups: list[tuple[Tensor, Tensor]]  # the sentences by length: a few ids and masks (N, T), each padded for itself
+    restore: Tensor  # (2 n + m,), the index that puts the sentences of the groups back in the order of the keys
+    sources: Tensor | None = None  # (n,), the pairs' sources by number; None if they count for no source
+    long: bool = False  # whether the positives are documents and the anchors their queries
+    states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, D)
+    target: Tensor | None = None  # (2 n + m, D), the teacher's embeddings
+    tokens: int = 0  # real tokens of the groups, and what they are padded to: known once it is on the device
+    padded: int = 0
+    host_keys: Tensor | None = None  # `keys` on the CPU
+    path: Path | None = None  # of the teacher's kept results
+    copied: Any = None  # event of the stream that copied it
+
+    @classmethod
+    def of(cls, ids: list[np.ndarray], keys: list[np.ndarray], groups: Iterable[tuple[int, int]],
+           **more: Any) -> "MicroBatch":
+        """Of sentences `ids` and the `keys` of each side; `groups`: tokens at most in a text, and when padded."""
+        lengths = np.array([len(x) for x in ids])
+        order, start, tensors = np.argsort(lengths, kind="stable"), 0, []
+        for longest, padded in groups:
+            end = int(np.searchsorted(lengths[order], longest, side="right"))
+            members, start = order[start:end], end
+            mask = np.arange(padded) < lengths[members, None]
+            table = np.zeros(mask.shape, np.int64)
+            table[mask] = np.concatenate([ids[i] for i in members])
+            tensors.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
+        return cls(len(keys[0]), torch.from_numpy(np.concatenate(keys)), tensors,
+                   torch.from_numpy(np.argsort(order, kind="stable")), **more)
+
+
+class PairStream:
+    """A data set read in order with `datasets` streaming, tokenised as it comes, in windows of rows.
+
+    Columns anchor and positive (and negative), else the first two or three columns of text. A read that fails is a
+    UserError.
     """
 
-    def __init__(self, name: str, tokenizer: Any, max_length: int, banned: set[bytes], held_out: float = 0.0):
-        self.name = name
-        self.recipe = (copy.deepcopy(tokenizer), max_length, banned, held_out)  # another thread uses the tokenizer
+    def __init__(self, name: str, tokenizer: Any, *recipe: Any):
+        self.name, self.recipe = name, (copy.deepcopy(tokenizer), *recipe)  # another thread uses the tokenizer
         self.window, self.passes, self.leaks, self.rows = 0, 0, 0, None
-        self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the very start
+        self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the start
 
     def open(self, state: Any = None) -> None:
+        """Read from the start on, or from where `state` was."""
         from datasets import load_dataset
         try:
             self.data = load_dataset(self.name, split="train", streaming=True)
-            columns = [c for c in ("anchor", "positive", "negative") if c in (self.data.column_names or ())]
+            columns = [c for c in SIDES if c in (self.data.column_names or ())]
             if columns[:2] != ["anchor", "positive"]:
-                columns = [c for c, f in (self.data.features or {}).items() if getattr(f, "dtype", "") == "string"][:3]
+                texts = (c for c, f in (self.data.features or {}).items() if getattr(f, "dtype", "") == "string")
+                columns = list(islice(texts, 3))
         except Exception as error:  # the hub's client raises a dozen unrelated types
-            raise UserError(f"stream {self.name}: cannot be opened ({first_line(error)}); give a hub id or a folder") from None
+            raise UserError(f"stream {self.name}: cannot be opened ({first_line(error)}); "
+                            "give a hub id or a folder") from None
         if len(columns) < 2:
             raise UserError(f"stream {self.name}: has no two columns of text")
         if state:
@@ -1609,51 +1600,50 @@ class PairStream:
 
     def take(self, window: int, count: int) -> Any:
         """`count` rows as an Arrow table (see `tokenise_rows`): the ones of window `window`."""
+        import pyarrow as pa
         if window not in self.starts:
-            raise UserError(f"stream {self.name}: window {window} was asked for before those ahead of it; a stream is read in order")
+            raise UserError(f"stream {self.name}: window {window} was asked for before those ahead of it; "
+                            "a stream is read in order")
         if self.window != window or self.rows is None:
             self.passes, state = self.starts[window] or (0, None)
             self.open(state)
-        import pyarrow as pa
-        parts: dict[str, list[Any]] = {key: [] for side in ("anchor", "positive", "negative") for key in (side, f"key_{side}")}
-        fine = lambda t: isinstance(t, str) and t.strip() and not re.search("[\ud800-\udfff]", t)  # noqa: E731
-        found, idle = 0, False  # idle: nothing was found since the stream's start
+        parts, found, idle = [tokenise_rows([], *self.recipe)[0]], 0, False  # idle: nothing since the stream's start
         while found < count:
             try:
                 rows = [(*row[:2], row[2] or None) for row in islice(self.rows, count - found)]
             except Exception as error:
-                raise UserError(f"stream {self.name}: reading failed ({first_line(error)}); continue with "
-                                "--resume latest") from None
-            if bad := next((row for row in rows if not all(map(fine, row[:2 if row[2] is None else 3]))), None):
-                raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad)[:80]}")
-            if not rows and idle:
+                raise UserError(f"stream {self.name}: reading failed ({first_line(error)}); "
+                                "continue with --resume latest") from None
+            if bad := [row for row in rows if not all(is_text(t) for t in row[:2 if row[2] is None else 3])]:
+                raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad[0])[:80]}")
+            if rows:
+                table, leaks = tokenise_rows(rows, *self.recipe)
+                parts.append(table)
+                found, self.leaks, idle = found + len(table), self.leaks + leaks, idle and not len(table)
+            elif idle:
                 raise UserError(f"stream {self.name}: holds no pairs")
-            if not rows:  # the end: from the start again
+            else:  # the end: from the start again
                 self.passes, idle = self.passes + 1, True
                 self.open()
-                continue
-            columns, counts = tokenise_rows(rows, *self.recipe)
-            found, self.leaks, idle = found + counts["pairs"], self.leaks + counts["leaks"], idle and not counts["pairs"]
-            for key, values in columns.items():
-                parts[key].extend(values)
         self.window = window + 1
-        self.starts = {w: s for w, s in self.starts.items() if w >= window - 1} | {window + 1: (self.passes, self.data.state_dict())}
-        return pa.table({key: pa.array(parts[key], pa.int64() if key.startswith("key_") else pa.list_(pa.uint16())) for key in parts})
+        self.starts = {w: s for w, s in self.starts.items() if w >= window - 1}
+        self.starts[window + 1] = (self.passes, self.data.state_dict())
+        return pa.concat_tables(parts)
 
 
 class PairData:
     """Memory-mapped sources, and the batch of step n as a pure function of (seed, n).
 
-    Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted by
-    the lengths of both sides and cut into batches of similar lengths, and the order of the batches is shuffled. With
+    Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted
+    by the lengths of both sides and cut into batches of similar lengths, whose order is shuffled. With
     `one_source_batches` each source's pairs are sorted and cut by themselves. With `source_focus` a window's shares
     depend on the distances to the teacher that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
     """
 
     WINDOW = 256
 
-    def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], streams: list[PairStream] | None = None):
-        self.cfg, self.streams = cfg, streams or []
+    def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], streams: Iterable[PairStream] = ()):
+        self.cfg, self.streams = cfg, list(streams)
         self.names = [*(name for name, _ in sources), *(stream.name for stream in self.streams)]
         self.tables = [data.with_format("arrow") for _, data in sources]
         rows = np.array([len(t) for t in self.tables], np.float64)
@@ -1663,19 +1653,18 @@ class PairData:
         self.shares = np.concatenate([shares / shares.sum() * (1 - streamed) if len(rows) else shares,
                                       np.full(len(self.streams), streamed / max(1, len(self.streams)))])
         self.unit = cfg["batch_size"] if cfg["one_source_batches"] else 1  # rows drawn from one source at a time
+        # Whether the windows are drawn one after the other, by `split`, instead of each by `drawn`.
+        self.planned = bool(cfg["source_focus"] or cfg["one_source_batches"])
         self.begins = {0: np.zeros(len(self.names), np.int64)}  # by window: how many rows each source gave before it
         if not self.planned and self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         self.left_out: list[str] = []
         self.documents: LongData | None = None
         self.fingerprints: dict[str, str] = {}  # of every source's token ids
-        self.leaks, self.cached = 0, (-1, None, None)
-        self.ahead, self.builder = (-1, None), ThreadPoolExecutor(1)  # the next window is built while this one is used
-
-    @property
-    def planned(self) -> bool:
-        """Whether the windows are drawn one after the other, by `split`, instead of each by `drawn`."""
-        return bool(self.cfg["source_focus"] or self.cfg["one_source_batches"])
+        self.leaks, self.builder = 0, ThreadPoolExecutor(1)
+        self.windows: dict[int, Future] = {}  # this one and the next, which is built while this one is used
+        # Padded tokens that are one micro-batch whatever is configured, and that a group of one length must spare.
+        self.at_once = self.group_tokens = 0
 
     def split(self, number: int, weights: np.ndarray | float = 1.0) -> np.ndarray:
         """How many rows window `number` takes from each source, (S,), in proportion to its share times its weight.
@@ -1685,8 +1674,8 @@ class PairData:
         """
         ends = np.cumsum(self.shares * weights)
         ends *= self.WINDOW * self.cfg["batch_size"] // self.unit / ends[-1]
-        start = np.random.default_rng(stable_seed(self.cfg["seed"], "split", number)).random()
         ends[-1] = round(ends[-1])
+        start = seeded(self.cfg["seed"], "split", number).random()
         return self.unit * np.diff(np.floor(ends + start).astype(np.int64), prepend=0)
 
     def plan(self, number: int, distances: np.ndarray) -> None:
@@ -1712,57 +1701,61 @@ class PairData:
 
     def window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
         """The rows of window `number` as columns, and the row indices of each of its batches."""
-        if self.cached[0] != number:
-            if self.ahead[0] != number:
-                self.ahead = (number, self.builder.submit(self.build_window, number))
-            self.cached = (number, *self.ahead[1].result())
-            self.ahead = (number + 1, self.builder.submit(self.build_window, number + 1))
-        return self.cached[1:]
+        wanted, build = (number, number + 1), partial(self.builder.submit, self.build_window)
+        self.windows = {i: self.windows.get(i) or build(i) for i in wanted}
+        return self.windows[number].result()
 
-    def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-        cfg, count, tables, origins = self.cfg, self.WINDOW * self.cfg["batch_size"], [], []
+    def read_window(self, number: int) -> dict[str, np.ndarray]:
+        """The rows of window `number`: each side's ids one after the other, where every text begins, and its length."""
+        tables, origins = [], []
         first, last = self.drawn_before(number), self.drawn_before(number + 1)
         for i, table in enumerate(self.tables):
-            # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A source
-            # smaller than a batch repeats itself to fill it.
-            epochs, where = np.divmod(np.arange(first[i], last[i]), len(table) // self.unit * self.unit or self.unit)
+            # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A
+            # source smaller than a batch repeats itself to fill it.
+            length = len(table) // self.unit * self.unit or self.unit
+            epochs, where = np.divmod(np.arange(first[i], last[i]), length)
             for epoch in np.unique(epochs):
-                chosen = permuted(where[epochs == epoch] % len(table), len(table), stable_seed(cfg["seed"], self.names[i], int(epoch)))
-                tables.append(table[np.sort(chosen)])
+                seed = stable_seed(self.cfg["seed"], self.names[i], int(epoch))
+                tables.append(table[np.sort(permuted(where[epochs == epoch] % len(table), len(table), seed))])
                 origins.append((i, epoch))
-        tables += [stream.take(number, int(n)) for stream, n in zip(self.streams, (last - first)[len(self.tables):])]
-        origins += [(i, 0) for i in range(len(self.tables), len(self.names))]
+        for i, stream in enumerate(self.streams, len(self.tables)):
+            tables.append(stream.take(number, int(last[i] - first[i])))
+            origins.append((i, 0))
         source, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
-        rows: dict[str, np.ndarray] = {"source": source}
-        for side in ("anchor", "positive", "negative"):
+        rows: dict[str, np.ndarray] = {"source": source, "epoch": epoch}
+        for side in SIDES:
             lists = [table[side].combine_chunks() for table in tables]
             length = np.concatenate([x.value_lengths().to_numpy() for x in lists])
             rows |= {side: np.concatenate([x.flatten().to_numpy() for x in lists]), f"{side}_length": length,
                      f"{side}_start": np.cumsum(length) - length,
                      f"key_{side}": np.concatenate([table[f"key_{side}"].to_numpy() for table in tables])}
+        return rows
+
+    def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        """`window`, anew."""
+        cfg, rows = self.cfg, self.read_window(number)
         if cfg["joined_share"]:
-            join_pairs(rows, cfg["joined_share"], cfg["joined_length"], np.random.default_rng(stable_seed(cfg["seed"], "joined", number)))
-        rng = np.random.default_rng(stable_seed(cfg["seed"], "window", number))
+            join_pairs(rows, cfg["joined_share"], cfg["joined_length"], seeded(cfg["seed"], "joined", number))
+        rng, first = seeded(cfg["seed"], "window", number), rows["anchor_length"]
         second = np.maximum(rows["positive_length"], rows["negative_length"])
-        noise = rng.random(count)  # rows of equal length keep no trace of their source's order
-        order, slices = np.lexsort((noise, rows["anchor_length"])), math.isqrt(self.WINDOW)
-        batches = []
+        noise = rng.random(len(first))  # rows of equal length keep no trace of their source's order
         if cfg["one_source_batches"]:
-            order = np.lexsort((noise, rows["anchor_length"] + second, epoch, source))
-            batches = [np.sort(b) for b in np.split(order, self.WINDOW)]
-        for piece in np.array_split(order, slices) if not batches else ():
-            piece = piece[np.lexsort((noise[piece], second[piece]))]
-            batches += [np.sort(b) for b in np.array_split(piece, self.WINDOW // slices)]
-        return rows, [batches[i] for i in rng.permutation(self.WINDOW)]
+            order = np.lexsort((noise, first + second, rows["epoch"], rows["source"]))
+            batches = np.split(order, self.WINDOW)
+        else:
+            slices = math.isqrt(self.WINDOW)
+            pieces = np.array_split(np.lexsort((noise, first)), slices)
+            batches = [batch for piece in pieces for batch in np.array_split(
+                piece[np.lexsort((noise[piece], second[piece]))], self.WINDOW // slices)]
+        return rows, [np.sort(batches[i]) for i in rng.permutation(self.WINDOW)]
 
     def positions(self, step: int) -> dict[str, Any]:
-        """Where every stream stands at the start of the window that the step after `step` is in: a checkpoint's part."""
+        """Where every stream stands at the start of the window of the step after `step`: a checkpoint's part."""
         return {stream.name: [step // self.WINDOW, stream.starts[step // self.WINDOW]] for stream in self.streams}
 
     def plans(self, step: int) -> dict[int, list[int]]:
-        """The rows drawn before this window, the next and the one after it, all planned by then: a checkpoint's part."""
-        first = step // self.WINDOW
-        return {i: self.drawn_before(i).tolist() for i in range(first, first + 3)}
+        """The rows drawn before this window, the next and the one after it, planned by then: a checkpoint's part."""
+        return {i: self.drawn_before(i).tolist() for i in range(step // self.WINDOW, step // self.WINDOW + 3)}
 
     def seek(self, positions: dict[str, Any], plans: dict[int, list[int]] | None = None) -> None:
         """Continue from a checkpoint's `positions` of the streams and `plans`. Raises UserError if they do not fit."""
@@ -1780,41 +1773,30 @@ class PairData:
             except (KeyError, TypeError, ValueError, IndexError):
                 raise UserError(f"stream {stream.name}: the checkpoint does not say where it stood") from None
 
-    def batch(self, step: int) -> list[dict[str, Any]]:
-        """The micro-batches of step `step` (counted from 1).
-
-        Each is a dict: `pairs`, the number n of pairs; `sources` (n,), their sources by number; `keys` (2 n + m,) text
-        keys of anchors, positives and the m hard negatives, in this order; `groups`, these sentences sorted by length
-        as a few (ids, mask) pairs, each (N, T) with its own padded length; `restore`, the index that puts the sorted
-        sentences back in the order of the keys. With a `long_share`, some steps are of documents: see `LongData.batch`.
-        """
+    def batch(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of step `step` (counted from 1); with a `long_share`, some steps are of documents."""
         cfg = self.cfg
         before, until = (math.floor(number * cfg["long_share"]) for number in (step - 1, step))
         if until > before:
-            return self.documents.batch(until)
+            return self.documents.batch(until, self.at_once)
         rows, batches = self.window((step - 1) // self.WINDOW)
-        chosen = batches[(step - 1) % self.WINDOW]
+        chosen, padded = batches[(step - 1) % self.WINDOW], np.array(pad_lengths(cfg))
         second = np.maximum(rows["positive_length"][chosen], rows["negative_length"][chosen])
-        chosen = chosen[np.argsort(second, kind="stable")]
-        lengths = np.array(pad_lengths(cfg))
-        micro_batches = []
-        for part in np.array_split(chosen, cfg["gradient_accumulation_steps"]):
-            negative = part[rows["negative_length"][part] > 0]
-            sides = [("anchor", part), ("positive", part), ("negative", negative)]
-            ids = [rows[s][i:i + n] for s, r in sides for i, n in zip(rows[f"{s}_start"][r], rows[f"{s}_length"][r])]
-            real = np.array([len(x) for x in ids])
-            padded = lengths[np.searchsorted(lengths, real)]
-            order, groups = np.argsort(real, kind="stable"), []
-            limits = np.unique([padded[piece[-1]] for piece in np.array_split(order, cfg["length_groups"]) if len(piece)])
-            for low, high in zip([0, *limits[:-1]], limits):
-                members = order[(real[order] > low) & (real[order] <= high)]
-                table, mask = np.zeros((len(members), high), np.int64), np.arange(high) < real[members, None]
-                table[mask] = np.concatenate([ids[i] for i in members])
-                groups.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
-            keys = torch.from_numpy(np.concatenate([rows[f"key_{s}"][r] for s, r in sides]))
-            micro_batches.append({"pairs": len(part), "sources": torch.from_numpy(rows["source"][part]), "keys": keys,
-                                  "groups": groups, "restore": torch.from_numpy(np.argsort(order, kind="stable"))})
-        return micro_batches
+        found, real = [], np.stack([rows[f"{side}_length"][chosen] for side in SIDES])
+        whole = (real > 0).sum() * padded[np.searchsorted(padded, real.max())] <= self.at_once
+        parts = 1 if whole else cfg["gradient_accumulation_steps"]
+        for part in np.array_split(chosen[np.argsort(second, kind="stable")], parts):
+            sides = dict(zip(SIDES, (part, part, part[rows["negative_length"][part] > 0])))
+            ids = [rows[s][i:i + n] for s, r in sides.items()
+                   for i, n in zip(rows[f"{s}_start"][r], rows[f"{s}_length"][r])]
+            lengths = padded[np.searchsorted(padded, np.sort([len(x) for x in ids]))]
+            limits = np.unique([x[-1] for x in np.array_split(lengths, cfg["length_groups"]) if len(x)])
+            for low, high in zip(limits[:-1], limits[1:]):  # a group that spares fewer tokens joins the next one
+                members = (lengths <= low) & (lengths > max(limits[limits < low], default=0))
+                limits = limits[(limits != low) | (members.sum() * (high - low) >= self.group_tokens)]
+            found.append(MicroBatch.of(ids, [rows[f"key_{s}"][r] for s, r in sides.items()], zip(limits, limits),
+                                       sources=torch.from_numpy(rows["source"][part])))
+        return found
 
 
 class LongData:
@@ -1855,15 +1837,14 @@ class LongData:
     def epoch(self, number: int) -> list[tuple[int, np.ndarray, int]]:
         """The batches of epoch `number`: source, rows, and the length their documents are cut at."""
         if self.cached[0] != number:
-            cfg, rng, batches = self.cfg, np.random.default_rng(stable_seed(self.cfg["seed"], "long", number)), []
-            shortest = math.log(min(256, cfg["long_length"]))
+            rng, batches, longest = seeded(self.cfg["seed"], "long", number), [], self.cfg["long_length"]
             for source, (rows, lengths) in enumerate(zip(self.rows, self.lengths)):
                 order = rng.permutation(len(rows))
                 while len(order) >= self.least:
-                    drawn = math.exp(rng.uniform(shortest, math.log(cfg["long_length"])))
-                    limit = cfg["long_length"] if rng.random() < 0.5 else round(drawn)
+                    drawn = round(math.exp(rng.uniform(math.log(min(256, longest)), math.log(longest))))
+                    limit = longest if rng.random() < 0.5 else drawn
                     ends = np.cumsum(np.minimum(lengths[order], limit))
-                    count = max(self.least, int(np.searchsorted(ends, cfg["long_tokens"], side="right")))
+                    count = max(self.least, int(np.searchsorted(ends, self.cfg["long_tokens"], side="right")))
                     batches.append((source, rows[order[:count]], limit))
                     order = order[count:]
             self.cached = (number, [batches[i] for i in rng.permutation(len(batches))])
@@ -1875,62 +1856,57 @@ class LongData:
             self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
         return self.ends[number + 1]
 
-    def batch(self, number: int) -> list[dict[str, Any]]:
-        """The micro-batches of the `number`-th batch (counted from 1), as `PairData.batch` gives them, marked `long`.
+    def batch(self, number: int, at_once: int = 0) -> list[MicroBatch]:
+        """The micro-batches of the `number`-th batch (counted from 1), whose positives are documents, anchors queries.
 
-        Anchors are queries, positives documents. Micro-batches have about equally many tokens, and memory is that of
-        one: `long_tokens` over `gradient_accumulation_steps`, or the longest document's. Groups are of similar lengths.
+        Micro-batches have about equally many tokens, and memory is that of one: `long_tokens` over
+        `gradient_accumulation_steps`, or the longest document's. Groups are of similar lengths.
         """
         epoch = 0
         while self.epoch_end(epoch) < number:
             epoch += 1
         source, rows, limit = self.epoch(epoch)[number - 1 - self.ends[epoch]]
-        table, texts = self.tables[source][np.sort(rows)], {}
-        for side in ("anchor", "positive"):
+        table, texts = self.tables[source][np.sort(rows)], []
+        for side in SIDES[:2]:
             lists = table[side].combine_chunks()
             ids = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
-            texts[side] = [x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids]
-            texts[f"key_{side}"] = table[f"key_{side}"].to_numpy()
-        lengths = np.array([len(x) for x in texts["positive"]])
-        order, parts = np.argsort(lengths, kind="stable"), self.cfg["gradient_accumulation_steps"]
+            texts.append([x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids])
+        lengths = np.array([len(x) for x in texts[1]])
+        whole = 1.25 * sum(len(x) for side in texts for x in side) <= at_once  # padding is a fifth at most
+        order, parts = np.argsort(lengths, kind="stable"), 1 if whole else self.cfg["gradient_accumulation_steps"]
         ends = np.searchsorted(np.cumsum(lengths[order]), lengths.sum() * np.arange(1, parts) / parts)
         ends = np.maximum(ends, np.arange(1, parts))  # none is empty
         ends = np.minimum(ends, len(order) - parts + np.arange(1, parts))
-        return [self.micro_batch(texts, part) for part in np.split(order, np.maximum.accumulate(ends))]
-
-    @staticmethod
-    def micro_batch(texts: dict[str, Any], part: np.ndarray) -> dict[str, Any]:
-        """The micro-batch of the pairs `part` of a batch's texts."""
-        ids = [texts[side][i] for side in ("anchor", "positive") for i in part]
-        real = np.array([len(x) for x in ids])
-        order, groups, start = np.argsort(real, kind="stable"), [], 0
-        while start < len(order):
-            shortest = real[order[start]]
-            members = order[start:int(np.searchsorted(real[order], shortest + max(16, shortest // 8), side="right"))]
-            groups.append(pad_batch([ids[i] for i in members]))
-            start += len(members)
-        keys = torch.from_numpy(np.concatenate([texts[f"key_{side}"][part] for side in ("anchor", "positive")]))
-        return {"pairs": len(part), "keys": keys, "groups": groups, "long": True,
-                "restore": torch.from_numpy(np.argsort(order, kind="stable"))}
+        found = []
+        for part in np.split(order, np.maximum.accumulate(ends)):
+            ids, groups = [text[i] for text in texts for i in part], []
+            left = np.sort([len(x) for x in ids])
+            while len(left):
+                longest = left[0] + max(16, left[0] // 8)
+                fitting = left[left <= longest]
+                groups.append((longest, -(-fitting[-1] // 8) * 8))
+                left = left[len(fitting):]
+            keys = [table[f"key_{side}"].to_numpy()[part] for side in SIDES[:2]]
+            found.append(MicroBatch.of(ids, keys, groups, long=True))
+        return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # STS evaluation
 
-
 STS_ROWS = {"dev": 1500, "test": 1379}
+StsRow = tuple[str, str, float]  # two sentences and a score from 0 to 5
 
 
 def evaluation_name(cfg: dict[str, Any]) -> str:
     """`sts_name`, or what auto means: generated if data_dir holds that set and not STS-B, else stsb."""
-    if cfg["sts_name"] != "auto":
-        return cfg["sts_name"]
-    held = [name for name in ("stsb", "generated") if (Path(cfg["data_dir"]) / "sts" / f"{name}-dev.tsv.gz").is_file()]
-    return held[0] if cfg["data_dir"] and held else "stsb"
+    sts = Path(cfg["data_dir"]) / "sts"
+    held = [name for name in ("stsb", "generated") if cfg["data_dir"] and (sts / f"{name}-dev.tsv.gz").is_file()]
+    return cfg["sts_name"] if cfg["sts_name"] != "auto" else (held or ["stsb"])[0]
 
 
-def load_sts(cfg: dict[str, Any], split: str) -> list[tuple[str, str, float]]:
-    """(sentence1, sentence2, score 0..5) rows of `split` (dev or test), from data_dir/sts, else from the hub.
+def load_sts(cfg: dict[str, Any], split: str) -> list[StsRow]:
+    """The rows of `split` (dev or test), from data_dir/sts, else from the hub.
 
     Raises UserError naming file and line for anything but three columns with a score from 0 to 5, or a wrong row count.
     """
@@ -1953,31 +1929,26 @@ def load_sts(cfg: dict[str, Any], split: str) -> list[tuple[str, str, float]]:
     return rows
 
 
-def read_sts_file(path: Path) -> list[tuple[str, str, float]]:
+def read_sts_file(path: Path) -> list[StsRow]:
     """Rows of a gzipped tab-separated file sentence1, sentence2, score; UserError names the line that is wrong."""
-    rows, number = [], 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(iter(lambda: file.readline(1 << 20), ""), 1):
-                fields = line.rstrip("\r\n").split("\t")
-                try:
-                    score = float(fields[2]) if len(fields) == 3 else math.nan
-                except ValueError:
-                    score = math.nan
-                if not 0 <= score <= 5:
-                    raise UserError(f"{path}, line {number}: expected sentence1<TAB>sentence2<TAB>score, a score from 0 to 5")
-                rows.append((fields[0], fields[1], score))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, after line {number}: cannot be read as gzipped UTF-8 ({error})") from None
+    rows = []
+    for where, line in read_lines(path):
+        try:
+            first, second, score = line.decode().rstrip("\r\n").split("\t")
+            rows.append((first, second, float(score)))
+        except ValueError:
+            rows.append(("", "", math.nan))
+        if not 0 <= rows[-1][2] <= 5:
+            raise UserError(f"{where}: expected sentence1<TAB>sentence2<TAB>score in UTF-8, a score from 0 to 5")
     return rows
 
 
-def load_sts_splits(cfg: dict[str, Any]) -> dict[str, list[tuple[str, str, float]]]:
+def load_sts_splits(cfg: dict[str, Any]) -> dict[str, list[StsRow]]:
     """{"validation": rows, "test": rows}."""
     return {"validation": load_sts(cfg, "dev"), "test": load_sts(cfg, "test")}
 
 
-def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int,
+def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[StsRow], max_length: int,
                 encoder: Callable = encode) -> np.ndarray:
     """The cosine of every pair, (N,); `encoder` is `encode` or shares its work out."""
     first, second, _ = zip(*rows)
@@ -1985,9 +1956,9 @@ def sts_cosines(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, st
     return (vectors[:len(rows)] * vectors[len(rows):]).sum(1)
 
 
-def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, str, float]], max_length: int = 128,
+def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[StsRow], max_length: int = 128,
                  teacher_cosine: np.ndarray | None = None, encoder: Callable = encode) -> dict[str, float]:
-    """Pearson and Spearman of the cosines with the gold scores; Spearman with the teacher's cosines where they are given.
+    """Pearson and Spearman of the cosines with the gold scores; Spearman with the teacher's cosines if they are given.
 
     A correlation that is not a number raises ValueError: NaN is never a score.
     """
@@ -2002,6 +1973,11 @@ def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[tuple[str, s
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints and saved models
+#
+# What `read_student` reads, and where the record of it stands (step, scores, sources, teacher's scores, start):
+#   checkpoint_N.pt       trained tensors, optimiser, config, progress; checkpoint_N.json, run.json and scores.json
+#   pytorch_model.bin     all tensors, in a folder that two libraries open; training_config.json and scores.json
+#   student.safetensors   trained tensors in float16: a compact export; config.json (the training's) and metrics.json
 
 
 def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], None] = lambda: None) -> None:
@@ -2016,24 +1992,39 @@ def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], 
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch.save's word for a full disk
-            raise error.__context__ from None
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save's word for a full disk
         raise
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8, atomically."""
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return record
 
 
 def config_hash(cfg: dict[str, Any]) -> str:
     """Twelve hex digits that change when a key does on which the weights depend."""
-    return hashlib.sha256(json.dumps({k: v for k, v in cfg.items() if k not in FREE_KEYS}, sort_keys=True).encode()).hexdigest()[:12]
+    fixed = {key: value for key, value in cfg.items() if key not in FREE_KEYS}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def trainable_state(student: DeltaNetStudent) -> dict[str, Tensor]:
@@ -2041,8 +2032,9 @@ def trainable_state(student: DeltaNetStudent) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer: torch.optim.Optimizer, cfg: dict[str, Any],
-                    best: dict[str, Any], progress: dict[str, Any], summary: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, student: DeltaNetStudent, optimizer: torch.optim.Optimizer,
+                    cfg: dict[str, Any], best: dict[str, Any], progress: dict[str, Any],
+                    summary: dict[str, Any]) -> Path:
     """Write checkpoint_{step}.pt, then checkpoint_{step}.json with its size and sha256, which commits it."""
     path = folder / f"checkpoint_{step}.pt"
     content = {"student": trainable_state(student), "optimizer": optimizer.state_dict(), "step": step,
@@ -2059,14 +2051,16 @@ def load_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: a file that would unpack to more is a bomb
+        if path.suffix == ".safetensors":
+            return {name: tensor.float() for name, tensor in load_safetensors(path).items()}
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: what would unpack to more is a bomb
             if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it declares more data than it holds")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere in the unpickler
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would call {code[1]}" if code else first_line(error)[:120]
-        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: " + (f"it would call {code[1]}" if code else first_line(error)[:120])
+        raise UserError(f"{path}: not a whole checkpoint of tensors and plain values ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -2074,15 +2068,16 @@ def load_file(path: Path) -> dict[str, Any]:
 
 def verify_checkpoint(path: Path) -> str | None:
     """None if the checkpoint is whole, else what is wrong with it."""
+    mark = path.with_suffix(".json")
     try:
-        mark = json.loads(path.with_suffix(".json").read_text())
-        size, digest, step = mark["bytes"], mark["sha256"], mark["step"]
+        found = json.loads(mark.read_text())
+        step, size, digest = found["step"], found["bytes"], found["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{path.with_suffix('.json').name} is missing or unreadable: the checkpoint was not finished"
+        return f"{mark.name} is missing or unreadable: the checkpoint was not finished"
     if not path.is_file():
         return "the file is missing"
     if path.stem != f"checkpoint_{step}":
-        return f"{path.with_suffix('.json').name} is of step {step}"
+        return f"{mark.name} is of step {step}"
     if path.stat().st_size != size:
         return f"it has {path.stat().st_size} bytes instead of {size}"
     return None if file_sha256(path) == digest else "its sha256 differs from what was written"
@@ -2096,49 +2091,45 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def find_checkpoint(folder: Path, step: int, log: Callable[[str], None] = print) -> Path | None:
     """The checkpoint to resume from: of exactly `step`, or the newest whole one for -1 (None if there is none)."""
-    steps = checkpoint_steps(folder)
+    steps, file = checkpoint_steps(folder), lambda number: folder / f"checkpoint_{number}.pt"
     if step == -1:
-        if not steps:
-            log(f"note: no checkpoint in {folder}; starting at step 0")
-            return None
-        for candidate in reversed(steps):
-            path = folder / f"checkpoint_{candidate}.pt"
-            if (fault := verify_checkpoint(path)) is None:
-                return path
-            log(f"warning: passing over {path}: {fault}")
-        raise UserError(f"{folder}: none of the checkpoints {steps} is whole; move them away to start again (nothing was changed)")
-    path = folder / f"checkpoint_{step}.pt"
+        for newest in reversed(steps):
+            if (fault := verify_checkpoint(file(newest))) is None:
+                return file(newest)
+            log(f"warning: passing over {file(newest)}: {fault}")
+        if steps:
+            raise UserError(f"{folder}: none of the checkpoints {steps} is whole; move them away to start again "
+                            "(nothing was changed)")
+        log(f"note: no checkpoint in {folder}; starting at step 0")
+        return None
     if step not in steps:
-        raise UserError(f"resume_from_step {step}: no {path}; there are steps {steps if steps else 'none'}")
-    if fault := verify_checkpoint(path):
-        good = next((s for s in reversed(steps) if verify_checkpoint(folder / f"checkpoint_{s}.pt") is None), None)
-        raise UserError(f"{path}: damaged, {fault}; the newest whole checkpoint is "
-                        + (f"step {good}: use --resume_from_step {good}" if good else "none: start again from 0"))
-    return path
+        raise UserError(f"resume_from_step {step}: no {file(step)}; there are steps {steps if steps else 'none'}")
+    if fault := verify_checkpoint(file(step)):
+        good = next((number for number in reversed(steps) if verify_checkpoint(file(number)) is None), None)
+        advice = f"step {good}: use --resume_from_step {good}" if good else "none: start again from 0"
+        raise UserError(f"{file(step)}: damaged, {fault}; the newest whole checkpoint is {advice}")
+    return file(step)
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None:
-    """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value that does not fit."""
+    """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value not fitting."""
     own = student.state_dict()
-    needed = set(trainable_state(student))
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{where}: holds no state dict of a student")
-    if missing := sorted(needed - set(state)):
+    if missing := sorted(set(trainable_state(student)) - set(state)):
         raise UserError(f"{where}: {missing[0]} is missing; is it a checkpoint of another architecture?")
     for name, tensor in state.items():
         if name not in own:
             raise UserError(f"{where}: unknown tensor {name}; is it a checkpoint of another architecture?")
         if tensor.shape != own[name].shape:
             raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if tensor.is_meta or tensor.dtype not in FLOATS or tensor.layout != torch.strided or not torch.isfinite(tensor).all():
+        plain = tensor.dtype in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} is not of finite numbers")
     student.load_state_dict(state, strict=False)
-
-
-STUDENT_FILES = ("pytorch_model.bin", "student.safetensors", "model.safetensors")  # what a folder may hold, best first
 
 
 def recorded_config(found: Any, where: Path) -> dict[str, Any]:
@@ -2155,91 +2146,60 @@ def recorded_config(found: Any, where: Path) -> dict[str, Any]:
         raise UserError(f"{where}: its config does not fit: {error}") from None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return record
-
-
-def recorded_init(record: dict[str, Any]) -> dict[str, Any] | None:
-    """What `record` says of the student that a run started from (see `init_student`), or None."""
-    return record["init"] if isinstance(record.get("init"), dict) else None
-
-
-def recorded_scores(folder: Path, step: int) -> dict[str, float]:
-    """The scores that metrics.jsonl of `folder` holds for `step`: {"validation_spearman": ...}, or {}."""
-    scores: dict[str, float] = {}
-    path = folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            values = json.loads(line)
-            if values["step"] == step:
-                scores |= {k.split("/")[1]: v for k, v in values.items() if re.match(r"\w+/(validation|test)_", k)}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # the last line of a running training may be half written
-    return scores
+STUDENT_FILES = ("pytorch_model.bin", "student.safetensors", "model.safetensors")  # what a folder may hold, best first
 
 
 def read_student(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Tensors, config and record of a saved student, before it is known whether they fit.
 
-    `path` is a checkpoint_N.pt, a pytorch_model.bin or .safetensors file with its config.json beside it, or the folder of
-    one. The record: kind (checkpoint, model or export), file, sha256, and where known step, evaluation and scores.
+    `path` is one of the files above, or the folder of one of the last two. The record: kind (checkpoint, model or
+    export), file, sha256; step, evaluation, sources, teacher, init, chosen, each None where unknown; scores.
     Raises UserError for anything else.
     """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in STUDENT_FILES if (path / name).is_file()), None)
-        if found is None:
-            raise UserError(f"{path}: holds none of {', '.join(STUDENT_FILES)}; give a checkpoint file or a saved model's folder")
-        path = found
+        found = [path / name for name in STUDENT_FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: holds none of {', '.join(STUDENT_FILES)}; give a checkpoint file or a saved "
+                            "model's folder")
+        path = found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
-    if path.suffix == ".pt" and path.with_suffix(".json").is_file() and (fault := verify_checkpoint(path)):
+    folder, mark = path.parent, path.with_suffix(".json")
+    if path.suffix == ".pt" and mark.is_file() and (fault := verify_checkpoint(path)):
         raise UserError(f"{path}: damaged, {fault}")
-    folder, info = path.parent, {"file": str(path), "sha256": file_sha256(path)}
-    if path.suffix == ".safetensors":
-        try:
-            state = {name: t.float() for name, t in load_safetensors(path).items()}
-        except Exception as error:  # a damaged file can fail in the header or in any tensor
-            raise UserError(f"{path}: not a whole safetensors file ({first_line(error)[:120]})") from None
+    state, digest = load_file(path), file_sha256(path)
+    if {"student", "config"} <= set(state):
+        kind, cfg, step = "checkpoint", recorded_config(state["config"], path), state.get("step")
+        entries = lambda value: value if isinstance(value, dict) else {}  # noqa: E731  a foreign file may hold anything
+        scored = [*map(entries, entries(state.get("best")).values()), entries(read_record(mark).get("scores"))]
+        record = next((scores for scores in scored if scores.get("step") == step), {}) | {
+            "step": step, "evaluation": cfg["sts_name"], "init": entries(state.get("progress")).get("init"),
+            "sources": read_record(folder / "run.json").get("sources"),
+            "teacher": read_record(folder / "scores.json").get("teacher")}
+        state = state["student"]
     else:
-        state = load_file(path)
-    if "student" in state and "config" in state:
-        cfg, step = recorded_config(state["config"], path), state.get("step")
-        best = state.get("best") if isinstance(state.get("best"), dict) else {}
-        scores = next((b for b in best.values() if isinstance(b, dict) and b.get("step") == step), {})
-        info |= {"kind": "checkpoint", "step": step, "evaluation": cfg["sts_name"],
-                 "scores": {k: v for k, v in scores.items() if k != "step"} or recorded_scores(folder, step)}
-        progress = state.get("progress") if isinstance(state.get("progress"), dict) else {}
-        return state["student"], cfg, info | {"init": recorded_init(progress),
-                                              "sources": read_record(folder / "run.json").get("sources"),
-                                              "teacher": read_record(folder / "scores.json").get("teacher")}
-    if not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UserError(f"{path}: is neither a training checkpoint nor a state dict of a student")
-    if not any(name.startswith("deltanet_layers.") for name in state):
-        raise UserError(f"{path}: has no deltanet_layers; it holds a model of another architecture")
-    saved = read_record(folder / "config.json")
-    if not saved:
-        raise UserError(f"{path}: no config.json beside it, so its architecture is unknown; keep it in its folder")
-    if saved.get("model_type", DeltaNetConfig.model_type) != DeltaNetConfig.model_type:
-        raise UserError(f"{path}: config.json beside it is of a {saved['model_type']!r} model, another architecture")
-    export = "model_type" not in saved  # an export's config.json is the training config itself
-    record = read_record(folder / ("metrics.json" if export else "scores.json"))
-    trained = read_record(folder / "training_config.json") or read_record(folder / "run.json").get("config", {})
-    cfg = recorded_config(trained | saved, folder / "config.json")
-    if record.get("sha256", info["sha256"]) != info["sha256"]:
-        raise UserError(f"{path}: its sha256 differs from the one recorded beside it: it was damaged, or written apart")
-    return state, cfg, info | {"kind": "export" if export else "model", "step": record.get("step"),
-                               "evaluation": record.get("evaluation"), "sources": record.get("sources"), "teacher": record.get("teacher"),
-                               "init": recorded_init(record),
-                               "chosen": record.get("chosen", "training kept it" if not export else None),
-                               "scores": {k: v for k, v in record.items() if k.endswith(("_spearman", "_pearson"))}}
+        if not any(str(name).startswith("deltanet_layers.") for name in state):
+            raise UserError(f"{path}: has no deltanet_layers; it is no checkpoint, or one of another architecture")
+        saved = read_record(folder / "config.json")
+        if not saved:
+            raise UserError(f"{path}: no config.json beside it, so its architecture is unknown; keep it in its folder")
+        if saved.get("model_type", DeltaNetConfig.model_type) != DeltaNetConfig.model_type:
+            raise UserError(f"{path}: config.json beside it is of another architecture, {saved['model_type']!r}")
+        kind = "model" if "model_type" in saved else "export"  # an export's config.json is the training config itself
+        trained = read_record(folder / "training_config.json") or read_record(folder / "run.json").get("config", {})
+        cfg = recorded_config(trained | saved, folder / "config.json")
+        record = read_record(folder / ("scores.json" if kind == "model" else "metrics.json"))
+        if record.get("sha256", digest) != digest:
+            raise UserError(f"{path}: its sha256 differs from that recorded beside it: damaged, or written apart")
+        if kind == "model":
+            record.setdefault("chosen", "training kept it")
+    info = {"kind": kind, "file": str(path), "sha256": digest}
+    info |= {key: record.get(key) for key in ("step", "evaluation", "sources", "teacher", "chosen")}
+    info["init"] = record["init"] if isinstance(record.get("init"), dict) else None
+    scores = {k: v for k, v in record.items()
+              if str(k).startswith(("validation_", "test_")) and isinstance(v, (int, float))}
+    return state, cfg, info | {"scores": scores}
 
 
 def open_student(path: str | Path, teacher: PreTrainedModel) -> tuple[DeltaNetStudent, dict[str, Any], dict[str, Any]]:
@@ -2248,7 +2208,8 @@ def open_student(path: str | Path, teacher: PreTrainedModel) -> tuple[DeltaNetSt
     return student_from(state, cfg, info["file"], teacher), cfg, info
 
 
-def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teacher: PreTrainedModel) -> DeltaNetStudent:
+def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str,
+                 teacher: PreTrainedModel) -> DeltaNetStudent:
     """A student of `cfg` with the tensors `state`; what `state` does not hold is the teacher's."""
     for key, theirs in (("d_model", teacher.config.hidden_size), ("num_layers", teacher.config.num_hidden_layers)):
         if cfg[key] != theirs:
@@ -2258,91 +2219,77 @@ def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teac
     return student.eval()
 
 
-MODELLING_HEADER = '''"""Enhanced Hierarchical DeltaNet sentence encoder; generated from train_6layer_deltanet.py, not edited by hand."""
-from __future__ import annotations
-
-import hashlib
-import importlib.util
-import math
-import os
-import sys
-import tempfile
-import warnings
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Callable
-
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
-
-if False:  # transformers copies a file that is named like this
-    from .delta_mixer import mixer
-    from .delta_kernel import mixer_forward
-    from .delta_kernel_cuda import mixer_forward
-'''
-
-
-# Read with the code that it is the source of: `inspect.getsource` reads the file again, which may be edited during a run.
-SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (Path(__file__).name, *KERNEL_FILES))
+# Read with the code that it is the source of: `inspect.getsource` reads the file again, which a run's user may edit.
+SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="utf-8")
+                           for name in (Path(__file__).name, *KERNEL_FILES))
 
 
 def modelling_source() -> str:
-    """The slim modelling file of a saved folder: this script's own model classes, and nothing else of it."""
-    nodes = {node.name: node for node in ast.parse(SOURCE).body if hasattr(node, "name")}
-    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig, parallel_mixer,
-             load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool, encode, encode_tokens, tokenise,
-             pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent, state_overlap)
-    found, lines = [nodes[part.__name__] for part in parts], SOURCE.splitlines()
+    """The slim modelling file of a saved folder: this script's own model classes, and the imports that they use."""
+    body, lines = ast.parse(SOURCE).body, SOURCE.splitlines()
+    nodes = {node.name: node for node in body if hasattr(node, "name")}
+    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig,
+             parallel_mixer, load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool,
+             encode, encode_tokens, tokenise, pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent,
+             state_overlap)
+    found = [nodes[part.__name__] for part in parts]
     spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    header = MODELLING_HEADER + f"\nPIECE, kernel = {PIECE}, None\nKERNEL_FILES = {KERNEL_FILES}\n"
-    return header + "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    code = "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    used = {node.id for part in found for node in ast.walk(part) if isinstance(node, ast.Name)} | {"annotations"}
+    kept = [ast.unparse(node) for node in imports
+            if used & {(name.asname or name.name).split(".")[0] for name in node.names}]
+    return "\n".join([
+        '"""Enhanced Hierarchical DeltaNet sentence encoder, generated from train_6layer_deltanet.py."""', *kept, "",
+        "if False:  # transformers copies a file that is named like this",
+        *(f"    from .{name[:-3]} import mixer" for name in KERNEL_FILES),
+        "", f"PIECE, kernel, KERNEL_FILES = {PIECE}, None, {KERNEL_FILES}", code])
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
     """Tokens of the longest text that a student of this config, or the one that it started from, was trained on."""
-    earlier = longest_read(recorded_config(init.get("config"), Path("init")), recorded_init(init)) if init else 0
-    return max(longest_text(cfg), earlier)
+    if not isinstance(init, dict):
+        return longest_text(cfg)
+    return max(longest_text(cfg), longest_read(recorded_config(init.get("config"), Path("init")), init.get("init")))
 
 
-def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any], scores: dict[str, Any]) -> None:
-    """A folder that sentence-transformers and transformers open: weights, code, configs, tokenizer, scores."""
-    folder.mkdir(parents=True, exist_ok=True)
-    longest = longest_read(cfg, recorded_init(scores))
+def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict[str, Any],
+               record: dict[str, Any]) -> list[str]:
+    """A folder that sentence-transformers and transformers open, `record` in scores.json; returns its files' names."""
+    longest, module = longest_read(cfg, record.get("init")), "sentence_transformers.models."
     architecture = student.config.to_dict() | {
         "architectures": ["DeltaNetStudent"], "dtype": "float32", "max_seq_length": longest,
-        "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig", "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
+        "auto_map": {"AutoConfig": "modeling_deltanet.DeltaNetConfig",
+                     "AutoModel": "modeling_deltanet.DeltaNetStudent"}}
     architecture.pop("transformers_version", None)
-    for name, code in (("modeling_deltanet.py", modelling_source()), *zip(KERNEL_FILES, KERNEL_SOURCES)):
-        write_atomic(folder / name, lambda file: file.write(code.encode()))  # noqa: B023  called at once
-    write_json(folder / "config.json", architecture)
-    write_json(folder / "modules.json", [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}])
-    for name in ("1_Pooling", "2_Normalize"):
-        (folder / name).mkdir(exist_ok=True)
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False})
-    write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None,
-                                                              "similarity_fn_name": "cosine"})
+    parts = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    values = {
+        "config.json": architecture, "training_config.json": cfg,
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": module + name}
+                         for i, (path, name) in enumerate(parts)],
+        "1_Pooling/config.json": {"word_embedding_dimension": cfg["d_model"], "pooling_mode_mean_tokens": True},
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": longest, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None,
+                                              "similarity_fn_name": "cosine"}}
+    content = {"modeling_deltanet.py": modelling_source().encode(),
+               **{name: code.encode() for name, code in zip(KERNEL_FILES, KERNEL_SOURCES)},
+               **{name: (json.dumps(value, indent=2) + "\n").encode() for name, value in values.items()}}
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.backend_tokenizer.no_truncation(), tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as scratch:
-        for file in map(Path, tokenizer.save_pretrained(scratch)):
-            if file.is_file():
-                write_atomic(folder / file.name, lambda out: out.write(file.read_bytes()))
-    write_json(folder / "training_config.json", cfg)
+        files = [Path(file) for file in tokenizer.save_pretrained(scratch)]
+        content |= {file.name: file.read_bytes() for file in files if file.is_file()}
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / name, lambda file: file.write(data))  # noqa: B023  called at once
     state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
     # Scores never stand beside weights that they are not of; if the disk is full, the old ones of both stay.
     write_atomic(folder / "pytorch_model.bin", lambda file: torch.save(state, file),
                  before=lambda: (folder / "scores.json").unlink(missing_ok=True))
-    write_json(folder / "scores.json", {**scores, "sha256": file_sha256(folder / "pytorch_model.bin")})
+    write_json(folder / "scores.json", {**record, "sha256": file_sha256(folder / "pytorch_model.bin")})
+    return [*content, "pytorch_model.bin", "scores.json"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2372,7 +2319,7 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling."""
+    """Fused AdamW; no decay on biases, norms and gates; `mixer_lr_multiplier` on the mixers and the pooling."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -2381,7 +2328,29 @@ def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.opti
     return torch.optim.AdamW([
         {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
          "lr_multiplier": cfg["mixer_lr_multiplier"] if mixer else 1.0}
-        for (mixer, decay), parameters in sorted(groups.items())], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+        for (mixer, decay), parameters in sorted(groups.items())], lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+@torch.no_grad()
+def update(optimizer: torch.optim.AdamW, values: Iterable[Tensor], rate: float, limit: float, processes: "Processes", check: int = 0) -> Tensor:
+    """A step of the fused `optimizer` at learning rate `rate`, gradients clipped to the global norm `limit`; nothing waits for the device.
+
+    Where one of the losses `values` (scalars) or the norm is not finite, on any process, the optimiser's kernel leaves weights and
+    averages as they are (`found_inf`, which AMP's gradient scaling has it for); clipping is its division by `grad_scale`.
+    Returns: on the device (N + 1 + 2 processes,), losses and norm; of several processes each one's doubt, and its `check`.
+    """
+    norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], foreach=True)
+    row = torch.stack([*values, norm])
+    bad = (~row.isfinite()).any().float()
+    if processes.count > 1:  # one process's doubt is all's, or their weights would part
+        doubts = row.new_zeros(2, processes.count, dtype=torch.float64)
+        doubts[0, processes.rank], doubts[1, processes.rank] = bad, check
+        row, bad = torch.cat([row, processes.sum(doubts).flatten()]), doubts[0].amax().float()
+    optimizer.found_inf, optimizer.grad_scale = bad, ((norm + 1e-6) / limit).clamp(min=1)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]
+    optimizer.step()
+    return row
 
 
 class Processes:
@@ -2469,6 +2438,7 @@ class Trainer:
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
         self.teacher_autocast = (lambda: torch.autocast("cuda", torch.float16)) if self.device.type == "cuda" else self.autocast
         self.distances: Tensor | None = None  # (2, S): a source's squared distances to the teacher, and pairs
+        self.kept_weights: dict[tuple, Tensor] = {}
         self.cache, self.full = None, False
         if cfg["teacher_cache"]:
             digest = hashlib.sha256(cfg["precision"].encode())
@@ -2484,24 +2454,54 @@ class Trainer:
             self.replica = DistributedDataParallel(Replica(student, self.forward), process_group=self.processes.group,
                                                    find_unused_parameters=unused)
             self.replica.register_comm_hook(self.processes.group, sum_gradients)
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def teach(self, micro: dict[str, Any]) -> None:
+    def upload(self, batch: list[MicroBatch]) -> list[MicroBatch]:
+        """`batch` on the device, and what of it the host needs to know: `host_keys`, its `tokens` and what they are `padded` to.
+
+        On CUDA from pinned memory and by a stream of its own: in a thread, while the step before runs. A batch that has been here stays.
+        """
+        def moved(x: Tensor) -> Tensor:
+            return x.pin_memory().to(self.device, non_blocking=True) if self.copies else x.to(self.device)
+
+        if batch[0].tokens:
+            return batch
+        found = []
+        with torch.cuda.stream(self.copies) if self.copies else nullcontext():
+            for micro in batch:
+                path, masks = None, [mask for _, mask in micro.groups]
+                if self.cache:
+                    digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro.groups for x in group))
+                    path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
+                found.append(replace(
+                    micro, keys=moved(micro.keys), restore=moved(micro.restore), host_keys=micro.keys, path=path,
+                    sources=None if micro.sources is None else moved(micro.sources),
+                    groups=[(moved(ids), moved(mask)) for ids, mask in micro.groups],
+                    tokens=sum(int(mask.sum()) for mask in masks), padded=sum(mask.numel() for mask in masks)))
+            found[0].copied = self.copies.record_event() if self.copies else None
+        return found
+
+    def arrive(self, batch: list[MicroBatch]) -> None:
+        """On CUDA, let this stream wait for the copies of `upload`, whose memory must not be used again before it is done with them."""
+        if self.copies:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(batch[0].copied)
+            for x in (x for micro in batch for x in [*sum(micro.groups, ()), micro.restore, micro.keys, micro.sources]):
+                if x is not None:
+                    x.record_stream(stream)
+
+    def teach(self, micro: MicroBatch) -> None:
         """Put the teacher's hidden states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
-        path = None
-        if self.cache:
-            digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro["groups"] for x in group))
-            path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
-        micro["groups"] = [(ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
-                           for ids, mask in micro["groups"]]
-        micro["states"] = self.recall(path) if path else None
-        if micro["states"] is None:
+        path = micro.path
+        micro.states = self.recall(path) if path else None
+        if micro.states is None:
             with self.teacher_autocast():
-                micro["states"] = [teacher_states(self.teacher, *group) for group in micro["groups"]]
+                micro.states = [teacher_states(self.teacher, *group) for group in micro.groups]
             if path:
-                micro["states"] = [[x.half() for x in states] for states in micro["states"]]
-                self.keep(path, micro["states"])
-        micro["target"] = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro["states"], micro["groups"])])
-        micro["target"] = micro["target"][micro["restore"].to(self.device)]
+                micro.states = [[x.half() for x in states] for states in micro.states]
+                self.keep(path, micro.states)
+        micro.target = torch.cat([mean_pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)])
+        micro.target = micro.target.index_select(0, micro.restore)
 
     def recall(self, path: Path) -> list[list[Tensor]] | None:
         """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
@@ -2523,36 +2523,42 @@ class Trainer:
                 print(f"note: teacher_cache {self.cache}: {error}; not all results are kept")
             self.full = True
 
-    def forward(self, micro: dict[str, Any], seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, micro: MicroBatch, seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Embeddings of a micro-batch, and its share of the losses that are sums over sentences or tokens.
 
         The random state is set from `seed`, so a second forward draws the same dropout masks.
         """
         cfg, vectors = self.cfg, []
-        local: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        local: dict[str, list[Tensor]] = defaultdict(list)
         torch.manual_seed(seed)
-        for (ids, mask), target in zip(micro["groups"], micro["states"]):
+        for (ids, mask), target in zip(micro.groups, micro.states):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
             vectors.append(mean_pool(self.student.weigh(states[-1], mask).float(), mask))
             if cfg["layer_distill_weight"]:
-                local["layer_distill"] = local["layer_distill"] + \
-                    layer_distillation_loss(states, target, mask) * (mask.sum() / tokens)
+                local["layer_distill"].append(layer_distillation_loss(states, target, mask, tokens))
             if overlap is not None:
-                local["ortho_state_reg"] = local["ortho_state_reg"] + overlap * (len(ids) / sentences)
-        return torch.cat(vectors)[micro["restore"].to(self.device)], dict(local)
+                local["ortho_state_reg"].append(overlap * (len(ids) / sentences))
+        return torch.cat(vectors).index_select(0, micro.restore), {name: sum(parts[1:], parts[0]) for name, parts in local.items()}
 
-    def exchange(self, passes: list[Any], own: list[int], batch: list[dict[str, Any]]) -> list[Any]:
+    def weights(self, names: Iterable[str], cfg: dict[str, Any]) -> Tensor:
+        """The weights of the losses `names`, on the device; copied there once."""
+        wanted = tuple(cfg[LOSS_WEIGHTS[name]] for name in names)
+        if wanted not in self.kept_weights:
+            self.kept_weights[wanted] = torch.tensor(wanted, device=self.device)
+        return self.kept_weights[wanted]
+
+    def exchange(self, passes: list[Any], own: list[int], batch: list[MicroBatch]) -> list[Any]:
         """The forward passes of the whole batch from those of its micro-batches `own`; gives every micro-batch its target.
 
         A sum to which each process adds zeros for the micro-batches of the others: nothing is rounded, sizes may differ.
         """
         names, dim = [n for n in ("layer_distill", "ortho_state_reg") if self.cfg[LOSS_WEIGHTS[n]]], self.cfg["d_model"]
-        rows = [2 * dim * len(micro["restore"]) for micro in batch]
+        rows = [2 * dim * len(micro.restore) for micro in batch]
         whole = torch.zeros(sum(rows) + len(rows) * len(names), device=self.device)
         parts = [part.split([n, *[1] * len(names)]) for part, n in zip(whole.split([n + len(names) for n in rows]), rows)]
         for i, (vectors, local) in zip(own, passes):
-            torch.cat([vectors.detach(), batch[i]["target"]], out=parts[i][0].view(-1, dim))
+            torch.cat([vectors.detach(), batch[i].target], out=parts[i][0].view(-1, dim))
             for name, part in zip(names, parts[i][1:]):
                 part.copy_(local[name].detach())
         if self.device.type == "cuda":
@@ -2560,11 +2566,11 @@ class Trainer:
         self.processes.busy += time.perf_counter() - self.processes.since
         self.processes.sum(whole)
         for micro, part in zip(batch, parts):
-            micro["target"] = part[0].view(2, -1, dim)[1]
+            micro.target = part[0].view(2, -1, dim)[1]
         return [(part[0].view(2, -1, dim)[0], {name: x[0] for name, x in zip(names, part[1:])}) for part in parts]
 
-    def step_gradients(self, batch: list[dict[str, Any]], step: int, cached: bool | None = None) -> dict[str, float]:
-        """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted.
+    def step_gradients(self, batch: list[MicroBatch], step: int, cached: bool | None = None) -> dict[str, Tensor]:
+        """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted; all on the device.
 
         `cached` (default: when there are several micro-batches) keeps no graph between the forward passes and the
         losses: embeddings of all micro-batches first, their gradients from the losses of the whole batch, then each
@@ -2574,11 +2580,12 @@ class Trainer:
         exchanged embeddings, so each has the exact gradients of its own embeddings without differentiating the exchange;
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
-        cfg, processes = self.long_cfg if batch[0].get("long") else self.cfg, self.processes
+        cfg, processes = self.long_cfg if batch[0].long else self.cfg, self.processes
         cached = len(batch) > 1 if cached is None or self.replica else cached
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
-        tokens = sum(int(mask.sum()) for micro in batch for _, mask in micro["groups"])
-        sentences = sum(len(micro["restore"]) for micro in batch)
+        batch = [replace(micro) for micro in self.upload(batch)]
+        self.arrive(batch)
+        tokens, sentences = sum(m.tokens for m in batch), sum(len(m.restore) for m in batch)
         for i in own:
             self.teach(batch[i])
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
@@ -2588,41 +2595,38 @@ class Trainer:
             passes = self.exchange(passes, own, batch)
 
         leaves = [vectors.detach().requires_grad_() for vectors, _ in passes]
-        student, target = gather_sides(leaves, batch), gather_sides([m["target"] for m in batch], batch)
-        pairs = sum(m["pairs"] for m in batch)
-        keys = gather_sides([m["keys"].to(self.device) for m in batch], batch)
-        whole = batch_losses(student, target, pairs, keys, cfg)
-        if self.distances is not None and "sources" in batch[0]:
+        student, target = gather_sides(leaves, batch), gather_sides([m.target for m in batch], batch)
+        pairs = sum(m.pairs for m in batch)
+        values = batch_losses(student, target, pairs, gather_sides([m.keys for m in batch], batch), cfg)
+        if self.distances is not None and batch[0].sources is not None:
             apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
             known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
-            self.distances.index_add_(1, torch.cat([m["sources"] for m in batch]).to(self.device), known)
-        if whole:
-            sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in whole.items()).backward()
-        values = {name: loss.item() for name, loss in whole.items()}
-        for _, local in passes:
-            for name, loss in local.items():
-                values[name] = values.get(name, 0.0) + loss.item()
+            self.distances.index_add_(1, torch.cat([m.sources for m in batch]), known)
+        if values:
+            torch.stack([*values.values()]).backward(self.weights(values, cfg))
+        values = {name: loss.detach() for name, loss in values.items()}
+        for name in passes[0][1]:
+            values[name] = sum((local[name].detach() for _, local in passes[1:]), passes[0][1][name].detach())
 
         for i in own:
             micro, leaf = batch[i], leaves[i]
             with self.replica.no_sync() if self.replica and i != own[-1] else nullcontext():
                 vectors, local = (self.replica or self.forward)(micro, seeds[i], tokens, sentences) if cached else passes[i]
-                objective = sum(cfg[LOSS_WEIGHTS[name]] * loss for name, loss in local.items())
-                if leaf.grad is not None:
-                    objective = objective + (vectors * leaf.grad).sum()
-                objective.backward()
-            micro.pop("states"), passes.__setitem__(i, None)
+                ends = [(vectors, leaf.grad)] if leaf.grad is not None else []
+                ends += [(torch.stack([*local.values()]), self.weights(local, cfg))] if local else []
+                torch.autograd.backward(*zip(*((x, grad) for x, grad in ends if x.requires_grad)))
+            micro.states = passes[i] = None
         if cfg["orthogonal_reg_weight"]:  # the same on every process, so it is added after their sum
             loss = orthogonal_regularisation_loss(self.student)
             (cfg["orthogonal_reg_weight"] * loss).backward()
-            values["orthogonal_reg"] = loss.item()
-        values["total"] = sum(cfg[LOSS_WEIGHTS[name]] * value for name, value in values.items())
+            values["orthogonal_reg"] = loss.detach()
+        values["total"] = torch.stack([*values.values()]) @ self.weights(values, cfg)
         return values
 
 
-def gather_sides(parts: list[Tensor], batch: list[dict[str, Any]]) -> Tensor:
+def gather_sides(parts: list[Tensor], batch: list[MicroBatch]) -> Tensor:
     """Rows of all micro-batches as one tensor: all anchors, all positives, all hard negatives."""
-    sides = [part.split([m["pairs"], m["pairs"], len(part) - 2 * m["pairs"]]) for part, m in zip(parts, batch)]
+    sides = [part.split([m.pairs, m.pairs, len(part) - 2 * m.pairs]) for part, m in zip(parts, batch)]
     return torch.cat([side[i] for i in range(3) for side in sides])
 
 
@@ -2736,7 +2740,10 @@ def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.de
 
 
 class RunLock:
-    """The output folder's lock, held by one process; raises UserError with the holder's pid and host."""
+    """The output folder's lock, held by one process; raises UserError with the holder's pid and host.
+
+    Not filelock's: the versions that other releases of datasets bring empty the file that names the holder.
+    """
 
     def __init__(self, folder: Path, log: Callable[[str], None] = print):
         self.file = open(folder / ".lock", "a+")
@@ -2745,7 +2752,8 @@ class RunLock:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder}: in use by another run ({holder or 'unknown'}); stop it or choose another output_dir") from None
+            raise UserError(f"{folder}: in use by another run ({holder or 'unknown'}); stop it or choose another "
+                            "output_dir") from None
         if holder:
             log(f"note: taking over the lock that a dead run left ({holder})")
         self.file.truncate(0)
@@ -2767,7 +2775,7 @@ class Stop(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT end training after the step, and anything else at once, as a second SIGINT does; SIGUSR1 saves."""
+    """SIGTERM and SIGINT end training after the step, and else at once, as a second SIGINT does; SIGUSR1 saves."""
 
     def __init__(self):
         self.stop: Stop | None = None
@@ -2776,51 +2784,89 @@ class Signals:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
+        said = f"{signal.Signals(number).name} received"
         if number == signal.SIGUSR1:
             self.save = True
         elif not self.training or (number == signal.SIGINT and self.stop):
-            os.write(2, f"{signal.Signals(number).name} received: ended at once; continue with --resume latest\n".encode())
+            os.write(2, f"{said}: ended at once; continue with --resume latest\n".encode())
             os._exit(128 + number)
         else:
-            self.stop = Stop(128 + number, f"{signal.Signals(number).name} received")
+            self.stop = Stop(128 + number, said)
+
+
+class Report:
+    """Metrics for a tool that shows them: TensorBoard's files, or a run of wandb or trackio, whose calls are alike.
+
+    `name` is the run's: one that was begun before is continued, after step `step`. UserError if it cannot be.
+    """
+
+    def __init__(self, tool: str, folder: Path, name: str, step: int, cfg: dict[str, Any]):
+        self.tool, self.name = tool, name
+        try:
+            if tool == "tensorboard":
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:  # the same files by a smaller package
+                    from tensorboardX import SummaryWriter
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            else:
+                known = {"id": name} if tool == "wandb" else {}  # trackio knows a run by its name
+                self.writer = importlib.import_module(tool).init(project="deltanet", name=name, config=cfg,
+                                                                 resume="allow", **known)
+        except ImportError:
+            raise UserError(f"report_to {tool}: {tool} is not installed; pip install {tool}") from None
+        except Exception as error:  # no login, no network, no space: each tool has errors of its own
+            raise UserError(f"report_to {tool}: cannot be started ({first_line(error)[:160]})") from None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """The numbers among `values`."""
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        if self.tool != "tensorboard":
+            return self.writer.log(numbers, step=step)
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close() if self.tool == "tensorboard" else self.writer.finish()
 
 
 def run_environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and git commit: what is needed to repeat a run."""
-    import datasets
-    import transformers
-    try:
-        git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                             capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        git = ""
-    return {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "datasets": datasets.__version__, "numpy": np.__version__,
+    git = shutil.which("git") and subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {"python": platform.python_version(), "platform": platform.platform(),
+            **{name: version(name) for name in ("torch", "transformers", "datasets", "numpy")},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-            "threads": torch.get_num_threads(), "git_commit": git or None}
+            "threads": torch.get_num_threads(), "git_commit": git and git.stdout.strip() or None}
+
+
+def plot_spearman(axis: Any, rows: list[dict[str, Any]], teacher: dict[str, float], name: str) -> None:
+    """Both splits' Spearman of `rows` ({"step", "validation_spearman", ...}) on `axis`, the teacher's dashed."""
+    for split, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
+        if (key := f"{split}_spearman") in teacher:
+            points = sorted((row["step"], row[key]) for row in rows if key in row)
+            axis.plot([x for x, _ in points], [y for _, y in points], ".-", color=colour, label=f"student, {split}")
+            axis.axhline(teacher[key], ls="--", color=colour, label=f"teacher, {split}")
+    axis.set(title=f"Spearman, {name}", xlabel="step")
+    axis.legend(fontsize=7)
 
 
 def plot_curves(folder: Path, teacher_scores: dict[str, float], group: str) -> None:
-    """training_curves.png from metrics.jsonl: losses, Spearman with the teacher's as a line, learning rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """training_curves.png from metrics.jsonl: losses, Spearman, learning rate."""
+    from matplotlib.figure import Figure
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
-    curve = lambda axis, key, **kw: axis.plot(*zip(*[(x["step"], x[key]) for x in lines if key in x]), **kw)  # noqa: E731
-    for key in sorted({k for x in lines for k in x if k.startswith("loss/")}):
-        curve(axes[0], key, label=key.removeprefix("loss/"))
-    for split, colour in (("validation", "tab:blue"), ("test", "tab:orange")):
-        if any(f"{group}/{split}_spearman" in x for x in lines):
-            curve(axes[1], f"{group}/{split}_spearman", label=f"student, {split}", marker=".", color=colour)
-        axes[1].axhline(teacher_scores[f"{split}_spearman"], ls="--", color=colour, label=f"teacher, {split}")
-    if any("lr" in x for x in lines):
-        curve(axes[2], "lr")
-    axes[0].set(title="losses", xlabel="step", yscale="log"), axes[1].set(title=f"Spearman, {group}", xlabel="step")
-    axes[2].set(title="learning rate", xlabel="step"), axes[0].legend(fontsize=7), axes[1].legend(fontsize=7)
-    figure.tight_layout()
-    write_atomic(folder / "training_curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
-    plt.close(figure)
+    figure = Figure(figsize=(15, 4), layout="tight")
+    losses, scores, rate = figure.subplots(1, 3)
+    for key in sorted({k for line in lines for k in line if k.startswith("loss/") or k == "lr"}):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        (rate if key == "lr" else losses).plot(*zip(*points), label=key.removeprefix("loss/"))
+    losses.set(title="losses", xlabel="step", yscale="log")
+    losses.legend(fontsize=7)
+    rows = [{key.removeprefix(f"{group}/"): value for key, value in line.items()} for line in lines]
+    plot_spearman(scores, rows, teacher_scores, group)
+    rate.set(title="learning rate", xlabel="step")
+    write_atomic(folder / "training_curves.png", lambda file: figure.savefig(file, dpi=100))
 
 
 def choose_device(cfg: dict[str, Any], local_rank: int | None = None) -> torch.device:
@@ -2834,40 +2880,48 @@ def choose_device(cfg: dict[str, Any], local_rank: int | None = None) -> torch.d
     if cfg["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    use_cuda = cfg["device"] == "cuda" or (cfg["device"] == "auto" and torch.cuda.is_available())
-    if use_cuda and local_rank is not None:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun's --nproc-per-node is above {torch.cuda.device_count()}, the number of GPUs here")
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device("cuda" if use_cuda else "cpu")
+    if cfg["device"] == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"torchrun's --nproc-per-node is above {torch.cuda.device_count()}, the number of GPUs here")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
-def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimizer, cfg: dict[str, Any]) -> dict[str, Any]:
-    """Restore student and optimiser from `path`; returns the checkpoint's other entries. UserError names what differs."""
+def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimizer,
+           cfg: dict[str, Any]) -> dict[str, Any]:
+    """Restore student and optimiser from `path`; returns the checkpoint's entries. UserError names what differs."""
     content = load_file(path)
     if missing := {"student", "optimizer", "step", "best", "config", "progress"} - set(content):
         raise UserError(f"{path}: {min(missing)} is missing; it is not a training checkpoint")
     try:
         for key, value in (config | content["config"]).items():  # a key that came later had its default's effect
+            if key not in cfg and value:
+                print(f"note: {path}: was trained with {key} = {value!r}, a key that is no more")
             if key in cfg and key not in FREE_KEYS and cfg[key] != value:
-                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} {shlex.quote(str(value))}")
+                raise UserError(f"{path}: was trained with {key} = {value!r}, this run has {cfg[key]!r}; set --{key} "
+                                f"{shlex.quote(str(value))}")
             if key in ("total_steps", "warmup_steps") and cfg[key] != value:
                 print(f"note: {key} was {value}, is now {cfg[key]}: the learning rate follows the new schedule")
         load_student_state(student, content["student"], str(path))
         optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
         for p in student.parameters():
             state, shapes = optimizer.state.get(p, {}), {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-            if state and ({k: t.shape for k, t in state.items()} != shapes or not all(torch.isfinite(t).all() for t in state.values())):
-                raise ValueError(f"the averages of a parameter of shape {tuple(p.shape)} are of other shapes, or not finite")
-        numbers = [content["step"], content["progress"]["bad_steps"], *content["progress"]["sums"].values(),
-                   *(best[key] for best in content["best"].values() for key in ("step", "validation_spearman", "test_spearman"))]
-        if not isinstance(content["progress"].get("data", {}), dict):
+            fits = {name: t.shape for name, t in state.items()} == shapes
+            if state and not (fits and all(torch.isfinite(t).all() for t in state.values())):
+                raise ValueError(f"averages of a parameter of {tuple(p.shape)} are of other shapes, or not finite")
+        progress, scores = content["progress"], ("step", "validation_spearman", "test_spearman")
+        numbers = [content["step"], progress["bad_steps"], *progress["sums"].values(),
+                   *(best[key] for best in content["best"].values() for key in scores)]
+        if not isinstance(progress.get("data", {}), dict):
             raise ValueError("progress.data is no dict")
         if path.stem != f"checkpoint_{content['step']}" or not all(isinstance(x, (int, float)) for x in numbers):
             raise ValueError("steps, sums and scores must be numbers, the step that of the file's name")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: its config, optimiser state or progress does not fit ({str(error)[:200]!r})") from None
+        reason = repr(str(error)[:200])
+        raise UserError(f"{path}: its config, optimiser state or progress does not fit ({reason})") from None
     return content
 
 
@@ -2892,38 +2946,56 @@ def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: PreTrai
             "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
 
 
+# Padded tokens that a group of one length must spare on a GPU. Its 550 operators take as long to launch (5 us each) as the products of
+# 1,500 tokens on an L40 to 8,000 on an H100, at half of their TF32 rates (bench/launches.py).
+GROUP_TOKENS = 4096
+
+
+def tokens_at_once(used: int, tokens: int, free: int) -> int:
+    """Padded tokens that fit in nine tenths of `free` bytes, if `tokens` of them took `used`."""
+    return int(0.9 * free * tokens / used)
+
+
 class Run:
-    """One training run in its output folder: metrics, evaluation, checkpoints."""
+    """A training run in its output folder: metrics, evaluation, checkpoints. `prepare`, `train`, `finish`; `close`."""
+
+    report: Report | None = None
 
     def __init__(self, cfg: dict[str, Any]):
         self.cfg, self.folder, self.signals, self.lock = cfg, Path(cfg["output_dir"]), Signals(), None
         self.processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if cfg["gradient_accumulation_steps"] < self.processes.count:
-            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the "
-                            f"{self.processes.count} processes needs a micro-batch; set --gradient_accumulation_steps "
-                            f"{self.processes.count} or more")
+        self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
+        self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
+        self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
+        self.sums, self.means = {}, {}  # of metrics: since the last line in metrics.jsonl, and of that line
+        self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: its data, places in streams
+        self.unsettled: list[tuple] = []  # steps whose losses are still on the device alone
+        self.data: PairData | None = None
+        self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
+        if cfg["gradient_accumulation_steps"] < (count := self.processes.count):
+            raise UserError(f"gradient_accumulation_steps is {cfg['gradient_accumulation_steps']}: each of the {count} "
+                            f"processes needs a micro-batch; set --gradient_accumulation_steps {count} or more")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.processes.rank == 0:  # only this process writes
-                self.lock = RunLock(self.folder)
+            self.lock = RunLock(self.folder) if self.processes.rank == 0 else None  # only this process writes
         except OSError as error:
             raise UserError(f"output_dir {self.folder}: cannot be written ({error.strerror})") from None
-        try:
-            self.prepare()
-        except BaseException:
-            self.release()
-            raise
 
-    def release(self) -> None:
-        """Let the next run have the folder."""
+    def close(self) -> None:
+        """Let the next run have the folder; a signal from here on ends at once."""
+        self.signals.training = False
+        if self.data:
+            self.data.builder.shutdown(wait=False, cancel_futures=True)
         if self.lock:
             self.lock.release()
+        if self.report:
+            self.report.close()
 
     def prepare(self) -> None:
-        """Models, checkpoint and data."""
+        """Models, checkpoint and data; nothing in the folder is changed before all of them fit."""
         cfg, processes = self.cfg, self.processes
-        for stale in [p for d in (".", "*_*", "final_model/*_*", "final_model") for p in self.folder.glob(f"{d}/.*.tmp-*")]:
-            if self.lock:
+        for place in (".", "*_*", "final_model/*_*") if self.lock else ():
+            for stale in list(self.folder.glob(f"{place}/.*.tmp-*")):
                 stale.unlink(missing_ok=True)
         self.device = choose_device(cfg, int(os.environ["LOCAL_RANK"]) if processes.count > 1 else None)
         processes.connect(self.device, cfg["peer_timeout"])
@@ -2937,45 +3009,21 @@ class Run:
         if compile_models(self.student, self.teacher, cfg, self.device):
             print("compile: student and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
-        self.step, self.best, self.failed_saves, self.bad_steps = 0, {}, 0, 0
-        self.group = "sts" if cfg["sts_name"] == "stsb" else cfg["sts_name"]  # prefix of the evaluation's metrics
-        self.scores: dict[str, float] = {}  # of the newest evaluation, with its step
-        self.data: PairData | None = None
-        self.progress: dict[str, Any] = {}  # of the checkpoint resumed from: fingerprints of its data, positions of its streams
-        self.sums: dict[str, float] = {}  # since the last line in metrics.jsonl
-        self.means: dict[str, float] = {}  # of that line
-        self.metrics_path, self.unwritten = self.folder / "metrics.jsonl", b""
         self.begin()
-        self.data = load_training_data(cfg, self.tokenizer)
-        changed = set((self.progress.get("data") or self.data.fingerprints).items()) ^ set(self.data.fingerprints.items())
-        if changed:
-            raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; give the same "
-                            "data, or start again in another output_dir (nothing was changed)")
-        if self.step:
-            self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
-        count = len(self.data.names)
-        try:
-            distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
-            if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
-                raise ValueError
-        except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
-        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
-        processes.wait()
-        found = processes.table(stable_seed(self.step, config_hash(cfg), self.data.fingerprints) % 2**52)
-        if (found != found[0]).any():
-            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or data than "
-                            "rank 0: output_dir and data_dir must hold the same on every machine")
+        self.open_report()
+        self.open_data()
         self.sts = load_sts_splits(cfg)
-        self.teacher_cosines = {s: sts_cosines(self.teacher, self.tokenizer, r, cfg["max_length"], processes.encode)
-                                for s, r in self.sts.items()}
-        self.teacher_scores = {f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
-                               for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
-        self.supersede()
+        self.teacher_cosines = {split: sts_cosines(self.teacher, self.tokenizer, rows, cfg["max_length"],
+                                                   processes.encode) for split, rows in self.sts.items()}
+        self.teacher_scores = {
+            f"{split}_{name}": float(metric(self.teacher_cosines[split], [row[2] for row in rows]).statistic)
+            for split, rows in self.sts.items() for name, metric in (("pearson", pearsonr), ("spearman", spearmanr))}
         if self.lock:
-            write_json(self.folder / "run.json", {"config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names,
-                                                  "processes": processes.count, "init": self.init,
-                                                  **run_environment(self.device)})
+            self.supersede()
+            write_json(self.folder / "run.json", {
+                "config": cfg, "config_hash": config_hash(cfg), "sources": self.data.names, "init": self.init,
+                "processes": processes.count, "report": self.report and self.report.name,
+                **run_environment(self.device)})
         self.banner()
         processes.wait()  # for process 0's files
 
@@ -2991,61 +3039,92 @@ class Run:
                 raise UserError(f"{path}: is beyond total_steps {cfg['total_steps']}; set that higher")
             print(f"resumed from {path}")
         elif cfg["resume_from_step"] == 0 and (steps := checkpoint_steps(self.folder)):
-            raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue them, "
-                            "or another output_dir (nothing was changed)")
+            raise UserError(f"{self.folder}: holds checkpoints up to step {steps[-1]}; use --resume latest to continue "
+                            "them, or another output_dir (nothing was changed)")
         self.init = self.progress.get("init")
         if not path and cfg["init_student"]:
             self.init = init_student(self.student, cfg, self.teacher)
             print(f"student: from {self.init['file']}, step {self.init['step']}")
         lines = self.metrics_path.read_bytes().splitlines(keepends=True) if path and self.metrics_path.exists() else []
         try:
-            self.kept_metrics = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.step]
+            self.kept_metrics = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= self.step]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{self.metrics_path}: holds a line that is not a JSON object with a step; remove it") from None
+            raise UserError(f"{self.metrics_path}: a line of it is no JSON object with a step; remove it") from None
+
+    def open_report(self) -> None:
+        """What `report_to` names; a resumed run goes on in the report that it began."""
+        if self.lock and (tool := self.cfg["report_to"]):
+            begun = read_record(self.folder / "run.json").get("report") if self.step else None
+            place = re.sub(r"[^\w.-]", "-", self.folder.resolve().name)
+            self.report = Report(tool, self.folder, begun or f"{place}-{os.urandom(4).hex()}", self.step, self.cfg)
+
+    def open_data(self) -> None:
+        """The training data, at the place where the checkpoint left them; the same in every process."""
+        self.data = load_training_data(self.cfg, self.tokenizer)
+        ours = self.data.fingerprints
+        if changed := set((self.progress.get("data") or ours).items()) ^ set(ours.items()):
+            raise UserError(f"source {min(changed)[0]}: its content is not what checkpoint_{self.step} was trained on; "
+                            "give the same data, or start again in another output_dir (nothing was changed)")
+        if self.step:
+            self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
+        count = len(self.data.names)
+        try:
+            distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
+            if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
+                raise ValueError
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
+        self.fitted = self.progress.get("fitted")  # on a GPU: padded tokens of one micro-batch, device's memory in bytes
+        if self.fitted is not None and not (isinstance(self.fitted, list) and [*map(type, self.fitted)] == [int, int]):
+            raise UserError(f"checkpoint_{self.step}: its progress.fitted is no pair of numbers")
+        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
+        self.processes.wait()
+        found = self.processes.table(stable_seed(self.step, config_hash(self.cfg), ours) % 2**52)
+        if (found != found[0]).any():
+            raise UserError(f"rank {int((found != found[0]).any(1).nonzero()[0])} has another checkpoint, config or "
+                            "data than rank 0: output_dir and data_dir must hold the same on every machine")
 
     def supersede(self) -> None:
-        """Put aside what the folder holds of later steps, which this continuation will take again: metrics, checkpoints, best model."""
-        if not self.lock:
-            return
+        """Put aside what the folder holds of later steps, which are taken again: metrics, checkpoints, best model."""
         write_atomic(self.metrics_path, lambda file: file.writelines(self.kept_metrics))
         for step in (s for s in checkpoint_steps(self.folder) if s > self.step):  # damaged, or of another continuation
             print(f"note: checkpoint_{step} is newer than this continuation: renamed to checkpoint_{step}.*.superseded")
             for old in self.folder.glob(f"checkpoint_{step}.*[nt]"):
                 old.rename(f"{old}.superseded")
         path, best = self.folder / "pytorch_model.bin", self.best.get(self.cfg["best_model_split"], {})
-        step, newest = best.get("step", 0), read_record(self.folder / "scores.json").get("step")
-        newest = newest if isinstance(newest, int) else -1  # -1: weights without scores, which a kill leaves
-        if not path.exists() or 0 <= newest <= self.step:
+        newest = read_record(self.folder / "scores.json").get("step")
+        if not path.exists() or (isinstance(newest, int) and newest <= self.step):  # weights without scores: a kill's
             return
+        step = best.get("step", 0)
         checkpoint = self.folder / f"checkpoint_{step}.pt"
         if verify_checkpoint(checkpoint):  # not there, or not whole
             path.rename(f"{path}.superseded")
-            print(f"note: {path} is newer than this continuation: renamed to {path.name}.superseded; no checkpoint holds the best "
-                  f"student until now, of step {step}, so the next evaluation writes one")
+            print(f"note: {path} is newer than this continuation: renamed to {path.name}.superseded; no checkpoint "
+                  f"holds the best student until now, of step {step}, so the next evaluation writes one")
             self.best.pop(self.cfg["best_model_split"], None)
             return
-        self.save_model(self.folder, best, student_from(load_file(checkpoint)["student"], self.cfg, str(checkpoint), self.teacher))
+        self.save_model(self.folder, best, open_student(checkpoint, self.teacher)[0])
         print(f"note: {path} was newer than this continuation: it is the best student until now again, of step {step}")
 
     def banner(self) -> None:
         """Say what a step is, and how much disk the run takes; stop if there is plainly not enough."""
-        cfg, batch = self.cfg, self.cfg["batch_size"]
-        parts = cfg["gradient_accumulation_steps"]
+        cfg, batch, parts = self.cfg, self.cfg["batch_size"], self.cfg["gradient_accumulation_steps"]
+        trained = sum(t.numel() for t in trainable_state(self.student).values())
         print(f"processes: {self.processes.count}; pairs per step: {batch}; micro-batch: {batch // parts} x {parts}; "
               f"negatives per anchor: {batch - 1}; steps per epoch: {self.data.size / batch:,.0f}; "
-              f"trained parameters: {sum(t.numel() for t in trainable_state(self.student).values()):,}")
-        state_bytes = 3 * sum(t.numel() * 4 for t in trainable_state(self.student).values())
-        count = (cfg["total_steps"] - self.step) // cfg["save_interval"]
+              f"trained parameters: {trained:,}")
+        count, size = (cfg["total_steps"] - self.step) // cfg["save_interval"], 12 * trained  # weights and two averages
         if cfg["keep_checkpoints"]:
             count = min(count, cfg["keep_checkpoints"] + 3)
-        needed, free = count * state_bytes + 4e8, shutil.disk_usage(self.folder).free
-        print(f"disk: {count} checkpoints of {state_bytes / 1e6:.0f} MB and the models take {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB free")
+        needed, free = count * size + 4e8, shutil.disk_usage(self.folder).free
+        print(f"disk: {count} checkpoints of {size / 1e6:.0f} MB and the models take {needed / 1e9:.1f} GB; "
+              f"{free / 1e9:.1f} GB free")
         if needed > free:
-            raise UserError(f"{self.folder}: {needed / 1e9:.1f} GB of checkpoints do not fit in {free / 1e9:.1f} GB; set "
-                            "--keep_checkpoints 5, a larger --save_interval, or another --output_dir")
+            raise UserError(f"{self.folder}: {needed / 1e9:.1f} GB of checkpoints do not fit in {free / 1e9:.1f} GB; "
+                            "set --keep_checkpoints 5, a larger --save_interval, or another --output_dir")
 
     def write_metrics(self, values: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl; what a full disk refuses is kept for the next write."""
+        """Append a line to metrics.jsonl; what a full disk refuses is kept for the next write. Tell the report."""
         if not self.lock:
             return
         self.unwritten += (json.dumps({"step": self.step, **values}) + "\n").encode()
@@ -3053,6 +3132,12 @@ class Run:
             self.flush_metrics()
         except OSError as error:
             print(f"warning: {self.metrics_path}: step {self.step} not written yet ({error})")
+        try:
+            if self.report:
+                self.report.write(self.step, values)
+        except Exception as error:  # training goes on without a network or a tool's server
+            print(f"warning: report_to {self.report.tool}: stopped at step {self.step} ({first_line(error)})")
+            self.report = None
 
     def flush_metrics(self) -> None:
         while self.unwritten:
@@ -3063,6 +3148,7 @@ class Run:
     def evaluate(self) -> None:
         """Score both splits; keep the student as pytorch_model.bin if it is the best by `best_model_split`."""
         cfg, scores = self.cfg, {}
+        self.settle()
         for split, rows in self.sts.items():
             try:
                 found = evaluate_sts(self.student, self.tokenizer, rows, cfg["max_length"], self.teacher_cosines[split],
@@ -3071,36 +3157,37 @@ class Run:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
-        distance, count = self.distances.tolist()
-        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()} | {
-            f"distance/{name}": round(d / n, 6) for name, d, n in zip(self.data.names, distance, count) if n})
+        distances = zip(self.data.names, *self.distances.tolist())
+        self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()}
+                           | {f"distance/{name}": round(sum_ / n, 6) for name, sum_, n in distances if n})
         self.scores = {"step": self.step, **scores}
         tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
                    f"test {scores['test_spearman']:.4f}")
         for split in self.sts:
-            key = f"{split}_spearman"
-            if scores[key] > self.best.get(split, {}).get(key, -2.0):
+            if scores[key := f"{split}_spearman"] <= self.best.get(split, {}).get(key, -2.0):
+                continue
+            try:
                 if split == cfg["best_model_split"]:
-                    try:
-                        self.save_model(self.folder, scores)
-                    except OSError as error:
-                        print(f"warning: best model of step {self.step} not written ({error}); the next better one will be")
-                        continue
-                self.best[split] = {"step": self.step, **scores}
+                    self.save_model(self.folder, scores)
+                self.best[split] = dict(self.scores)
+            except OSError as error:
+                print(f"warning: best model of step {self.step} not written ({error}); the next better one will be")
         self.processes.wait()
 
     def save_model(self, folder: Path, scores: dict[str, float], student: DeltaNetStudent | None = None) -> None:
         """`save_model` of this run's student, or of another of its steps, which `scores` then name."""
         if self.lock:
             save_model(folder, student or self.student, self.tokenizer, self.cfg, {
-                "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names, "teacher": self.teacher_scores,
-                "best_model_split": self.cfg["best_model_split"], **({"init": self.init} if self.init else {})})
+                "step": self.step, "evaluation": self.cfg["sts_name"], **scores, "sources": self.data.names,
+                "teacher": self.teacher_scores, "best_model_split": self.cfg["best_model_split"],
+                **({"init": self.init} if self.init else {})})
 
     def save(self, why: str = "save_interval") -> None:
         """Write a checkpoint, while the other processes wait."""
+        self.settle()
         if not all(torch.isfinite(t).all() for t in trainable_state(self.student).values()):
-            raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an earlier "
-                            "one with a lower peak_learning_rate")
+            raise UserError(f"step {self.step}: weights are not finite, so no checkpoint is written; resume from an "
+                            "earlier one with a lower peak_learning_rate")
         if self.lock:
             self.write_checkpoint(why)
         self.processes.wait()
@@ -3113,25 +3200,25 @@ class Run:
                             {"sums": self.sums, "bad_steps": self.bad_steps, "data": self.data.fingerprints,
                              "streams": self.data.positions(self.step), "distances": self.distances.tolist(),
                              "plans": self.data.plans(self.step) if self.cfg["source_focus"] else None,
-                             "init": self.init},
+                             "init": self.init, "fitted": self.fitted},
                             {"why": why, "scores": self.scores, "losses": self.means})
         except OSError as error:
             self.failed_saves += 1
             print(f"warning: checkpoint of step {self.step} not written ({error}); older ones are whole")
             if self.failed_saves == 3:
-                raise UserError(f"{self.folder}: three checkpoints in a row could not be written ({error}); free some space "
-                                "and --resume latest") from None
+                raise UserError(f"{self.folder}: three checkpoints in a row could not be written ({error}); free some "
+                                "space and --resume latest") from None
             return
         self.failed_saves = 0
-        if self.cfg["keep_checkpoints"]:
+        if keep := self.cfg["keep_checkpoints"]:
             steps = checkpoint_steps(self.folder)
             whole = [step for step in steps if (self.folder / f"checkpoint_{step}.json").exists()]
-            for step in {*steps} - {*whole[-self.cfg["keep_checkpoints"]:], *(b["step"] for b in self.best.values())}:
+            for step in {*steps} - {*whole[-keep:], *(best["step"] for best in self.best.values())}:
                 for suffix in (".json", ".pt"):
                     (self.folder / f"checkpoint_{step}{suffix}").unlink(missing_ok=True)
 
     def agree(self) -> Stop | None:
-        """The end that a signal to any process asks for, else None; a SIGUSR1 to any of them saves here. All do the same."""
+        """The end that a signal to any process asks for, or None; a SIGUSR1 to any of them saves here, in all."""
         asked = self.processes.table(self.signals.stop.status if self.signals.stop else 0, self.signals.save).amax(0)
         status, save = int(asked[0]), bool(asked[1])
         if save:
@@ -3143,15 +3230,17 @@ class Run:
     def train(self) -> None:
         """All remaining steps."""
         cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.processes)
+        self.student.train()
+        self.fit(trainer)
         trainer.distances = self.distances
         if self.step == 0 and not self.kept_metrics:
             self.evaluate()
-        self.student.train()
         begun_at = since = self.step
         pairs, seconds, waited, started = 0, 0.0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
-            coming = pool.submit(self.data.batch, self.step + 1)
+            prepare = lambda step: trainer.upload(self.data.batch(step))  # noqa: E731
+            coming = pool.submit(prepare, self.step + 1)
             self.signals.training = True
             while not (stop := self.agree()) and self.step < cfg["total_steps"]:
                 begun = time.perf_counter()
@@ -3163,15 +3252,11 @@ class Run:
                 if self.step % self.data.WINDOW == 0:
                     self.next_window()
                 if self.step < cfg["total_steps"]:
-                    coming = pool.submit(self.data.batch, self.step + 1)
-                pairs += sum(micro["pairs"] for micro in batch)
-                values = self.optimise(trainer, batch)
-                if values:
-                    for key, value in values.items():
-                        self.sums[key] = self.sums.get(key, 0.0) + value
-                    steps = "long_steps" if batch[0].get("long") else "steps"
-                    self.sums[steps] = self.sums.get(steps, 0) + 1
+                    coming = pool.submit(prepare, self.step + 1)
+                pairs += sum(micro.pairs for micro in batch)
+                self.optimise(trainer, batch)
                 if self.step % cfg["log_interval"] == 0:
+                    self.settle()
                     seconds = time.perf_counter() - started
                     self.log_line(bar, self.step - since, pairs, seconds, waited)
                     pairs, waited, started, since = 0, 0.0, time.perf_counter(), self.step
@@ -3191,16 +3276,44 @@ class Run:
         if stop:
             raise stop
 
+    def fit(self, trainer: Trainer) -> None:
+        """On one GPU, let batches that fit in its memory be one micro-batch, so that none goes forward twice, and groups be worth their launches.
+
+        Measured before the first step by its largest micro-batch, gradients thrown away, and kept in the checkpoints. On a CPU, in several
+        processes and in a deterministic run all is as configured: dropout's draws must not depend on how much memory is free.
+        """
+        if self.device.type != "cuda":
+            return
+        self.data.group_tokens, parts = GROUP_TOKENS, self.cfg["gradient_accumulation_steps"]
+        if parts == 1 or self.cfg["deterministic"] or self.processes.count > 1:
+            return
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        if self.fitted is None or self.fitted[1] != memory:
+            micro = max(self.data.batch(self.step + 1), key=lambda m: sum(ids.numel() for ids, _ in m.groups))
+            for _ in range(2):  # the first time also compiles, and sets up libraries
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                trainer.step_gradients([micro], self.step + 1, cached=False)
+                used = torch.cuda.max_memory_allocated() - before
+                self.optimizer.zero_grad(set_to_none=True)
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            self.fitted = [tokens_at_once(used, sum(ids.numel() for ids, _ in micro.groups), free), memory]
+        self.data.at_once, batch = self.fitted[0], 2 * self.cfg["batch_size"] * longest_text(self.cfg, documents=False)
+        print(f"memory: batches of up to {self.data.at_once:,} padded tokens (two texts a pair at their longest: {batch:,}) go forward once, in one "
+              f"micro-batch, which draws other dropout masks than {parts}; larger ones are {parts} micro-batches")
+
     def next_window(self) -> None:
         """Before a window's last step: draw the window after the next by the distances so far, which then count half.
 
         So early, because the next window is already being built. All processes take process 0's distances, whose sums
         may be rounded otherwise than their own.
         """
-        distances = self.processes.table(*self.distances.flatten().tolist())[0].view(2, -1)
+        if self.processes.rank:
+            self.distances.zero_()
+        self.processes.sum(self.distances)
         if self.cfg["source_focus"]:
-            self.data.plan(self.step // self.data.WINDOW + 1, distances.numpy())
-        self.distances.copy_(distances / 2)
+            self.data.plan(self.step // self.data.WINDOW + 1, self.distances.cpu().numpy())
+        self.distances /= 2
 
     def log_line(self, bar: tqdm, done: int, pairs: int, seconds: float, waited: float) -> None:
         """A line in metrics.jsonl; speeds are of the `done` steps, of `pairs` pairs, taken in `seconds`."""
@@ -3225,58 +3338,92 @@ class Run:
         bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
                         dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
 
-    def optimise(self, trainer: Trainer, batch: list[dict[str, Any]]) -> dict[str, float] | None:
-        """One optimiser step. A loss or gradient that is not finite skips it: None."""
-        cfg = self.cfg
+    def optimise(self, trainer: Trainer, batch: list[MicroBatch]) -> None:
+        """One optimiser step. What came of it stays on the device until `settle` reads it."""
         self.optimizer.zero_grad(set_to_none=True)
-        masks = [mask for micro in batch for _, mask in micro["groups"]]
-        padding = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
         values = trainer.step_gradients(batch, self.step)
-        norm = nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
-        wrong = next((name for name, value in {**values, "gradient norm": norm}.items() if not math.isfinite(value)), None)
-        keys = torch.cat([micro["keys"] for micro in batch])
-        doubts, batches = self.processes.table(wrong is not None, float((keys % 2**31).sum())).T
-        if (batches != batches[0]).any():
-            raise UserError(f"step {self.step}: rank {int((batches != batches[0]).nonzero()[0])} has another batch than rank 0: the "
-                            "data must be the same on every machine")
-        if doubts.any():  # one process's doubt is all's, or their weights would part
-            wrong = wrong or "a number of another process"
-        if wrong:
-            self.bad_steps += 1
-            self.write_metrics({"bad/step": self.step, "bad/loss": wrong, "bad/batch": keys.tolist()})
-            print(f"warning: step {self.step} skipped: {wrong} is not finite; its batch is PairData.batch({self.step})")
-            if self.bad_steps >= cfg["max_bad_steps"]:
-                raise UserError(f"step {self.step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
-                                "saved. Resume from the newest checkpoint with a lower peak_learning_rate or precision float32")
-            return None
-        self.bad_steps = 0
-        rate = learning_rate(self.step, cfg)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_multiplier"]
-        self.optimizer.step()
-        if batch[0].get("long"):
-            return {f"long/{name}": value for name, value in {**values, "grad_norm": norm, "padding": padding}.items()}
-        return {**{f"loss/{name}": value for name, value in values.items()}, "grad_norm": norm, "data/padding": padding}
+        keys = torch.cat([micro.host_keys for micro in batch])
+        row = update(self.optimizer, values.values(), learning_rate(self.step, self.cfg), self.cfg["gradient_clip"], self.processes,
+                     int((keys % 2**31).sum()))
+        padding = 1 - sum(micro.tokens for micro in batch) / sum(micro.padded for micro in batch)
+        self.unsettled.append((self.step, [*values, "gradient norm"], row, keys, padding, bool(batch[0].long)))
+
+    def settle(self) -> None:
+        """Read what the steps since the last time gave, by one copy: sums for the next line in metrics.jsonl, and the steps that were skipped.
+
+        Raises UserError after `max_bad_steps` skipped in a row, or where a process had another batch than the first.
+        """
+        unsettled, self.unsettled, count = self.unsettled, [], self.processes.count
+        numbers = iter(torch.cat([row for _, _, row, *_ in unsettled]).tolist() if unsettled else [])
+        for step, names, _, keys, padding, long in unsettled:
+            values = dict(zip(names, islice(numbers, len(names))))
+            doubts, batches = ([*islice(numbers, count)] if count > 1 else [0.0] for _ in range(2))
+            if batches != batches[:1] * len(batches):
+                raise UserError(f"step {step}: rank {[x != batches[0] for x in batches].index(True)} has another batch than rank 0: the "
+                                "data must be the same on every machine")
+            wrong = next((name for name, value in values.items() if not math.isfinite(value)), "a number of another process" if any(doubts) else None)
+            self.bad_steps = self.bad_steps + 1 if wrong else 0
+            if wrong:
+                self.write_metrics({"step": step, "bad/step": step, "bad/loss": wrong, "bad/batch": keys.tolist()})
+                print(f"warning: step {step} skipped: {wrong} is not finite; its batch is PairData.batch({step})")
+                if self.bad_steps >= self.cfg["max_bad_steps"]:
+                    raise UserError(f"step {step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
+                                    "saved. Resume from the newest checkpoint with a lower peak_learning_rate or precision float32")
+                continue
+            norm, prefix = values.pop("gradient norm"), "long/" if long else ""
+            found = {**{f"{prefix or 'loss/'}{name}": value for name, value in values.items()},
+                     f"{prefix}grad_norm": norm, f"{prefix or 'data/'}padding": padding, "long_steps" if long else "steps": 1}
+            for key, value in found.items():
+                self.sums[key] = self.sums.get(key, 0) + value
 
     def finish(self) -> None:
         """The final model, loaded back as a check; the curves; and a report of the last and the best scores."""
-        group = self.group
+        prefix, final = f"{self.group}/", self.folder / "final_model"
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        scored = [line for line in lines if f"{group}/test_spearman" in line]
-        last = {k.removeprefix(f"{group}/"): v for k, v in scored[-1].items()} if scored and scored[-1]["step"] == self.step else {}
-        final = self.folder / "final_model"
+        scored = [line for line in lines if f"{prefix}test_spearman" in line]
+        last = next((line for line in scored[-1:] if line["step"] == self.step), {})
+        last = {key.removeprefix(prefix): value for key, value in last.items()}
         self.save_model(final, last)
         sentences = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell on Monday."]
         loaded = AutoModel.from_pretrained(final, trust_remote_code=True).to(self.device)
         again = encode(loaded, AutoTokenizer.from_pretrained(final, trust_remote_code=True), sentences)
-        if not np.allclose(again, encode(self.student, self.tokenizer, sentences), atol=1e-5 if self.device.type == "cpu" else 1e-3):
+        tolerance = 1e-5 if self.device.type == "cpu" else 1e-3
+        if not np.allclose(again, encode(self.student, self.tokenizer, sentences), atol=tolerance):
             raise UserError(f"{final}: loaded back, it gives other embeddings than the student in memory")
         print(f"{final} loaded back; cosines of {sentences}:\n{np.round(again @ again.T, 3)}")
-        plot_curves(self.folder, self.teacher_scores, group)
+        plot_curves(self.folder, self.teacher_scores, self.group)
         write_json(self.folder / "results.json", {
             "evaluation": self.cfg["sts_name"], "teacher": self.teacher_scores, "last": last, "best": self.best,
             "evaluations": len(scored), "left_out": self.data.left_out,
             "leaks_dropped": self.data.leaks + sum(stream.leaks for stream in self.data.streams)})
+        for split, best in self.best.items():
+            print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, "
+                  f"test {best['test_spearman']:.4f}")
+
+
+def run_helper(parser: argparse.ArgumentParser, argv: list[str] | None, work: Callable[[argparse.Namespace], dict],
+               page: Callable[[dict], str], failed: Callable[[dict], bool] = lambda result: False) -> int:
+    """A helper's `main`: prints `work(arguments)`, by `page` or with --json as JSON; returns the exit status.
+
+    0; 1 if the result has `failed`; 2 after one line, for what a user can mend.
+    """
+    import transformers
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        result = work(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = error.filename or getattr(args, "output_dir", None)
+        print(f"error: {where}: cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if args.json else page(result))
+    return int(failed(result))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3287,31 +3434,31 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file is up to date
     try:
-        cfg = parse_config(sys.argv[1:] if argv is None else argv)
-        run = Run(cfg)
+        run = Run(parse_config(sys.argv[1:] if argv is None else argv))
+        run.prepare()
         print(f"teacher on {run.cfg['sts_name']}: " + ", ".join(f"{k} {v:.4f}" for k, v in run.teacher_scores.items()))
         run.train()
         run.processes.leave()
-        if not run.lock:
-            return 0
-        run.finish()
-        for split, best in run.best.items():
-            print(f"best by {split} (step {best['step']}): validation {best['validation_spearman']:.4f}, test {best['test_spearman']:.4f}")
+        if run.lock:
+            run.finish()
         return 0
     except Stop as stop:
-        print(f"{stop}; newest checkpoint in {run.folder}: {checkpoint_steps(run.folder)[-1:]}; continue with --resume latest")
+        print(f"{stop}; newest checkpoint in {run.folder}: {checkpoint_steps(run.folder)[-1:]}; continue with --resume "
+              "latest")
         return stop.status
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py, with --max_length as long as "
-              "joined_length if texts are joined)", file=sys.stderr)
+        print("error: the GPU's memory is full; raise gradient_accumulation_steps (see detect_hardware.py, with "
+              "--max_length as long as joined_length if texts are joined)", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error)):
+        lost = re.search("gloo|NCCL|Connection|[Tt]imed out|Broken pipe", str(error))
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
             raise
-        where, absent = (f"step {run.step}", run.processes.absent()) if run else ("start", "another process")
+        training = run and run.data
+        where, absent = (f"step {run.step}", run.processes.absent()) if training else ("start", "another process")
         reason = re.sub(r"\[\S+\] ", "", first_line(error))[:120]
         print(f"error: rank {os.environ['RANK']}, {where}: no answer from {absent} ({reason}); "
               "continue with --resume latest", file=sys.stderr, flush=True)
@@ -3320,10 +3467,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         if run:
-            run.signals.training = False  # a signal from here on ends at once
-            if run.data:
-                run.data.builder.shutdown(wait=False, cancel_futures=True)
-            run.release()
+            run.close()
 
 
 if __name__ == "__main__":

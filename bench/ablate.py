@@ -23,8 +23,8 @@ from typing import Any, Callable
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
-from common import configure, find_data, machine, note, parser, run, script
-from torch import Tensor, nn
+from common import configure, find_data, machine, note, one_layer, parser, run, script
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # Name: what changes. The base is the preset itself; a variant that changes nothing in it is left out. `learned_positions` moves all
@@ -46,7 +46,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "orthogonal projections": {"projection_init": "orthogonal"},
     },
     "losses": {
-        "with similarity distillation": {"similarity_distill_weight": 20.0},
         **{f"no {name.replace('_', ' ')} loss": {key: 0.0} for name, key in script.LOSS_WEIGHTS.items()},
         **{f"with {name.replace('_', ' ')} loss": {key: script.config[key]} for name, key in script.LOSS_WEIGHTS.items() if script.config[key]},
     },
@@ -91,14 +90,14 @@ def other_layer_distance(kind: str) -> Callable:
 
     The variances' mean over all layers is multiplied back, so that one weight suits all forms.
     """
-    def loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> Tensor:
+    def loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, tokens: float) -> Tensor:
         if kind == "last":
-            return LAYER_DISTANCE(student[-1:], teacher[-1:], mask)
+            return LAYER_DISTANCE(student[-1:], teacher[-1:], mask, tokens)
         variances = [t[mask.bool()].float().var(0) for t in teacher]
         mean = torch.stack(variances).mean()
         scales = [mean / (v.clamp(min=0.01 * mean) if kind == "channels" else v.mean()) for v in variances]
         per_layer = [((scale * (s.float() - t).square()).mean(-1) * mask).sum() for scale, s, t in zip(scales, student, teacher)]
-        return torch.stack(per_layer).mean() / mask.sum()
+        return torch.stack(per_layer).mean() / tokens
     return loss
 
 
@@ -118,6 +117,7 @@ class Trials:
         data, self.data_name = find_data(args, folder, 2000)
         self.args, self.cfg = args, configure(args, **data, teacher_cache=args.teacher_cache, gradient_accumulation_steps=1,
                                               batch_size=args.batch_size)
+        self.cfg |= one_layer(self.cfg, folder) if args.quick else {}
         self.device = script.choose_device(self.cfg)
         self.teacher, self.tokenizer, _ = script.load_teacher(self.cfg)
         self.teacher.to(self.device)
@@ -154,17 +154,14 @@ class Trials:
                 trainer.cfg = cfg | {"layer_distill_weight": cfg["layer_distill_weight"] * (1 - step / steps)}
             optimizer.zero_grad(set_to_none=True)
             losses = trainer.step_gradients(self.pairs[order].batch(step), step)
-            if not math.isfinite(losses["total"]):
+            row = script.update(optimizer, losses.values(), script.learning_rate(step, cfg), cfg["gradient_clip"], trainer.processes)
+            if not math.isfinite(row.sum()):
                 raise script.UserError(f"{name}, seed {seed}: the loss of step {step} is not finite; leave this variant out with --only")
-            nn.utils.clip_grad_norm_(student.parameters(), cfg["gradient_clip"])
-            for group in optimizer.param_groups:
-                group["lr"] = script.learning_rate(step, cfg) * group["lr_multiplier"]
-            optimizer.step()
             if averaged:
                 averaged.update_parameters(student)
         scores = script.evaluate_sts(averaged.module if averaged else student, self.tokenizer, self.dev, cfg["max_length"], self.cosines)
         note(f"{name}, seed {seed}: dev Spearman {scores['spearman']:.4f}")
-        record = {"seed": seed, "steps": steps, **{f"dev_{k}": v for k, v in scores.items()}, "last_losses": losses, "config": digest,
+        record = {"seed": seed, "steps": steps, **{f"dev_{k}": v for k, v in scores.items()}, "last_losses": {n: x.item() for n, x in losses.items()}, "config": digest,
                   "git_commit": machine(self.device)["git_commit"]}
         script.write_json(path, record)
         return record

@@ -96,7 +96,7 @@ def find_data(args: argparse.Namespace, folder: Path, pairs: int) -> tuple[dict[
         data_dir, name = ROOT / "data" / "generated", "the generated corpus, not real text"
     if not args.data_dir and not data_dir.is_dir():
         data_dir, name = folder / "generated", "a corpus generated for this run, not real text"
-        done = subprocess.run([sys.executable, ROOT / "make_corpus.py", "--output_dir", data_dir, "--pairs", str(pairs)],
+        done = subprocess.run([sys.executable, ROOT / "bench" / "make_corpus.py", "--output_dir", data_dir, "--pairs", str(pairs)],
                               capture_output=True, text=True)
         if done.returncode:
             raise script.UserError(f"make_corpus.py failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}")
@@ -112,6 +112,14 @@ def machine(device: torch.device) -> dict[str, Any]:
             "gpu": found["gpus"][0]["name"] if device.type == "cuda" else None, "device": device.type,
             "threads": torch.get_num_threads(), "load_at_start": os.getloadavg()[0],
             **{k: environment[k] for k in ("python", "platform", "torch", "transformers", "datasets", "numpy", "git_commit")}}
+
+
+def one_layer(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """For --quick: config keys of a teacher that ends after the real one's first layer, written into `folder`, and its student's."""
+    teacher, tokenizer, _ = script.load_teacher(cfg)
+    teacher.encoder.layer, teacher.config.num_hidden_layers = teacher.encoder.layer[:1], 1
+    teacher.save_pretrained(folder / "teacher"), tokenizer.save_pretrained(folder / "teacher")
+    return {"teacher_model": str(folder / "teacher"), "num_layers": 1}
 
 
 INTERLEAVED = "interleaved in one process; ratios are taken within a repeat"

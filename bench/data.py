@@ -92,7 +92,7 @@ def starting(cfg: dict[str, Any], tokenizer: Any, repeats: int, batches: int) ->
         begun = time.perf_counter()
         batch = data.batch(step)
         drawn.append(time.perf_counter() - begun)
-        masks = [mask for micro in batch for _, mask in micro["groups"]]
+        masks = [mask for micro in batch for _, mask in micro.groups]
         real, padded = real + sum(int(m.sum()) for m in masks), padded + sum(m.numel() for m in masks)
     return {"pairs": data.size, "seconds": seconds, "batch_seconds": drawn, "padding": 1 - real / padded, "bytes_before": before,
             "peak_bytes": peak_rss(), "anonymous_before": anonymous, "anonymous_opened": opened,
@@ -164,6 +164,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not room.is_dir():
         raise script.UserError(f"--work_dir {room}: no such folder")
     indexed, started = [], []
+    ask = (lambda file, *_, **request: worker(**request)) if args.quick else fresh  # the index alone, then, has a process of its own
     with ExitStack() as stack:
         for times, processes in jobs:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=room)))
@@ -171,11 +172,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if times > 1:
                 here["data_dir"] = str(enlarge(Path(cfg["data_dir"]), place / "data", times))
             note(f"indexing, {times} x the pairs, num_proc {processes}")
-            indexed.append({"times": times, "num_proc": processes, **fresh(__file__, 6 * 3600, kind="indexing", cfg=here)})
+            indexed.append({"times": times, "num_proc": processes, **ask(__file__, 6 * 3600, kind="indexing", cfg=here)})
             if any(times == row["times"] for row in started):
                 continue
             note(f"second start, {args.batches} batches")
-            found = fresh(__file__, kind="starting", cfg=here, repeats=args.repeats, batches=args.batches)
+            found = ask(__file__, kind="starting", cfg=here, repeats=args.repeats, batches=args.batches)
             started.append({"times": times, **found, "first_seconds": found["seconds"][0], "seconds": spread(found["seconds"]),
                             "batch_seconds": spread(found["batch_seconds"]),
                             "batch_mean_seconds": sum(found["batch_seconds"]) / args.batches,

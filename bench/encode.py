@@ -28,8 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np
 import torch
-from common import (configure, fresh, growth, headline, interleaved, machine, mib, note, parser, rate, ratio, resident, run,
-                    script, shown, spread, table)
+from common import (configure, fresh, growth, headline, interleaved, machine, mib, note, one_layer, parser, rate, ratio, resident,
+                    run, script, shown, spread, table)
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from detect_hardware import find_hardware
@@ -196,22 +196,27 @@ def long_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, token
             before, attention = (length, min(seconds["attention"])), None
             row |= {"attention_seconds": spread(seconds["attention"]),
                     "speed_against_attention": ratio(seconds["attention"], seconds["student"])}
+        kinds, peaks = ["student"] if reason else ["student", "attention"], {}
+        for group in [kinds] if args.quick else [[kind] for kind in kinds]:
+            peaks |= fresh(__file__, kinds=group, cfg=cfg, length=length)["growth"]
         for kind in ("student", "attention"):
-            peak = None if kind == "attention" and reason else fresh(__file__, kind=kind, cfg=cfg, length=length)["growth"]
+            peak = peaks.get(kind)
             row |= {f"{kind}_peak_bytes": peak, f"{kind}_bytes_per_token": peak and peak / length}
         rows.append(row)
     return rows
 
 
-def worker(kind: str, cfg: dict[str, Any], length: int) -> dict[str, Any]:
-    """Bytes by which one text's peak exceeds the model, which has read a short text before."""
+def worker(kinds: list[str], cfg: dict[str, Any], length: int) -> dict[str, Any]:
+    """Bytes by which one text's peak exceeds the model, which has read a short text before, for each kind of model."""
     student, tokenizer = load_student(cfg)
-    device = next(student.parameters()).device
-    model = long_attention(cfg, length).to(device) if kind == "attention" else student
-    read = lambda text: script.encode(model, tokenizer, [text], batch_size=1, max_length=None)  # noqa: E731
-    read(make_texts(tokenizer, 16, 1)[0])
-    text = make_texts(tokenizer, length, 1)[0]
-    return {"growth": growth(lambda: read(text), device), "before": resident()}
+    device, found = next(student.parameters()).device, {}
+    for kind in kinds:
+        model = long_attention(cfg, length).to(device) if kind == "attention" else student
+        read = lambda text: script.encode(model, tokenizer, [text], batch_size=1, max_length=None)  # noqa: B023, E731
+        read(make_texts(tokenizer, 16, 1)[0])
+        text = make_texts(tokenizer, length, 1)[0]
+        found[kind] = growth(lambda: read(text), device)  # noqa: B023  called at once
+    return {"growth": found, "before": resident()}
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -221,6 +226,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.plot and not args.plot.absolute().parent.is_dir():
         raise script.UserError(f"--plot {args.plot}: no such folder")
     cfg = configure(args)
+    cfg |= one_layer(cfg, folder) if args.quick else {}
     student, tokenizer = load_student(cfg)
     result = {"machine": machine(next(student.parameters()).device)}
     short = short_rows(args, cfg, student, tokenizer, folder) if args.lengths else []
@@ -245,8 +251,10 @@ def page(result: dict[str, Any]) -> str:
         "x MiniLM": lambda r: shown(r["speed_against_minilm"], ".2f")})
     if any("student_onnx" in row for row in result["rows"]):
         against = lambda name: lambda r: shown(r[f"{name}_against_minilm"], ".2f")  # noqa: E731
-        lines += table("the same texts in onnxruntime, as a multiple of MiniLM's speed in PyTorch; then one against the other", result["rows"], {
-            "tokens": lambda r: str(r["length"]), "student ONNX": against("student_onnx"), "teacher ONNX": against("teacher_onnx"),
+        lines += table("the same in onnxruntime, as a multiple of MiniLM's speed in PyTorch; then one against another",
+                       result["rows"], {
+            "tokens": lambda r: str(r["length"]),
+            "student ONNX": against("student_onnx"), "teacher ONNX": against("teacher_onnx"),
             "student int8": against("student_int8"), "teacher int8": against("teacher_int8"),
             "student / teacher ONNX": lambda r: shown(r["onnx_against_teacher_onnx"], ".2f"),
             "student int8 / ONNX": lambda r: shown(r["int8_against_onnx"], ".2f"),

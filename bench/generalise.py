@@ -85,7 +85,7 @@ def drawn_keys(data: script.PairData, steps: int) -> set[int]:
 
 def seen_keys(cfg: dict[str, Any], info: dict[str, Any], tokenizer: Any) -> set[int]:
     """Keys of all texts that the student of config `cfg` and record `info`, or the one that it started from, was trained on."""
-    data = script.load_training_data(cfg, tokenizer, note)
+    data = script.load_training_data(cfg | {"long_share": 0.0}, tokenizer, note)  # documents are no sentences
     if sorted(data.names) != sorted(info.get("sources") or data.names):
         raise script.UserError(f"{cfg['data_dir']}: holds other sources than {info['file']} was trained on; give those, or --drawn none")
     if not cfg["source_focus"]:
@@ -172,7 +172,7 @@ def of_length(texts: list[str], tokenizer: Any, length: int, count: int) -> list
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All tables."""
     if args.quick:
-        args.sentences, args.texts, args.queries, args.candidates = 3 * ENOUGH, ENOUGH, 30, 200
+        args.sentences, args.texts, args.queries, args.candidates = 2 * ENOUGH, ENOUGH, 30, 200
     if min(args.sentences, args.texts) < ENOUGH:
         raise script.UserError(f"--sentences and --texts must be at least {ENOUGH}")
     lengths = LENGTHS[:1] if args.quick else LENGTHS
@@ -223,7 +223,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         cosines = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
         shape[which] = {"texts": len(vectors), "mean_cosine": float(cosines.mean()), "effective_rank": effective_rank(vectors),
                         "norm_mean": float(norms.mean()), "norm_deviation": float(norms.std())}
-    rows = script.load_sts(cfg, "dev")
+    rows = script.load_sts(cfg, "dev")[:100 if args.quick else None]
     cosines = [script.sts_cosines(m, tokenizer, rows, 128) for m in (student, teacher)]
     gold, ranks = rankdata([row[2] for row in rows]), [rankdata(c) for c in cosines]
     worst = [{"line": int(i) + 1, "gold": rows[i][2], "student_cosine": float(cosines[0][i]), "teacher_cosine": float(cosines[1][i]),

@@ -36,9 +36,11 @@ PARTS = ("compute", "waiting", "gather", "reduction", "data", "step")
 SIZES = [2**n for n in range(14, 25, 2)]  # bytes of the all-reduces that latency and bandwidth are fitted to
 BACKWARD = 0.4  # of a micro-batch's time: teacher 1, student forward 1 and again 1, its backward 2
 ASSUMED = {  # of H100 nodes; rates are parts of the data sheets', for a reader to replace
-    "micro_batch_s": 0.126,  # 21,000 PyTorch operators that are no views (counted on the CPU, 4 groups of lengths), 6 us each
+    # 1.32 TFLOP of matrix products at flop_per_s: 256 pairs of 24 tokens, forward twice, by bench/launches.py. Beside them its 900
+    # operators, of one group of lengths, are launched in 5 ms, 6 us each.
+    "micro_batch_s": 0.0132,
     "flop_per_s": 100e12, "memory_bytes_per_s": 2e12,  # of 495e12 (TF32) and 3.35e12, for products 384 deep
-    "loss_passes": 16,  # reads and writes of N x N float32 by the similarity loss and its gradient
+    "loss_passes": 16,  # reads and writes of N x N float32 by a loss on the cosines of all sentences and its gradient
     "node_bytes_per_s": 200e9, "node_latency_s": 3e-5,  # NVLink, of 450e9 a direction
     "network_bytes_per_s": 20e9, "network_latency_s": 1e-4}  # one 200 Gbit/s InfiniBand port a node, of 25e9
 
@@ -55,13 +57,11 @@ class Timed(script.Processes):
         return tensor
 
 
-def optimise(trainer: Any, optimizer: torch.optim.Optimizer, batch: list[dict[str, Any]], step: int) -> None:
+def optimise(trainer: Any, optimizer: torch.optim.Optimizer, batch: list[script.MicroBatch], step: int) -> None:
     """What `Run.optimise` and `Run.agree` do with a batch; the rate stays 0, where `build_optimizer` puts it."""
     optimizer.zero_grad(set_to_none=True)
-    trainer.step_gradients([dict(micro) for micro in batch], step, cached=True)  # copies: the trainer writes into them
-    torch.nn.utils.clip_grad_norm_(trainer.student.parameters(), trainer.cfg["gradient_clip"]).item()
-    trainer.processes.table(False)
-    optimizer.step()
+    values = trainer.step_gradients(batch, step, cached=True)
+    script.update(optimizer, values.values(), 0.0, trainer.cfg["gradient_clip"], trainer.processes)
     trainer.processes.table(0, 0)
 
 
@@ -69,7 +69,7 @@ def data_cost(cfg: dict[str, Any], tokenizer: Any) -> tuple[Any, float, float]:
     """The data, and seconds of `batch` and of `build_window` per pair; nothing is left to do to the builder's thread."""
     data = script.load_training_data(cfg, tokenizer, note)
     window = timed(lambda: data.window(0)) / data.WINDOW
-    data.ahead[1].result()
+    data.windows[1].result()
     return data, median(timed(lambda: data.batch(step)) for step in range(1, 33)) / cfg["batch_size"], window / cfg["batch_size"]
 
 
@@ -84,10 +84,10 @@ def worker(cfg: dict[str, Any], folder: str, batches: int, repeats: int) -> dict
     data, pair_s, _ = data_cost(cfg, tokenizer)
     steps = {step: data.batch(step) for step in range(1, 2 * batches + 1)}
     cases = [case for step in range(1, batches + 1) for case in (steps[step], [steps[step][step % len(steps[step])]])]
-    tokens = lambda batch: [sum(ids.numel() for ids, _ in micro["groups"]) for micro in batch]  # noqa: E731
+    tokens = lambda batch: [sum(ids.numel() for ids, _ in micro.groups) for micro in batch]  # noqa: E731
     out = {"teacher": origin, "parameters": sum(t.numel() for t in script.trainable_state(student).values()), "data_pair_s": pair_s,
            "cases": [[len(case), sum(tokens(case))] for case in cases],
-           "steps": [{"step": step, "tokens": tokens(batch), "sentences": sum(len(micro["restore"]) for micro in batch)}
+           "steps": [{"step": step, "tokens": tokens(batch), "sentences": sum(len(micro.restore) for micro in batch)}
                      for step, batch in steps.items() if step > batches]}
 
     def calibration(meet: Any) -> list[float]:

@@ -45,7 +45,7 @@ from detect_hardware import make_batch
 LENGTHS = (16, 32, 64, 128, 512)
 PARTS = ("teacher", "mixers", "FFNs", "rest of student", "losses", "optimiser")
 KINDS = ("student", "attention")
-Batch = list[dict[str, Any]]
+Batch = list[script.MicroBatch]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,12 +85,9 @@ class Loop:
     def __call__(self, batch: Batch) -> None:
         cfg = self.cfg
         self.optimizer.zero_grad(set_to_none=True)
-        self.trainer.step_gradients([dict(micro) for micro in batch], 1)  # copies: the trainer writes into them
+        values = self.trainer.step_gradients(batch, 1)
         self.before_optimiser()
-        nn.utils.clip_grad_norm_(self.student.parameters(), cfg["gradient_clip"]).item()
-        for group in self.optimizer.param_groups:
-            group["lr"] = 1e-9 * group["lr_multiplier"]  # the work of a real rate, without leaving the start
-        self.optimizer.step()
+        script.update(self.optimizer, values.values(), 1e-9, cfg["gradient_clip"], self.trainer.processes)  # without leaving the start
 
 
 def make_loop(kind: str, cfg: dict[str, Any], teacher: BertModel) -> Loop:
@@ -190,7 +187,7 @@ def step_parts(loop: Loop, batches: list[Batch]) -> Counter:
         patch = lambda target, name, new: stack.enter_context(mock.patch.object(target, name, new))  # noqa: E731
         patch(loop.trainer, "teach", around(loop.trainer.teach, "teacher", "losses"))
         patch(student, "hidden_states", around(hidden_states, "rest of student", "losses"))
-        patch(Tensor, "backward", around(Tensor.backward, "losses", "losses"))
+        patch(torch.autograd, "backward", around(torch.autograd.backward, "losses", "losses"))
         patch(loop, "before_optimiser", lambda: clock.switch("optimiser"))
         for batch in batches:
             clock.switch("losses")
@@ -238,7 +235,7 @@ class Floor:
         s, t, linear, other = self.student, self.teacher, [], []
         d, projected = s.d_model, -(-(3 * s.d_model + 5 * s.num_heads) // 16) * 16
         forward = "ff" if len(batch) > 1 else "f"  # gradient-cached: the student goes forward twice
-        for n, length in (ids.shape for micro in batch for ids, _ in micro["groups"]):
+        for n, length in (ids.shape for micro in batch for ids, _ in micro.groups):
             rows, h = n * length, t.num_attention_heads
             for _ in range(t.num_hidden_layers):
                 for fan_in, fan_out in [(d, d)] * 4 + [(d, t.intermediate_size), (t.intermediate_size, d)]:
@@ -264,14 +261,14 @@ def run_products(products: list[tuple]) -> None:
 
 def sizes(batches: list[Batch]) -> dict[str, float]:
     """Pairs, sentences and tokens of a pass over the batches."""
-    masks = [mask for batch in batches for micro in batch for _, mask in micro["groups"]]
+    masks = [mask for batch in batches for micro in batch for _, mask in micro.groups]
     tokens, padded = sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)
-    return {"batches": len(batches), "pairs": sum(micro["pairs"] for batch in batches for micro in batch),
+    return {"batches": len(batches), "pairs": sum(micro.pairs for batch in batches for micro in batch),
             "sentences": sum(map(len, masks)), "tokens": tokens, "padding": 1 - tokens / padded}
 
 
 def padded_tokens(batch: Batch) -> int:
-    return sum(ids.numel() for micro in batch for ids, _ in micro["groups"])
+    return sum(ids.numel() for micro in batch for ids, _ in micro.groups)
 
 
 def measured(name: str, cfg: dict[str, Any], batches: list[Batch], largest: Batch, teacher: BertModel, repeats: int,
@@ -295,7 +292,7 @@ def measured(name: str, cfg: dict[str, Any], batches: list[Batch], largest: Batc
                      "tokens_per_s": rate(work["tokens"], seconds[kind]),
                      "parts": {p: parts[kind][p] / parts[kind].total() for p in PARTS}}
     for kind in KINDS:
-        shapes = [{"pairs": m["pairs"], "groups": [list(ids.shape) for ids, _ in m["groups"]]} for m in largest]
+        shapes = [{"pairs": m.pairs, "groups": [list(ids.shape) for ids, _ in m.groups]} for m in largest]
         row[kind]["peak_bytes"] = fresh(__file__, kind=kind, cfg=cfg, shapes=shapes)["peak"] if memory else None
     return row | {"speed_against_attention": ratio(seconds["attention"], seconds["student"]),
                   "floor_share": ratio(whole, seconds["student"]), "floor_seconds": spread(whole, 1 / len(batches)),
@@ -312,8 +309,8 @@ def worker(kind: str, cfg: dict[str, Any], shapes: list[dict[str, Any]]) -> dict
     for micro in shapes:
         ids = [torch.randint(1000, 30000, shape) for shape in micro["groups"]]
         count = sum(map(len, ids))
-        batch.append({"pairs": micro["pairs"], "keys": torch.arange(count), "groups": [(x, torch.ones_like(x)) for x in ids],
-                      "restore": torch.arange(count)})
+        batch.append(script.MicroBatch(micro["pairs"], torch.arange(count), [(x, torch.ones_like(x)) for x in ids],
+                                       torch.arange(count)))
     loop(batch), loop(batch)
     return {"peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss() - start}
 

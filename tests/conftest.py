@@ -27,6 +27,16 @@ def compiled_kernel() -> None:
     script.kernel.gelu(x, bias, x), script.kernel.gelu_backward(x, bias, x.clone())
 
 
+@pytest.fixture(scope="module")
+def few_sts_rows():
+    """STS files of a tenth of their rows, in this process and in the runs that `forked.server()` starts meanwhile."""
+    import train_6layer_deltanet as script
+    with pytest.MonkeyPatch.context() as patch:
+        for split, count in script.STS_ROWS.items():
+            patch.setitem(script.STS_ROWS, split, count // 10)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder with STS-B and training pairs: $STSB_DATA_DIR, else ../shared/data beside the repository."""
@@ -40,7 +50,7 @@ def data_dir() -> Path:
 def corpus(tmp_path_factory) -> Path:
     """A small generated corpus."""
     folder = tmp_path_factory.mktemp("corpus")
-    subprocess.run([sys.executable, ROOT / "make_corpus.py", "--output_dir", folder / "generated", "--pairs", "2000"],
+    subprocess.run([sys.executable, ROOT / "bench" / "make_corpus.py", "--output_dir", folder / "generated", "--pairs", "2000"],
                    check=True, capture_output=True)
     return folder / "generated"
 

@@ -95,6 +95,7 @@ def test_products_are_as_precise_as_pytorch_s(setting, precision):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_gpu(tmp_path):
     """Every kernel with all its branches for an L40, and what it takes."""
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").is_file():

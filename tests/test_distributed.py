@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 
+import forked  # noqa: E402
 import kill_soak  # noqa: E402
 import train_6layer_deltanet as script  # noqa: E402
 
@@ -86,7 +87,7 @@ def dump_first_step(path: str) -> None:
         for kind, values in {"off": [0.0, 0.0], "on": rates}.items() if step == 1 else ():
             for name, value in zip(names, values):
                 setattr(self.student.config, name, value)
-            losses = original(self, copy.deepcopy(batch), step, cached)
+            losses = {n: x.item() for n, x in original(self, copy.deepcopy(batch), step, cached).items()}
             found[kind] = losses, {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
             self.student.zero_grad(set_to_none=True)
             torch.save([found, {n: p.detach().clone() for n, p in self.student.named_parameters()}], f"{path}-{RANK}.pt")
@@ -101,7 +102,7 @@ def spoil_and_slow_rank_1(_: str) -> None:
 
     def spoiled_step(self, batch, step, cached=None):
         self.now = step
-        return step_gradients(self, batch, step, cached) | ({"distillation": float("nan")} if step == 2 else {})
+        return step_gradients(self, batch, step, cached) | ({"distillation": torch.tensor(float("nan"))} if step == 2 else {})
 
     def spoiled_forward(self, *arguments):
         time.sleep(0.3)
@@ -119,7 +120,7 @@ def spoil_and_slow_rank_1(_: str) -> None:
 def tiny(tmp_path_factory) -> dict[str, Any]:
     """Micro-batches of 3, 3, 2, 2 and 2 pairs, which 2 and 4 processes cannot share evenly; hard negatives; dropout on."""
     return kill_soak.make_tiny(tmp_path_factory.mktemp("tiny")) | {
-        "batch_size": 12, "gradient_accumulation_steps": 5, "peak_learning_rate": 1e-3, "similarity_distill_weight": 1.0,
+        "batch_size": 12, "gradient_accumulation_steps": 5, "peak_learning_rate": 1e-3,
         "guided_contrastive": True, "source_focus": 1.0}
 
 
@@ -161,18 +162,20 @@ def four(tiny, two, folder) -> Path:
 
 @pytest.fixture(scope="module")
 def one(tiny, two, folder) -> Path:
-    runs = kill_soak.Runs()
+    runs = forked.server()
     for output, changes, prepare in (("one", {}, ["test_distributed", "dump_first_step", str(folder / "step-of-1")]),
                                      ("two-then-one", {"resume_from_step": -1}, None)):
         if changes:
             cut(two, folder / output)
         log = folder / f"{output}.log"
         assert runs.wait(runs.start(tiny | changes | {"output_dir": str(folder / output)}, log, prepare)) == 0, log.read_text()
-    runs.close()
     return folder / "one"
 
 
-@pytest.fixture(params=[2, 4])
+FOUR = pytest.mark.slow  # processes; two show the same in half the time
+
+
+@pytest.fixture(params=[2, pytest.param(4, marks=FOUR)])
 def several(request, one) -> tuple[int, Path]:
     return request.param, request.getfixturevalue({2: "two", 4: "four"}[request.param])
 
@@ -218,8 +221,9 @@ def test_evaluation_is_that_of_one_process(several, tiny):
         assert {key: found[f"sts/{split}_{key}"] for key in scores} == pytest.approx(scores, abs=1e-6) and len(scores) == 3
 
 
-@pytest.mark.parametrize("later", ["one", "four"])
-def test_checkpoint_of_two_is_resumed_by(later, one, two, four, folder):
+@pytest.mark.parametrize("later", ["one", pytest.param("four", marks=FOUR)])
+def test_checkpoint_of_two_is_resumed_by(later, request, one, two, folder):
+    request.getfixturevalue(later)
     resumed = folder / f"two-then-{later}"
     assert kill_soak.metrics(resumed)[-1]["step"] == 20 and furthest(weights(resumed), weights(one)) < 1e-4
     assert script.load_file(two / "checkpoint_20.pt").keys() == script.load_file(one / "checkpoint_20.pt").keys()
@@ -236,6 +240,7 @@ def test_fewer_micro_batches_than_processes_is_one_line(tiny, tmp_path, monkeypa
 # Faults
 
 
+@pytest.mark.slow
 def test_restarts_end_with_the_same_weights(tiny, two, folder):
     """Rank 1 hangs and is named; later it is killed; each time the job starts again by itself, and ends as if undisturbed."""
     cfg = tiny | {"log_interval": 1, "save_interval": 2, "resume_from_step": -1, "peer_timeout": 4}
@@ -253,6 +258,7 @@ def test_restarts_end_with_the_same_weights(tiny, two, folder):
     assert [line["step"] for line in kill_soak.metrics(folder / "restarted") if "lr" in line] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_once_and_a_killed_process_ends_the_job(tiny, folder):
     cfg = tiny | {"log_interval": 1, "save_interval": 1000, "total_steps": 1000, "resume_from_step": -1}
     run = Torchrun(2, folder / "ended", cfg, "--max-restarts", "1")

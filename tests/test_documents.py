@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import forked
 import train_6layer_deltanet as script
-from conftest import ROOT
+from forked import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +86,10 @@ def test_teacher_states_of_a_batch_are_those_of_each_text_window_by_window(model
 # ---- batches
 
 
-def rows_of(micro: dict) -> list[list[int]]:
+def rows_of(micro: script.MicroBatch) -> list[list[int]]:
     """The texts of a micro-batch in the order of its keys."""
-    texts = [ids[mask.bool()].tolist() for batch in micro["groups"] for ids, mask in zip(*batch)]
-    return [texts[i] for i in micro["restore"]]
+    texts = [ids[mask.bool()].tolist() for batch in micro.groups for ids, mask in zip(*batch)]
+    return [texts[i] for i in micro.restore]
 
 
 def test_long_batches(cfg, models, data):
@@ -96,19 +97,19 @@ def test_long_batches(cfg, models, data):
     epoch = documents.epoch_end(0)
     for number in range(1, epoch + 1):
         batch = documents.batch(number)
-        assert len(batch) == 2 and all(micro["long"] and micro["pairs"] for micro in batch)
+        assert len(batch) == 2 and all(micro.long and micro.pairs for micro in batch)
         texts = [(micro, rows_of(micro)) for micro in batch]
         sides = [(a, d, int(key)) for micro, rows in texts
-                 for a, d, key in zip(rows, rows[micro["pairs"]:], micro["keys"])]
+                 for a, d, key in zip(rows, rows[micro.pairs:], micro.keys)]
         tokens = sum(len(d) for _, d, _ in sides)
         assert tokens <= 1500 or len(sides) == 2
         assert all(3 <= len(a) <= 60 and len(d) <= 700 for a, d, _ in sides)
         assert all(text[0] == 101 and text[-1] == 102 for pair in sides for text in pair[:2])
         assert all(d[1:len(a) - 1] == a[1:-1] for a, d, _ in sides)  # its query is its first sentence
         for micro, rows in texts:
-            padded = sum(mask.numel() for _, mask in micro["groups"])
+            padded = sum(mask.numel() for _, mask in micro.groups)
             assert padded <= sum(-(-max(len(r) * 9 // 8, len(r) + 16) // 8) * 8 for r in rows)
-        parts = [sum(map(len, rows[micro["pairs"]:])) for micro, rows in texts]
+        parts = [sum(map(len, rows[micro.pairs:])) for micro, rows in texts]
         assert max(parts) <= tokens / 2 + 700
         seen += [key for _, _, key in sides]
     aside = {int(key) for table in documents.tables for keys in [table.with_format(None).data["key_anchor"].to_numpy()]
@@ -118,16 +119,16 @@ def test_long_batches(cfg, models, data):
     again = script.load_training_data(cfg, models[2], lambda line: None).documents
     for number in (epoch + 3, 2, epoch):  # of the next epoch first
         for a, b in zip(documents.batch(number), again.batch(number), strict=True):
-            assert torch.equal(a["keys"], b["keys"]) and rows_of(a) == rows_of(b)
-    keys = [torch.cat([m["keys"] for m in documents.batch(number)]).tolist() for number in (1, epoch + 1)]
+            assert torch.equal(a.keys, b.keys) and rows_of(a) == rows_of(b)
+    keys = [torch.cat([m.keys for m in documents.batch(number)]).tolist() for number in (1, epoch + 1)]
     assert keys[0] != keys[1]
 
 
 @pytest.mark.parametrize("share, expected", [(0.0, []), (0.25, [4, 8, 12]), (1.0, list(range(1, 13)))])
 def test_share_of_long_steps(cfg, data, share, expected):
     data = script.PairData([("pairs", table) for table in data.tables], cfg | {"long_share": share})
-    data.documents = type("Documents", (), {"batch": lambda self, number: [{"long": number}]})()
-    found = {step: batch[0]["long"] for step in range(1, 13) if "long" in (batch := data.batch(step))[0]}
+    data.documents = type("Documents", (), {"batch": lambda self, number: [number]})()
+    found = {step: batch[0] for step in range(1, 13) if isinstance((batch := data.batch(step))[0], int)}
     assert list(found) == expected and list(found.values()) == list(range(1, len(expected) + 1))
 
 
@@ -149,7 +150,7 @@ def test_cached_gradients_of_a_long_batch_equal_one_backward_with_dropout(cfg, m
     batch, found = lambda: data.documents.batch(2), {}
     for cached in (True, False):
         student.zero_grad()
-        values = script.Trainer(student, teacher, cfg).step_gradients(batch(), 2, cached)
+        values = {n: x.item() for n, x in script.Trainer(student, teacher, cfg).step_gradients(batch(), 2, cached).items()}
         found[cached] = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}, values
     assert found[True][1] == pytest.approx(found[False][1], rel=1e-5) and found[True][1]["contrastive"] > 0
     assert set(found[True][0]) == set(script.trainable_state(student))
@@ -173,8 +174,7 @@ def test_run_with_documents_and_resumed(cfg, tmp_path):
         chosen = cfg | {"total_steps": 10, "warmup_steps": 2, "save_interval": 5, "eval_interval": 10, "log_interval": 5,
                         "output_dir": str(output)}
         words = [w for key, value in chosen.items() if value != script.config[key] for w in (f"--{key}", str(value))]
-        done = subprocess.run([sys.executable, ROOT / "train_6layer_deltanet.py", *words, *more], capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        done = forked.run(ROOT / "train_6layer_deltanet.py", *words, *more)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -239,8 +239,8 @@ def test_learned_pooling_is_whose_mean_is_taken(cfg, models, tmp_path):
                     SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu").encode(texts)):
         np.testing.assert_allclose(vectors, expected.detach().numpy(), atol=1e-5)
 
-    batch = {"groups": [(ids[:3], mask[:3])], "states": [script.teacher_states(teacher, ids[:3], mask[:3])],
-             "restore": torch.arange(3)}
+    batch = script.MicroBatch(0, torch.arange(3), [(ids[:3], mask[:3])], torch.arange(3),
+                              states=[script.teacher_states(teacher, ids[:3], mask[:3])])
     vectors, _ = script.Trainer(student, teacher, cfg).forward(batch, 0, int(mask.sum()), 3)
     torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-4)  # training sees the same
 

@@ -1,7 +1,7 @@
 """Faults injected on purpose: kills, damaged files, signals, full disks, numbers that are not finite, two runs at once.
 
-Runs are forked from this process (see bench/kill_soak.py), so that the imports are paid once; what concerns the imports
-themselves is tested with the real command line.
+Runs are forked from one process (see forked.py and bench/kill_soak.py), so that the imports are paid once; what concerns the
+imports themselves is tested with the real command line.
 """
 from __future__ import annotations
 
@@ -22,34 +22,23 @@ from typing import Any, Callable
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
-
-import kill_soak  # noqa: E402
-import train_6layer_deltanet as script  # noqa: E402
-
-
-@pytest.fixture(scope="module", autouse=True)
-def runs():
-    """The server that runs are forked from."""
-    Process.runs = kill_soak.Runs()
-    yield
-    Process.runs.close()
+import forked  # the benches are found from here on
+import kill_soak
+import train_6layer_deltanet as script
+from forked import ROOT
 
 
 class Process:
     """A run of the training script on the tiny setup, in the folder `output`; `fault` is a function of this file and its arguments."""
 
-    runs: kill_soak.Runs
-
     def __init__(self, cfg: dict[str, Any], output: Path, *fault: Any, **changes: Any):
         self.folder, self.log, self.status = output, output.with_name(f"{output.name}-{time.time()}.log"), None
         prepare = ["test_reliability", fault[0].__name__, *fault[1:]] if fault else None
-        self.pid = self.runs.start(cfg | changes | {"output_dir": str(output)}, self.log, prepare)
+        self.pid = forked.server().start(cfg | changes | {"output_dir": str(output)}, self.log, prepare)
 
     def poll(self) -> int | None:
         if self.status is None:
-            self.status = self.runs.poll(self.pid)
+            self.status = forked.server().poll(self.pid)
         return self.status
 
     def until(self, condition: Callable[[], Any], seconds: float = 300) -> None:
@@ -82,7 +71,7 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> dict[str, Any]:
+def tiny(tmp_path_factory, few_sts_rows) -> dict[str, Any]:
     """Config overrides of a tiny run."""
     return kill_soak.make_tiny(tmp_path_factory.mktemp("tiny"))
 
@@ -105,7 +94,9 @@ def mark(folder: Path, step: int) -> dict[str, Any]:
     return json.loads((folder / f"checkpoint_{step}.json").read_text())
 
 
-def test_killed_run_equals_undisturbed_run(tmp_path):
+def test_killed_run_equals_undisturbed_run(few_sts_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(kill_soak, "Runs", forked.server)
+    monkeypatch.setattr(forked.server(), "close", lambda: None)
     result = kill_soak.soak(tmp_path, 5, say=lambda line: None)
     assert result["kills"] == 5 and all(result["equal"].values()), result
 
@@ -254,13 +245,12 @@ def test_streams_continue_where_they_were(tiny, tmp_path, sources):
 
 
 def test_tokenising_in_processes_gives_the_same(tiny, tmp_path):
-    """Two processes, started by the real command line; the shards are those of one process."""
+    """Two processes; the shards are those of one process."""
     folders = [tmp_path / "0", tmp_path / "2"]
     for folder, count in zip(folders, (0, 2)):
-        cfg = tiny | {"cache_dir": str(folder), "num_proc": count, "total_steps": 1, "output_dir": str(folder / "run")}
-        done = subprocess.run([sys.executable, str(ROOT / "train_6layer_deltanet.py"), *kill_soak.command_line(cfg)],
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        folder.mkdir()
+        run = Process(tiny, folder / "run", cache_dir=str(folder), num_proc=count, total_steps=1)
+        assert run.wait() == 0, run.text()
     first, second = ([script.file_sha256(p) for p in sorted(f.rglob("shard-*.arrow"))] for f in folders)
     assert first == second and first
 
@@ -462,7 +452,7 @@ def spoil(steps: list[int], where: str) -> None:
     def step_gradients(self, batch, step):
         values = original(self, batch, step)
         if step in steps and where == "loss":
-            values["distillation"] = float("inf")
+            values["distillation"] = torch.tensor(float("inf"))
         elif step in steps:
             next(p for p in self.student.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
         return values
@@ -478,7 +468,7 @@ def test_bad_step_is_skipped_and_named(tiny, tmp_path, where, name):
         {"step": s, "bad/step": s, "bad/loss": name} for s in (7, 11)]
     assert all(len(line["bad/batch"]) >= 8 and line["bad/batch"] != bad[0]["bad/batch"] for line in bad[1:])
     before, after = (script.load_file(run.folder / f"checkpoint_{s}.pt") for s in (6, 7))
-    assert kill_soak.same(before["student"], after["student"]) and kill_soak.same(before["optimizer"], after["optimizer"])
+    assert kill_soak.same(before["student"], after["student"]) and kill_soak.same(*(x["optimizer"]["state"] for x in (before, after)))
 
 
 def test_bad_steps_in_a_row_stop_the_run(tiny, tmp_path):

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import forked
 import train_6layer_deltanet as script
-from conftest import ROOT
+from forked import ROOT
 
 
 def small_config(**changes):
@@ -43,9 +44,9 @@ def test_help_lists_every_key_with_its_comment(capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--batchsize", "3"], "did you mean 'batch_size'"), (["--batch_size", "many"], "--batch_size takes int"),
-    (["--bidirectional", "maybe"], "true or false"), (["--preset", "none"], "match_teacher"), (["--seed"], "no value"),
-    (["--dropout", "nan"], "finite"), (["--precision", "fp8"], "bf16"), (["surplus"], "unexpected argument")])
+    (["--batchsize", "3"], "did you mean 'batch_size'"), (["--batch_size", "many"], "--batch_size: invalid int"),
+    (["--bidirectional", "maybe"], "true or false"), (["--preset", "none"], "match_teacher"), (["--seed"], "--seed.* expected one argument"),
+    (["--dropout", "nan"], "finite"), (["--precision", "fp8"], "bf16"), (["surplus"], "unknown argument .surplus")])
 def test_bad_arguments_are_one_line(argv, message):
     with pytest.raises(script.UserError, match=message) as error:
         script.parse_config(argv)
@@ -196,6 +197,7 @@ def test_without_a_compiler_one_line_says_so(compilable, monkeypatch):
         small_config(compile="true", deterministic=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler g++: torch.compile is not tested")
 def test_inductor_gives_the_same(compilable):
     student, teacher, cfg, batches, _ = compilable
@@ -222,7 +224,7 @@ def test_tampered_or_missing_teacher_is_one_line(tmp_path):
         script.load_teacher(small_config(teacher_model=str(tmp_path)))
     code = ("import sys, train_6layer_deltanet as s; s.PACKAGED_SHA256 = '0' * 64\n"
             "try: s.find_teacher(s.config['teacher_model'])\nexcept s.UserError as e: print(e)")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    out = forked.run("-c", code=code).stdout
     assert "sha256 differs" in out
 
 
@@ -249,7 +251,6 @@ def test_contrastive_loss_does_not_count_duplicates_as_negatives():
 def test_distillation_losses_by_hand():
     s, t = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert script.embedding_distillation_loss(s, t).item() == 1.0
-    assert script.similarity_distillation_loss(s, t).item() == 0.5
     states, target = [torch.ones(1, 3, 2)] * 2, [torch.zeros(1, 3, 2), 3 * torch.ones(1, 3, 2)]
     assert script.layer_distillation_loss(states, target, torch.tensor([[1, 1, 0]])).item() == 2.5
     states[0] = states[0].clone()
@@ -344,10 +345,10 @@ def test_batch_is_a_function_of_seed_and_step(generated):
     tables = [t.with_format(None) for t in data.tables]
     again = script.PairData(list(zip(data.names, tables)), cfg)
     other = script.PairData(list(zip(data.names, tables)), cfg | {"seed": 1})
-    first = [m["keys"] for m in data.batch(300)]
+    first = [m.keys for m in data.batch(300)]
     data.batch(1)
-    assert all(torch.equal(a, m["keys"]) for a, m in zip(first, again.batch(300)))
-    assert not all(torch.equal(a, m["keys"]) for a, m in zip(first, other.batch(300)))
+    assert all(torch.equal(a, m.keys) for a, m in zip(first, again.batch(300)))
+    assert not all(torch.equal(a, m.keys) for a, m in zip(first, other.batch(300)))
 
 
 def test_every_pair_is_drawn_equally_often_and_padding_is_little(generated):
@@ -355,11 +356,11 @@ def test_every_pair_is_drawn_equally_often_and_padding_is_little(generated):
     counts, real, padded, lengths = {}, 0, 0, set(script.pad_lengths(cfg))
     for step in range(1, data.WINDOW + 1):
         micro_batches = data.batch(step)
-        assert sum(m["pairs"] for m in micro_batches) == cfg["batch_size"]
+        assert sum(m.pairs for m in micro_batches) == cfg["batch_size"]
         for m in micro_batches:
-            for pair in zip(m["keys"][:m["pairs"]].tolist(), m["keys"][m["pairs"]:2 * m["pairs"]].tolist()):
+            for pair in zip(m.keys[:m.pairs].tolist(), m.keys[m.pairs:2 * m.pairs].tolist()):
                 counts[pair] = counts.get(pair, 0) + 1
-            for ids, mask in m["groups"]:
+            for ids, mask in m.groups:
                 real, padded = real + int(mask.sum()), padded + mask.numel()
                 assert ids.shape[1] in lengths
     assert len(counts) == data.size and max(counts.values()) - min(counts.values()) <= 1
@@ -437,7 +438,7 @@ def test_cached_gradients_equal_one_backward_with_dropout(generated, teacher_and
     gradients = {}
     for cached in (True, False):
         student.zero_grad()
-        values = script.Trainer(student, teacher, cfg).step_gradients(data.batch(1), 1, cached)
+        values = {n: x.item() for n, x in script.Trainer(student, teacher, cfg).step_gradients(data.batch(1), 1, cached).items()}
         gradients[cached] = ({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}, values)
     assert set(gradients[True][0]) == set(script.trainable_state(student))
     for name, expected in gradients[False][0].items():
@@ -469,14 +470,13 @@ def test_learning_rate_is_linear_and_ends_at_zero():
     assert [script.learning_rate(s, cfg) for s in (5, 10, 55, 100)] == [0.5, 1.0, 0.5, 0.0]
 
 
-def tiny_run(corpus, tiny_teacher, output: Path, *extra: str) -> subprocess.CompletedProcess:
+def tiny_run(corpus, tiny_teacher, output: Path, *extra: str) -> forked.Done:
     """The real command line with tiny settings."""
-    return subprocess.run([sys.executable, ROOT / "train_6layer_deltanet.py", "--teacher_model", tiny_teacher, "--data_dir", corpus,
-                           "--d_model", "32", "--num_heads", "2", "--num_layers", "2", "--batch_size", "8", "--threads", "1",
-                           "--gradient_accumulation_steps", "2", "--total_steps", "12", "--warmup_steps", "3",
-                           "--log_interval", "4", "--eval_interval", "6", "--save_interval", "3", "--peak_learning_rate", "1e-3",
-                           "--cache_dir", output.parent / "cache", "--output_dir", output, *extra],
-                          capture_output=True, text=True, timeout=300, cwd=output.parent)
+    return forked.run(ROOT / "train_6layer_deltanet.py", "--teacher_model", tiny_teacher, "--data_dir", corpus,
+                      "--d_model", "32", "--num_heads", "2", "--num_layers", "2", "--batch_size", "8", "--threads", "1",
+                      "--gradient_accumulation_steps", "2", "--total_steps", "12", "--warmup_steps", "3",
+                      "--log_interval", "4", "--eval_interval", "6", "--save_interval", "3", "--peak_learning_rate", "1e-3",
+                      "--cache_dir", output.parent / "cache", "--output_dir", output, *extra, cwd=output.parent)
 
 
 def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
@@ -535,6 +535,21 @@ def tiny_trainer(generated, tiny_teacher, **changes):
     data = script.PairData(list(zip(generated[1].names, [t.with_format(None) for t in generated[1].tables])), cfg)
     student = script.build_student(cfg, teacher).train()
     return script.Trainer(student, teacher, cfg), data
+
+
+def test_a_batch_in_one_go_or_in_fewer_groups_has_the_same_gradients(generated, tiny_teacher):
+    """What `Run.fit` sets on a GPU: a batch that fits is one micro-batch, a group must spare enough tokens."""
+    trainer, data = tiny_trainer(generated, tiny_teacher, dropout=0.0, state_dropout=0.0)
+    expected, parts = gradients(trainer, data), data.batch(1)
+    tokens = sum(len(m.restore) for m in parts) * max(ids.shape[1] for m in parts for ids, _ in m.groups)
+    for data.at_once, data.group_tokens, micro_batches in ((tokens - 1, 0, 3), (tokens, 0, 1), (0, 10 ** 6, 3), (tokens, 10 ** 6, 1)):
+        batch = data.batch(1)
+        assert len(batch) == micro_batches and sum(m.pairs for m in batch) == 12
+        assert {len(m.groups) for m in batch} == {1} if data.group_tokens else max(len(m.groups) for m in batch) > 1
+        assert sorted(torch.cat([m.keys for m in batch]).tolist()) == sorted(torch.cat([m.keys for m in parts]).tolist())
+        for name, gradient in gradients(trainer, data).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert script.tokens_at_once(used=100, tokens=10, free=1000) == 90
 
 
 def gradients(trainer, data) -> dict[str, torch.Tensor]:
