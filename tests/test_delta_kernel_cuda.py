@@ -33,7 +33,7 @@ def compare(inputs: list, tolerance: float = 1e-4, **options) -> None:
     assert_equal([x.float() for x in found], expected, tolerance)
 
 
-@pytest.mark.parametrize("length, case", [*((n, "") for n in (1, 5, 16, 17, 37, 70)), *((n, "no dropout, no state") for n in (1, 17, 50))])
+@pytest.mark.parametrize("length, case", [(1, ""), (16, ""), (37, ""), (17, "no dropout, no state")])
 def test_lengths(length, case):
     compare(example(length, case, batch=1))
 
@@ -121,6 +121,7 @@ def compile_kernels(capability: int, precision: str = "tf32") -> None:
     import tempfile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    assert "numba" not in sys.modules  # which a machine with a GPU need not have
     constants = dict(K=32, H=12, C=16, LOG2_C=4, HIDDEN=16, HAS_KEEP=True, HAS_INITIAL=False, HIERARCHICAL=True, COUPLING=True, FLUX=True,
                      CONVOLUTION=True, READ_GATES=True, CARRY=True, SAVE_STATES=True, SAVE_FINAL=True, HAS_DFINAL=True, STRIDE=1216, SPAN=2,
                      SAVE_DINITIAL=False, FLUXES=32 * 32 + 1 + 16 * 65 + 33, PRECISION=precision)
