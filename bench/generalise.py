@@ -67,7 +67,8 @@ def pooled_norms(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
     """Norms of the mean-pooled vectors before normalisation, (N,)."""
     norms = []
     for start in range(0, len(texts), 32):
-        ids, mask = (x.to(model.device) for x in script.pad_batch(script.tokenise(tokenizer, texts[start:start + 32], 128)))
+        tokens, device = script.tokenise(tokenizer, texts[start:start + 32], 128), next(model.parameters()).device
+        ids, mask = (x.to(device) for x in script.pad_batch(tokens))
         hidden, weights = model(input_ids=ids, attention_mask=mask).last_hidden_state, mask.unsqueeze(-1)
         norms += ((hidden * weights).sum(1) / weights.sum(1)).norm(dim=-1).tolist()
     return np.array(norms)
