@@ -540,7 +540,8 @@ def tiny_trainer(generated, tiny_teacher, **changes):
 
 def test_a_batch_in_one_go_or_in_fewer_groups_has_the_same_gradients(generated, tiny_teacher):
     """What `Run.fit` sets on a GPU: a batch that fits is one micro-batch, a group must spare enough tokens."""
-    trainer, data = tiny_trainer(generated, tiny_teacher, dropout=0.0, state_dropout=0.0)
+    lengths = ",".join(map(str, range(4, 128)))  # texts of the corpus differ by a few tokens
+    trainer, data = tiny_trainer(generated, tiny_teacher, dropout=0.0, state_dropout=0.0, pad_lengths=lengths)
     expected, parts = gradients(trainer, data), data.batch(1)
     tokens = sum(len(m.restore) for m in parts) * max(ids.shape[1] for m in parts for ids, _ in m.groups)
     for data.at_once, data.group_tokens, micro_batches in ((tokens - 1, 0, 3), (tokens, 0, 1), (0, 10 ** 6, 3), (tokens, 10 ** 6, 1)):
@@ -571,7 +572,7 @@ def test_teacher_cache_gives_the_same_and_spares_the_teacher(generated, tiny_tea
     plain, data = tiny_trainer(generated, tiny_teacher)
     for name, gradient in gradients(plain, data).items():
         assert torch.equal(first[name], second[name])
-        assert (first[name] - gradient).norm() < 0.02 * gradient.norm() + 1e-5, name  # float16 targets
+        assert (first[name] - gradient).norm() < 0.03 * gradient.norm() + 1e-5, name  # float16 targets
     asked, real = [], again.teacher.model.__class__.forward
     again.teacher.model.forward = lambda *args, **kwargs: asked.append(1) or real(again.teacher.model, *args, **kwargs)
     files[0].write_bytes(files[0].read_bytes()[:100])  # damaged: asked again, and kept again
