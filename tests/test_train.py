@@ -570,9 +570,10 @@ def test_teacher_cache_gives_the_same_and_spares_the_teacher(generated, tiny_tea
     again.teacher.model.forward = lambda *_, **__: pytest.fail("the teacher was asked")
     second = gradients(again, data)
     plain, data = tiny_trainer(generated, tiny_teacher)
-    for name, gradient in gradients(plain, data).items():
-        assert torch.equal(first[name], second[name])
-        assert (first[name] - gradient).norm() < 0.03 * gradient.norm() + 1e-5, name  # float16 targets
+    expected = gradients(plain, data)
+    assert all(torch.equal(first[name], second[name]) for name in expected)
+    whole = lambda found: torch.cat([found[name].flatten() for name in expected])  # noqa: E731
+    assert (whole(first) - whole(expected)).norm() < 0.02 * whole(expected).norm()  # float16 targets
     asked, real = [], again.teacher.model.__class__.forward
     again.teacher.model.forward = lambda *args, **kwargs: asked.append(1) or real(again.teacher.model, *args, **kwargs)
     files[0].write_bytes(files[0].read_bytes()[:100])  # damaged: asked again, and kept again
