@@ -328,8 +328,6 @@ def _forward_kernel(
     o_ptr += (n // H) * T * (H * K) + head * K
     if SAVE_STATES:
         states_ptr += (n * (tl.cdiv(CHUNKS, SPAN) - 1) - 1) * (2 * K * K)
-    row = tl.arange(0, C)[:, None]
-    col = tl.arange(0, C)[None, :]
     channel = tl.arange(0, K)
     if HAS_INITIAL:
         s_f = _load_state(initial_ptr + n * (2 * K * K), K)

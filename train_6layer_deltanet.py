@@ -3052,7 +3052,10 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
             if key in ("total_steps", "warmup_steps") and cfg[key] != value:
                 print(f"note: {key} was {value}, is now {cfg[key]}: the learning rate follows the new schedule")
         load_student_state(student, content["student"], str(path))
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": content["optimizer"]["state"]})
+        averages = content["optimizer"]["state"]
+        if not all(t.is_floating_point() for state in averages.values() for t in state.values()):  # PyTorch would cast
+            raise ValueError("an average is not of floating point numbers")
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": averages})
         for p in student.parameters():
             state, shapes = optimizer.state.get(p, {}), {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
             fits = {name: t.shape for name, t in state.items()} == shapes
@@ -3065,7 +3068,7 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
             raise ValueError("progress.data is no dict")
         if path.stem != f"checkpoint_{content['step']}" or not all(isinstance(x, (int, float)) for x in numbers):
             raise ValueError("steps, sums and scores must be numbers, the step that of the file's name")
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = repr(str(error)[:200])
         raise UserError(f"{path}: its config, optimiser state or progress does not fit ({reason})") from None
     return content

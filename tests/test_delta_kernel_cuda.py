@@ -33,7 +33,10 @@ def compare(inputs: list, tolerance: float = 1e-4, **options) -> None:
     assert_equal([x.float() for x in found], expected, tolerance)
 
 
-@pytest.mark.parametrize("length, case", [(1, ""), (16, ""), (37, ""), (17, "no dropout, no state")])
+@pytest.mark.parametrize("length, case", [
+    *((n, "") for n in (1, 5, 16, 37)), (17, "no dropout, no state"),
+    *(pytest.param(*which, marks=pytest.mark.slow) for which in (
+        (17, ""), (70, ""), (1, "no dropout, no state"), (50, "no dropout, no state")))])
 def test_lengths(length, case):
     compare(example(length, case, batch=1))
 

@@ -42,6 +42,7 @@ class Tiny:
         self.run = folder / "run"
         assert self.train(folder / "log") == 0, (folder / "log").read_text()
         self.full = script.check_config(script.config | self.cfg)
+        self.full["sts_name"] = script.evaluation_name(self.full)  # as in the run, or all would be refused for it
         self.teacher, self.tokenizer, _ = script.load_teacher(self.full)
         self.path = self.run / "checkpoint_4.pt"
         self.content, self.bytes = script.load_file(self.path), self.path.read_bytes()
@@ -135,6 +136,8 @@ def mutate(tiny: Tiny, path: Path, number: int) -> tuple[str, bool]:
         content["student"] = script.trainable_state(other)
         if rng.random() < 0.5:
             content["config"] = content["config"] | change
+        else:
+            must = "num_layers" in change or "d_model" in change  # a switch's tensors are the same without it
     elif kind == "huge tensor":
         way = rng.randrange(4)
         if way == 0:
