@@ -848,7 +848,8 @@ os.register_at_fork(after_in_child=forget_pool)
 def ready(kernel: Any, *args: Any) -> None:
     """Compile `kernel` for these arguments, or load it from the cache on disk; says so if that takes long."""
     if not kernel.signatures:
-        note = threading.Timer(2, print, ["note: compiling the CPU kernel, once; it is kept for later runs"], {"file": sys.stderr})
+        note = threading.Timer(2, print, ["note: compiling the CPU kernel, once; it is kept for later runs"],
+                               {"file": sys.stderr})
         note.daemon = True
         note.start()
         kernel.compile(tuple(map(typeof, args)))
@@ -856,7 +857,7 @@ def ready(kernel: Any, *args: Any) -> None:
 
 
 def in_threads(count: int, kernel: Callable, *args: Any) -> None:
-    """kernel(i, count, *args) for i below `count`, each in a thread, this one among them; safe for concurrent callers."""
+    """kernel(i, count, *args) for i below `count`, in threads, this one among them. Safe for concurrent callers."""
     global pool
     others = []
     ready(kernel, 0, count, *args)
@@ -871,7 +872,7 @@ def in_threads(count: int, kernel: Callable, *args: Any) -> None:
 
 
 def share_heads(kernel: Callable, batch: int, heads: int, *args: Any) -> None:
-    """`forward` or `backward` on as many threads as PyTorch uses; a task has fewer heads where there are more threads."""
+    """`forward` or `backward` on as many threads as PyTorch uses; more threads, fewer heads in a task."""
     groups, threads = max(1, min(batch, GROUPS)), torch.get_num_threads()
     per_task = heads if threads == 1 else max(1, min(heads, groups * heads // (2 * threads)))
     in_threads(min(threads, groups * -(-heads // per_task)), kernel, groups, per_task, batch, *args)
@@ -915,7 +916,8 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *in
     conv, bilinear, mlp, small, norm, numbers = (x.sum(0) for x in sums)
     mlp, small, numbers_sum = mlp.sum(0), small.sum(0), numbers.sum(0)
     return [grad_proj, conv[..., :K].permute(1, 2, 0, 3), bilinear[:, :K, :K], numbers[:, 0],
-            torch.cat([mlp[..., :K].flatten(1), small[0].unsqueeze(1)], 1), small[1], small[2], numbers_sum[1:], norm[:, :K],
+            torch.cat([mlp[..., :K].flatten(1), small[0].unsqueeze(1)], 1), small[1], small[2], numbers_sum[1:],
+            norm[:, :K],
             grad_initial]
 
 

@@ -857,7 +857,8 @@ def _arguments(proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list
     Those are of the kernels that read rows of proj, and of those that prepare all of a chunk.
     """
     if not (proj.is_cuda or INTERPRETED.value):
-        raise ValueError(f"tensors on {proj.device}: CUDA kernels take them only with TRITON_INTERPRET=1 set at their import")
+        raise ValueError(f"tensors on {proj.device}: CUDA kernels take them only with TRITON_INTERPRET=1 set at their "
+                         "import")
     H, K = parameters[-1].shape
     convolution, flux, coupling, hierarchical, read_gates = switches
     masks = [proj if m is None else m.contiguous().view(torch.uint8) for m in (mask, keep)]
