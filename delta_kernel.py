@@ -11,11 +11,11 @@ on threads.
 """
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -829,20 +829,20 @@ def gelu_backward_rows(first, stride, rows, width, x, bias, grad, out):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Threads: the tasks of a call are shared out over a pool of Python threads, which the kernel lets run at the same time
+# Threads: the tasks of a call are shared out over the OpenMP threads that PyTorch's own operators use. Those wait for
+# their next task in a loop, for milliseconds, so that threads of our own would have to share the cores with them.
 
 GROUPS = 8  # sentences are summed in at most as many groups, however many threads there are
-pool: ThreadPoolExecutor | None = None
-pool_lock = threading.Lock()
+openmp = getattr(ctypes.CDLL(None), "GOMP_parallel", None)  # of the library that PyTorch has loaded, GNU's or LLVM's
 
 
-def forget_pool() -> None:
-    """In a forked process the threads are gone."""
-    global pool, pool_lock
-    pool, pool_lock = None, threading.Lock()
+def forget_openmp() -> None:
+    """In a forked process OpenMP's threads are gone, and it would wait for them."""
+    global openmp
+    openmp = None
 
 
-os.register_at_fork(after_in_child=forget_pool)
+os.register_at_fork(after_in_child=forget_openmp)
 
 
 def ready(kernel: Any, *args: Any) -> None:
@@ -858,17 +858,29 @@ def ready(kernel: Any, *args: Any) -> None:
 
 def in_threads(count: int, kernel: Callable, *args: Any) -> None:
     """kernel(i, count, *args) for i below `count`, in threads, this one among them. Safe for concurrent callers."""
-    global pool
-    others = []
     ready(kernel, 0, count, *args)
-    if count > 1:
-        with pool_lock:
-            if pool is None or pool._max_workers < count - 1:
-                pool = ThreadPoolExecutor(count - 1, "mixer")
-            others = [pool.submit(kernel, i, count, *args) for i in range(1, count)]
-    kernel(0, count, *args)
-    for other in others:
-        other.result()
+    tasks, errors = iter(range(count)), []  # one iterator for all: each thread takes what is left
+
+    def work(_: Any = None) -> None:
+        try:
+            for i in tasks:
+                kernel(i, count, *args)
+        except BaseException as error:
+            errors.append(error)
+
+    if count == 1:
+        work()
+    elif openmp:
+        openmp(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work), None, count, 0)
+    else:
+        others = [threading.Thread(target=work) for _ in range(1, count)]
+        for thread in others:
+            thread.start()
+        work()
+        for thread in others:
+            thread.join()
+    for error in errors:
+        raise error
 
 
 def share_heads(kernel: Callable, batch: int, heads: int, *args: Any) -> None:

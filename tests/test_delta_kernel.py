@@ -111,11 +111,14 @@ def threads():
     torch.set_num_threads(count)
 
 
-def test_results_do_not_depend_on_threads(threads):
-    inputs, found = example(70, "hole", heads=4, batch=11), []
-    for count in (1, 2, 3, 8):
-        threads(count)
-        found.append(results(script.kernel.hierarchical_mixer, inputs))
+def test_results_do_not_depend_on_threads(threads, monkeypatch):
+    inputs, found, module = example(70, "hole", heads=4, batch=11), [], script.kernel.kernels("cpu")
+    assert module.openmp, "PyTorch's threads are not OpenMP's here"
+    for openmp in (module.openmp, None):
+        monkeypatch.setattr(module, "openmp", openmp)
+        for count in (1, 2, 3, 8):
+            threads(count)
+            found.append(results(script.kernel.hierarchical_mixer, inputs))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
@@ -127,6 +130,23 @@ def test_concurrent_callers(threads):
     with ThreadPoolExecutor(8) as pool:
         for found, wanted in zip(pool.map(partial(results, script.kernel.hierarchical_mixer), inputs * 3), expected * 3):
             assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_an_error_in_a_thread_is_raised(openmp, threads, monkeypatch):
+    threads(2)
+    module, taken = script.kernel.kernels("cpu"), []
+    if not openmp:
+        monkeypatch.setattr(module, "openmp", None)
+    monkeypatch.setattr(module, "ready", lambda *_: None)
+
+    def kernel(i, count):
+        taken.append(i)
+        raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        module.in_threads(4, kernel)
+    assert len(taken) == len(set(taken)) >= 1
 
 
 def test_after_a_fork():
