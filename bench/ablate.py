@@ -105,8 +105,8 @@ def without_pairs(build: Callable) -> Callable:
     """PairData.build_window with the positives of a window moved by half of it, so that most pairs are two single sentences."""
     def built(number: int) -> Any:
         rows, batches = build(number)
-        half = len(rows["positive_start"]) // 2
-        return {k: np.roll(v, half) if k in ("positive_start", "positive_length", "key_positive") else v for k, v in rows.items()}, batches
+        half = len(rows["positive"]) // 2
+        return {k: np.roll(v, half) if k in ("positive", "positive_length", "key_positive") else v for k, v in rows.items()}, batches
     return built
 
 
