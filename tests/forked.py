@@ -141,7 +141,7 @@ if __name__ == "__main__":
     figure = plt.figure()
     figure.add_subplot(xlabel="step")
     figure.savefig(io.BytesIO()), plt.close(figure)  # fonts are read
-    kernel = kill_soak.script.load_kernel()
+    kernel = kill_soak.script.kernel
     if "cpu" in kernel.DEVICES:
         with torch.no_grad():  # its machine code too; a backward pass here would forbid those of the forked processes
             kernel.hierarchical_mixer(*kill_soak.script.mixer_example(torch.device("cpu")))

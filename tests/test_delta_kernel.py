@@ -151,7 +151,7 @@ def test_an_error_in_a_thread_is_raised(openmp, threads, monkeypatch):
 
 def test_after_a_fork():
     code = ("import os, sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(3)\n"
-            "from test_delta_kernel import example, script; script.load_kernel()\n"
+            "from test_delta_kernel import example, script\n"
             "inputs = example(40, heads=4, batch=5); first = script.kernel.hierarchical_mixer(*inputs)[0]\n"
             "pid = os.fork()\n"
             "same = torch.equal(script.kernel.hierarchical_mixer(*inputs)[0], first)\n"

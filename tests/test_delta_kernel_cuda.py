@@ -12,7 +12,7 @@ import train_6layer_deltanet as script
 from test_delta_kernel import assert_equal, example, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-operator = script.load_kernel()
+operator = script.kernel
 kernels = operator.kernels("cuda")
 SWITCHES = ("hierarchical", "coupling", "flux", "convolution", "read_gates")
 

@@ -9,7 +9,7 @@ def random_inputs(length: int, case: str = "", dtype=torch.float64) -> list[torc
     """q, k, v, beta, transition, read and initial state of 2 x 3 heads, K = 8, V = 5."""
     generator = torch.Generator().manual_seed(length)
     rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=dtype)  # noqa: E731
-    q, k = (script.l2_normalise(rand(2, 3, length, 8) - 0.5) for _ in range(2))
+    q, k = (script.kernel.l2_normalise(rand(2, 3, length, 8) - 0.5) for _ in range(2))
     v, beta, read = rand(2, 3, length, 5) - 0.5, rand(2, 3, length), rand(2, 3, length, 2)
     m = rand(2, 3, length, 2, 2)
     m = m / m.sum(-1, keepdim=True) * rand(2, 3, length, 2, 1)
