@@ -149,6 +149,24 @@ def test_an_error_in_a_thread_is_raised(openmp, threads, monkeypatch):
     assert len(taken) == len(set(taken)) >= 1
 
 
+@pytest.mark.slow
+def test_bits_are_those_of_the_cached_kernel(tmp_path):
+    """A run that has compiled the kernel and one that continues it have the same bits."""
+    code = ("import sys, torch; sys.path.insert(0, 'tests'); from test_delta_kernel import example, script\n"
+            "x = example(70, 'hole', heads=4); x = [t.requires_grad_() if t.is_floating_point() else t for t in x]\n"
+            "o, state = script.kernel.hierarchical_mixer(*x, output_final_state=True)\n"
+            "grads = torch.autograd.grad(o.sum() + state.square().sum(), [t for t in x if t.requires_grad])\n"
+            "torch.save([o.detach(), state.detach(), *grads], sys.argv[1])\n"
+            "print(*script.kernel.kernels('cpu').backward.stats.cache_misses.values())")
+    root, found = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), []
+    for name, misses in (("first", "1"), ("second", "")):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / name], cwd=root, capture_output=True, text=True,
+                              env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
+        assert done.stdout.strip() == misses, done.stderr
+        found.append(torch.load(tmp_path / name))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_after_a_fork():
     code = ("import os, sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(3)\n"
             "from test_delta_kernel import example, script\n"
