@@ -260,8 +260,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         measured = [row for row in sources if row["agreement"] is not None and model is not teacher]
         agreements = [row["agreement"] for row in measured]
         if model is not student:
-            pairs = [[script.encode(m, tokenizer, kept[row["source"]], 64, 128) for m in (model, teacher)]
-                     for row in measured]
+            pairs = ([script.encode(m, tokenizer, kept[row["source"]], 64, 128) for m in (model, teacher)]
+                     for row in measured)
             agreements = [agreement(*pair)["agreement"] for pair in pairs]
         models.append({"model": str(which), "agreement": float(np.mean(agreements)) if agreements else None,
                        "worst_five": float(np.mean(sorted(agreements)[:5])) if agreements else None,
