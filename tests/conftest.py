@@ -18,30 +18,13 @@ import torch  # noqa: E402
 torch.set_flush_denormal(True)
 
 
-KERNELS = ("forward", "backward", "gelu_rows", "gelu_backward_rows")  # of delta_kernel.py: what Python calls
-
-
-def compile_kernel() -> None:
-    """The CPU kernel, forward and backward, from its cache on disk, or compiled into it."""
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernel() -> None:
+    """The CPU kernel is compiled once, before tests that count their seconds."""
     import train_6layer_deltanet as script
     script.check_mixers(torch.device("cpu"))
     x, bias = torch.randn(2, 16), torch.randn(16)
     script.kernel.gelu(x, bias, x), script.kernel.gelu_backward(x, bias, x.clone())
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_kernel() -> None:
-    """The CPU kernel is there before tests that count their seconds, and is in all processes the one of the cache.
-
-    In a process that has just compiled it, its parts are linked otherwise than in what it saves, and the last bits of
-    its results differ from those of every process that reads the cache. So another process compiles.
-    """
-    import train_6layer_deltanet as script
-    cache = Path(script.load_kernel().__file__).with_name("__pycache__")
-    if not all(any(cache.glob(f"delta_kernel.{name}-*.nbi")) for name in KERNELS):
-        code = "import sys; sys.path.insert(0, 'tests'); import conftest; conftest.compile_kernel()"
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    compile_kernel()
 
 
 @pytest.fixture(autouse=True)
