@@ -39,8 +39,8 @@ WIDTH = 16
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
 VECTOR, WHOLE = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH)
 JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
-# Of functions that others call: called instead, what has just been compiled would be linked otherwise than what is saved
-# of it, and its results' last bits would differ from those of all later processes.
+# Of functions that others call. Called instead, what has just been compiled would be linked otherwise than what is
+# saved of it: its results' last bits would not be those of all later processes.
 PART = JIT | {"forceinline": True}
 f32 = np.float32
 ZERO, ONE = f32(0), f32(1)

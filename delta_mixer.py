@@ -99,8 +99,8 @@ def chunk_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
 
     M acts on the timescale axis and H_t = I - beta_t k_t k_t^T on the key axis, so they commute: inside a chunk the
     output is O = (c * A) V with plain DeltaNet's attention matrix A and the scalar decay weights c. All chunks are
-    computed at once, as one more axis; only the states go from chunk to chunk. `chunk_size` None: up to 80 tokens are one
-    chunk, longer texts are cut into chunks of 32 (the fastest of 16 to 128 on a CPU).
+    computed at once, as one more axis; only the states go from chunk to chunk. `chunk_size` None: up to 80 tokens are
+    one chunk, longer texts are cut into chunks of 32 (the fastest of 16 to 128 on a CPU).
     """
     length = q.shape[-2]
     chunk_size = chunk_size or (length if length <= 80 else 32)
