@@ -39,6 +39,9 @@ WIDTH = 16
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
 VECTOR, WHOLE = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH)
 JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
+# Of functions that others call. Called instead, what has just been compiled would be linked otherwise than what is
+# saved of it: its results' last bits would not be those of all later processes.
+PART = JIT | {"forceinline": True}
 f32 = np.float32
 ZERO, ONE = f32(0), f32(1)
 
@@ -200,7 +203,7 @@ def exp(typingctx, x):
     return elementwise(build)(x)
 
 
-@njit(**JIT)
+@njit(**PART)
 def sigmoid(x):
     return div(ONE, add(exp(sub(ZERO, x)), ONE))
 
@@ -270,7 +273,7 @@ def copy_row(source, i, target, j, count):
         target[j + c] = source[i + c]
 
 
-@njit(**JIT)
+@njit(**PART)
 def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates,
             row, proj, mask, keep, p, w):
     """Everything of the block's tokens that does not depend on the states; rows up to the next multiple of 4 are zeros.
@@ -366,7 +369,7 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
             w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3], w.at[8 * i + 4] = ONE, ZERO, ZERO, ONE, ZERO
 
 
-@njit(**JIT)
+@njit(**PART)
 def recur(n, slot, step, K, w):
     """Both states over the block's tokens, from slot `slot` of w.states on; `step` 1 keeps those before each token."""
     KP = len(w.o) // BLOCK
@@ -401,7 +404,7 @@ def recur(n, slot, step, K, w):
     return slot
 
 
-@njit(**JIT)
+@njit(**PART)
 def inverse_rms(o, i, K):
     """1 / sqrt(mean(o^2) + 1e-6) of row i."""
     KP, square = len(o) // BLOCK, splat(ZERO)
@@ -434,7 +437,7 @@ def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm):
     return p
 
 
-@njit(**JIT)
+@njit(**PART)
 def of_head(p, h, KP):
     """The parameters of head h."""
     return Weights(p.conv[h * 12 * KP:(h + 1) * 12 * KP], p.bilinear[h * KP * KP:(h + 1) * KP * KP],
@@ -442,7 +445,7 @@ def of_head(p, h, KP):
                    p.numbers[2 * h:2 * h + 2])
 
 
-@njit(**JIT)
+@njit(**PART)
 def new_work(K, KP, slots):
     rows = BLOCK * KP
     return Work(np.zeros((3 + BLOCK) * 3 * KP, f32), np.zeros(3 * rows, f32), np.zeros(3 * rows, f32),
@@ -452,14 +455,14 @@ def new_work(K, KP, slots):
                 np.zeros(2 * rows, f32), np.zeros(slots * 2 * K * KP, f32), np.zeros(BLOCK, np.int64))
 
 
-@njit(**JIT)
+@njit(**PART)
 def copy_state(source, i, source_row, target, j, target_row, K):
     """Both states, from rows of `source_row` numbers to rows of `target_row`."""
     for a in range(2 * K):
         copy_row(source, i + a * source_row, target, j + a * target_row, K)
 
 
-@njit(**JIT)
+@njit(**PART)
 def any_real(b, start, n, length, reverse, mask):
     first = b * length + (length - start - n if reverse else start)
     for token in range(first, first + n):
@@ -513,7 +516,7 @@ def forward(first, stride, groups, per_task, batch, length, row, K, heads, rever
                     copy_state(w.states, 0, KP, final, (b * heads + h) * 2 * K * K, K, K)
 
 
-@njit(**JIT)
+@njit(**PART)
 def recur_backward(n, K, p, w, g):
     """Gradients of q, k, v and `at` of the block's tokens from those of o, which stand in w.o, and of later states."""
     KP = len(p.norm)
@@ -574,7 +577,7 @@ def recur_backward(n, K, p, w, g):
         g.at[8 * i + 4], g.at[8 * i + 5], g.at[8 * i + 6] = total(gb), read_fast, read_slow
 
 
-@njit(**JIT)
+@njit(**PART)
 def gate_backward(i, flux, coupling, hierarchical, read_gates, w, g, logits):
     """Gradients of the gates' logits (5) from those of `at` of token i; returns the gradient of the logit of psi."""
     beta, a_fast, a_slow = w.gates[i], w.gates[BLOCK + i], w.gates[2 * BLOCK + i]
@@ -605,7 +608,7 @@ def gate_backward(i, flux, coupling, hierarchical, read_gates, w, g, logits):
     return g_psi * raw * (ONE - raw) if flux and f32(0.01) <= raw <= f32(0.99) else ZERO
 
 
-@njit(**JIT)
+@njit(**PART)
 def flux_backward(n, K, p, w, g):
     """Add the flux's gradients of k and v, and of its parameters; those of the tokens' psi logits stand in g.form."""
     KP = len(p.norm)
@@ -666,7 +669,7 @@ def flux_backward(n, K, p, w, g):
             store(g.mlp, at + 2 * two, s2), store(g.mlp, at + 3 * two, s3)
 
 
-@njit(**JIT)
+@njit(**PART)
 def input_backward(n, convolution, p, w, g):
     """From the gradients of q, k, v in g.z to those of the convolution's output (there) and input (in w.y)."""
     KP = len(p.norm)
@@ -793,7 +796,7 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
 # (to 1e-7)
 
 
-@njit(**JIT)
+@njit(**PART)
 def upper_tail(z, density):
     """1 - Phi(z) of z >= 0, given exp(-z^2 / 2)."""
     t = div(ONE, fma(z, f32(0.3275911 / math.sqrt(2)), ONE))
@@ -847,13 +850,15 @@ os.register_at_fork(after_in_child=forget_openmp)
 
 def ready(kernel: Any, *args: Any) -> None:
     """Compile `kernel` for these arguments, or load it from the cache on disk; says so if that takes long."""
-    if not kernel.signatures:
-        note = threading.Timer(2, print, ["note: compiling the CPU kernel, once; it is kept for later runs"],
-                               {"file": sys.stderr})
-        note.daemon = True
-        note.start()
-        kernel.compile(tuple(map(typeof, args)))
-        note.cancel()
+    if kernel.signatures:
+        return
+    note = threading.Timer(2, print, ["note: compiling the CPU kernel, once; it is kept for later runs"],
+                           {"file": sys.stderr})
+    note.daemon = True
+    note.start()
+    signature = tuple(map(typeof, args))
+    kernel.compile(signature)
+    note.cancel()
 
 
 def in_threads(count: int, kernel: Callable, *args: Any) -> None:

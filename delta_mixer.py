@@ -1,18 +1,147 @@
-"""The layer's sequence mixer as one operator: on a CPU by Numba (delta_kernel.py), on CUDA by Triton.
+"""What computes the delta rule fast: a parallel form in PyTorch, and the layer's whole mixer as one operator.
 
-    o, final_state = hierarchical_mixer(proj, mask, ...)          # differentiable; (B, T, (3 K + 5) H) -> (B, T, H K)
+    o, state = chunk_hierarchical_delta_rule(q, k, v, ...)  # the training script's `recurrent_...`, in chunks
+    o, state = hierarchical_mixer(proj, mask, ...)  # its `parallel_mixer`: (B, T, (3 K + 5) H) -> (B, T, H K)
 
-Its twin in PyTorch is `parallel_mixer` of the training script. A device's kernels are imported by the first call there,
-so that neither needs the other's package. Both keep the same for the backward pass: the inputs, and the states every
-BLOCK tokens.
+The operator's kernels are Numba's on a CPU (delta_kernel.py) and Triton's on CUDA (delta_kernel_cuda.py), imported by
+the first call there, so that neither needs the other's package. Both keep the same for the backward pass: the inputs,
+and the states every BLOCK tokens.
 """
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parallel form
+
+
+def decay_products(transition: Tensor, read: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All products of the transitions inside one chunk, by doubling the block size; nothing is ever divided.
+
+    Args: transition (..., T, 2, 2), read (..., T, 2).
+    Returns:
+        c (..., T, T): c_tj = r_t^T M_t ... M_{j+1} 1 for j <= t, else 0.
+        left (2, ..., T): r_t^T M_t ... M_1, what o_t reads of an initial state.
+        right (2, ..., T): M_T ... M_{t+1} 1, what is left of write t at the end.
+        whole (2, 2, ...): M_T ... M_1.
+    """
+    length = read.shape[-2]
+    size = 1 << (length - 1).bit_length()
+    # Timescales, then time, come first: the last axis is long at every block size, so each operation is vectorised.
+    m, r = transition.movedim((-2, -1, -3), (0, 1, 2)), read.movedim((-1, -2), (0, 1))
+    if size != length:
+        eye = torch.eye(2, dtype=m.dtype, device=m.device).view(2, 2, *[1] * (m.dim() - 2))
+        m = torch.cat([m, eye.expand(2, 2, size - length, *m.shape[3:])], 2)
+        r = torch.cat([r, r.new_zeros(2, size - length, *r.shape[2:])], 1)
+    m, r = m.unsqueeze(3), r.unsqueeze(2)  # (2, 2, blocks, 1, ...) and (2, blocks, 1, ...)
+    c, right, left = r.sum(0).unsqueeze(2), torch.ones_like(r), (r.unsqueeze(1) * m).sum(0)
+    while len(c) > 1:
+        m1, m2, c1, c2 = m[:, :, ::2], m[:, :, 1::2], c[::2], c[1::2]
+        left1, left2, right1, right2 = left[:, ::2], left[:, 1::2], right[:, ::2], right[:, 1::2]
+        end1, end2 = m1[:, :, :, -1:], m2[:, :, :, -1:]  # each half's whole product
+        off = left2[0].unsqueeze(2) * right1[0].unsqueeze(1) + left2[1].unsqueeze(2) * right1[1].unsqueeze(1)
+        c = torch.cat([torch.cat([c1, torch.zeros_like(c1)], 2), torch.cat([off, c2], 2)], 1)
+        left = torch.cat([left1, left2[0] * end1[0] + left2[1] * end1[1]], 2)
+        right = torch.cat([end2[:, 0] * right1[0] + end2[:, 1] * right1[1], right2], 2)
+        m = torch.cat([m1, m2[:, :1] * end1[0] + m2[:, 1:] * end1[1]], 3)
+    return (c[0, :length, :length].movedim((0, 1), (-2, -1)).contiguous(), left[:, 0, :length].movedim(1, -1),
+            right[:, 0, :length].movedim(1, -1), m[:, :, 0, -1])
+
+
+class DeltaAttention(torch.autograd.Function):
+    """A = tril(Q K^T) X diag(beta) and X = (I + diag(beta) tril(K K^T, -1))^-1, with the gradients in closed form.
+
+    Plain DeltaNet's attention matrix (Yang et al. 2024, arXiv:2406.06484), by a triangular solve: a power series
+    blows up on repeated tokens. q, k (..., T, K), beta (..., T) -> A, X (..., T, T).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, beta):
+        n = beta.unsqueeze(-1) * (k @ k.mT)
+        eye = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand_as(n)
+        x = torch.linalg.solve_triangular(n, eye, upper=False, unitriangular=True)
+        w = (q @ k.mT).tril_() @ x
+        ctx.save_for_backward(q, k, beta, x, w)
+        ctx.set_materialize_grads(False)
+        return w * beta.unsqueeze(-2), x
+
+    @staticmethod
+    def backward(ctx, grad_a, grad_x):
+        q, k, beta, x, w = ctx.saved_tensors
+        grad_a = torch.zeros_like(w) if grad_a is None else grad_a  # only the final state has a gradient
+        grad_beta = (grad_a * w).sum(-2)
+        g = (grad_a * beta.unsqueeze(-2)) @ x.mT
+        grad_n = w.mT @ g
+        if grad_x is not None:
+            grad_n = grad_n + x.mT @ (grad_x @ x.mT)
+        grad_n = grad_n.tril_(-1).neg_()
+        grad_beta = grad_beta + (grad_n * (k @ k.mT)).sum(-1)
+        grad_n = grad_n * beta.unsqueeze(-1)
+        g = g.tril_()
+        grad_k = torch.baddbmm(*_flat3(g.mT @ q, grad_n + grad_n.mT, k)).view_as(k)
+        return g @ k, grad_k, grad_beta
+
+
+def _flat3(*tensors: Tensor) -> Iterator[Tensor]:
+    """Every tensor as (batch, rows, columns)."""
+    return (t.reshape(-1, *t.shape[-2:]) for t in tensors)
+
+
+def chunk_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, transition: Tensor, read: Tensor,
+                                  initial_state: Tensor | None = None, output_final_state: bool = False,
+                                  chunk_size: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """The parallel form of `recurrent_hierarchical_delta_rule`, same arguments and results, linear in T.
+
+    M acts on the timescale axis and H_t = I - beta_t k_t k_t^T on the key axis, so they commute: inside a chunk the
+    output is O = (c * A) V with plain DeltaNet's attention matrix A and the scalar decay weights c. All chunks are
+    computed at once, as one more axis; only the states go from chunk to chunk. `chunk_size` None: up to 80 tokens are
+    one chunk, longer texts are cut into chunks of 32 (the fastest of 16 to 128 on a CPU).
+    """
+    length = q.shape[-2]
+    chunk_size = chunk_size or (length if length <= 80 else 32)
+    count = -(-length // chunk_size)
+    size = chunk_size if count > 1 else length
+    if pad := count * size - length:
+        q, k, v, read = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v, read))
+        eye = torch.eye(2, dtype=q.dtype, device=q.device).expand(*transition.shape[:-3], pad, 2, 2)
+        beta, transition = F.pad(beta, (0, pad)), torch.cat([transition, eye], -3)
+    q, k, v, read = (x.unflatten(-2, (count, size)) for x in (q, k, v, read))
+    beta, transition = beta.unflatten(-1, (count, size)), transition.unflatten(-3, (count, size))
+
+    c, left, right, whole = decay_products(transition, read)
+    a, x = DeltaAttention.apply(q, k, beta)
+    o, state = (c * a) @ v, initial_state
+    if initial_state is not None or output_final_state or count > 1:
+        # Both states side by side as K x 2V: what each is multiplied with is the same, so one product serves both.
+        k_end = ((x.mT @ k) * beta.unsqueeze(-1)).mT  # columns: beta_j H_C ... H_{j+1} k_j
+        both = lambda weights: torch.cat([weights[0].unsqueeze(-1) * v, weights[1].unsqueeze(-1) * v], -1)  # noqa: E731
+        written, lost, width = (k_end @ both(right)).unbind(-3), (k_end @ k).unbind(-3), v.shape[-1]
+        state = torch.zeros_like(written[0]) if state is None else state.movedim(-3, -2).flatten(-2)
+        states = []
+        for i, m in enumerate(whole.movedim(-1, 0).unsqueeze(-1).unsqueeze(-1)):  # (chunks, 2, 2, ..., 1, 1)
+            states.append(state)
+            fast, slow = torch.sub(state, lost[i] @ state).split(width, -1)
+            state = written[i] + torch.cat([m[0, 0] * fast + m[0, 1] * slow, m[1, 0] * fast + m[1, 1] * slow], -1)
+        if initial_state is not None or count > 1:
+            fast, slow = ((q - a @ k) @ torch.stack(states, -3)).split(width, -1)  # rows of q - A K: H_1 ... H_t q_t
+            o = o + left[0].unsqueeze(-1) * fast + left[1].unsqueeze(-1) * slow
+        state = state.unflatten(-1, (2, width)).movedim(-2, -3)
+    o = o.flatten(-3, -2)
+    return o[..., :length, :] if pad else o, state if output_final_state else None
+
+
+def l2_normalise(x: Tensor) -> Tensor:
+    """x * rsqrt(sum(x^2) + 1e-6) over the last axis."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operator
 
 BLOCK = 32  # tokens between two kept states
 HIDDEN = 16  # units of the flux's MLP

@@ -327,7 +327,7 @@ def pad_lengths(cfg: dict[str, Any]) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Delta rule: sequential reference, then the parallel form
+# Delta rule: its definition; the forms that compute it fast stand in delta_mixer.py
 
 
 def recurrent_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, transition: Tensor, read: Tensor,
@@ -357,128 +357,42 @@ def recurrent_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Ten
     return torch.stack(outputs, -2), state if output_final_state else None
 
 
-def decay_products(transition: Tensor, read: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All products of the transitions inside one chunk, by doubling the block size; nothing is ever divided.
+KERNEL_FILES = ("delta_mixer.py", "delta_kernel.py", "delta_kernel_cuda.py")
 
-    Args: transition (..., T, 2, 2), read (..., T, 2).
-    Returns:
-        c (..., T, T): c_tj = r_t^T M_t ... M_{j+1} 1 for j <= t, else 0.
-        left (2, ..., T): r_t^T M_t ... M_1, what o_t reads of an initial state.
-        right (2, ..., T): M_T ... M_{t+1} 1, what is left of write t at the end.
-        whole (2, 2, ...): M_T ... M_1.
+
+def load_kernel() -> ModuleType:
+    """delta_mixer.py: the forms that compute the delta rule fast, and the operator that has kernels.
+
+    The files beside this one are run as a package from copies in the user's cache folder, named after their content:
+    compiled once for all saved models that hold the same ones, and one module in a process that opens several. A folder
+    that cannot be written is replaced by a temporary one.
     """
-    length = read.shape[-2]
-    size = 1 << (length - 1).bit_length()
-    # Timescales, then time, come first: the last axis is long at every block size, so each operation is vectorised.
-    m, r = transition.movedim((-2, -1, -3), (0, 1, 2)), read.movedim((-1, -2), (0, 1))
-    if size != length:
-        eye = torch.eye(2, dtype=m.dtype, device=m.device).view(2, 2, *[1] * (m.dim() - 2))
-        m = torch.cat([m, eye.expand(2, 2, size - length, *m.shape[3:])], 2)
-        r = torch.cat([r, r.new_zeros(2, size - length, *r.shape[2:])], 1)
-    m, r = m.unsqueeze(3), r.unsqueeze(2)  # (2, 2, blocks, 1, ...) and (2, blocks, 1, ...)
-    c, right, left = r.sum(0).unsqueeze(2), torch.ones_like(r), (r.unsqueeze(1) * m).sum(0)
-    while len(c) > 1:
-        m1, m2, c1, c2 = m[:, :, ::2], m[:, :, 1::2], c[::2], c[1::2]
-        left1, left2, right1, right2 = left[:, ::2], left[:, 1::2], right[:, ::2], right[:, 1::2]
-        end1, end2 = m1[:, :, :, -1:], m2[:, :, :, -1:]  # each half's whole product
-        off = left2[0].unsqueeze(2) * right1[0].unsqueeze(1) + left2[1].unsqueeze(2) * right1[1].unsqueeze(1)
-        c = torch.cat([torch.cat([c1, torch.zeros_like(c1)], 2), torch.cat([off, c2], 2)], 1)
-        left = torch.cat([left1, left2[0] * end1[0] + left2[1] * end1[1]], 2)
-        right = torch.cat([end2[:, 0] * right1[0] + end2[:, 1] * right1[1], right2], 2)
-        m = torch.cat([m1, m2[:, :1] * end1[0] + m2[:, 1:] * end1[1]], 3)
-    return (c[0, :length, :length].movedim((0, 1), (-2, -1)).contiguous(), left[:, 0, :length].movedim(1, -1),
-            right[:, 0, :length].movedim(1, -1), m[:, :, 0, -1])
+    files = {name: Path(__file__).with_name(name).read_bytes() for name in KERNEL_FILES}
+    name = f"deltanet_{hashlib.sha256(b''.join(files.values())).hexdigest()[:12]}"
+    if name not in sys.modules:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet" / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, source in ((folder / file, source) for file, source in files.items()):
+                if not path.is_file() or path.read_bytes() != source:
+                    own = path.with_name(f".{path.name}.{os.getpid()}")
+                    own.write_bytes(source)
+                    os.replace(own, path)
+        except OSError:
+            folder = Path(tempfile.mkdtemp())
+            for file, source in files.items():
+                (folder / file).write_bytes(source)
+        package = ModuleType(name)
+        package.__path__, sys.modules[name] = [str(folder)], package
+    return importlib.import_module(f"{name}.delta_mixer")
 
 
-class DeltaAttention(torch.autograd.Function):
-    """A = tril(Q K^T) X diag(beta) and X = (I + diag(beta) tril(K K^T, -1))^-1, with the gradients in closed form.
-
-    Plain DeltaNet's attention matrix (Yang et al. 2024, arXiv:2406.06484), by a triangular solve: a power series
-    blows up on repeated tokens. q, k (..., T, K), beta (..., T) -> A, X (..., T, T).
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, beta):
-        n = beta.unsqueeze(-1) * (k @ k.mT)
-        eye = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand_as(n)
-        x = torch.linalg.solve_triangular(n, eye, upper=False, unitriangular=True)
-        w = (q @ k.mT).tril_() @ x
-        ctx.save_for_backward(q, k, beta, x, w)
-        ctx.set_materialize_grads(False)
-        return w * beta.unsqueeze(-2), x
-
-    @staticmethod
-    def backward(ctx, grad_a, grad_x):
-        q, k, beta, x, w = ctx.saved_tensors
-        grad_a = torch.zeros_like(w) if grad_a is None else grad_a  # only the final state has a gradient
-        grad_beta = (grad_a * w).sum(-2)
-        g = (grad_a * beta.unsqueeze(-2)) @ x.mT
-        grad_n = w.mT @ g
-        if grad_x is not None:
-            grad_n = grad_n + x.mT @ (grad_x @ x.mT)
-        grad_n = grad_n.tril_(-1).neg_()
-        grad_beta = grad_beta + (grad_n * (k @ k.mT)).sum(-1)
-        grad_n = grad_n * beta.unsqueeze(-1)
-        g = g.tril_()
-        grad_k = torch.baddbmm(*_flat3(g.mT @ q, grad_n + grad_n.mT, k)).view_as(k)
-        return g @ k, grad_k, grad_beta
-
-
-def _flat3(*tensors: Tensor) -> Iterator[Tensor]:
-    """Every tensor as (batch, rows, columns)."""
-    return (t.reshape(-1, *t.shape[-2:]) for t in tensors)
-
-
-def chunk_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, transition: Tensor, read: Tensor,
-                                  initial_state: Tensor | None = None, output_final_state: bool = False,
-                                  chunk_size: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """The parallel form of `recurrent_hierarchical_delta_rule`, same arguments and results, linear in T.
-
-    M acts on the timescale axis and H_t = I - beta_t k_t k_t^T on the key axis, so they commute: inside a chunk the
-    output is O = (c * A) V with plain DeltaNet's attention matrix A and the scalar decay weights c. All chunks are
-    computed at once, as one more axis; only the states go from chunk to chunk. `chunk_size` None: up to 80 tokens are one
-    chunk, longer texts are cut into chunks of 32 (the fastest of 16 to 128 on a CPU).
-    """
-    length = q.shape[-2]
-    chunk_size = chunk_size or (length if length <= 80 else 32)
-    count = -(-length // chunk_size)
-    size = chunk_size if count > 1 else length
-    if pad := count * size - length:
-        q, k, v, read = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v, read))
-        eye = torch.eye(2, dtype=q.dtype, device=q.device).expand(*transition.shape[:-3], pad, 2, 2)
-        beta, transition = F.pad(beta, (0, pad)), torch.cat([transition, eye], -3)
-    q, k, v, read = (x.unflatten(-2, (count, size)) for x in (q, k, v, read))
-    beta, transition = beta.unflatten(-1, (count, size)), transition.unflatten(-3, (count, size))
-
-    c, left, right, whole = decay_products(transition, read)
-    a, x = DeltaAttention.apply(q, k, beta)
-    o, state = (c * a) @ v, initial_state
-    if initial_state is not None or output_final_state or count > 1:
-        # Both states side by side as K x 2V: what each is multiplied with is the same, so one product serves both.
-        k_end = ((x.mT @ k) * beta.unsqueeze(-1)).mT  # columns: beta_j H_C ... H_{j+1} k_j
-        both = lambda weights: torch.cat([weights[0].unsqueeze(-1) * v, weights[1].unsqueeze(-1) * v], -1)  # noqa: E731
-        written, lost, width = (k_end @ both(right)).unbind(-3), (k_end @ k).unbind(-3), v.shape[-1]
-        state = torch.zeros_like(written[0]) if state is None else state.movedim(-3, -2).flatten(-2)
-        states = []
-        for i, m in enumerate(whole.movedim(-1, 0).unsqueeze(-1).unsqueeze(-1)):  # (chunks, 2, 2, ..., 1, 1)
-            states.append(state)
-            fast, slow = torch.sub(state, lost[i] @ state).split(width, -1)
-            state = written[i] + torch.cat([m[0, 0] * fast + m[0, 1] * slow, m[1, 0] * fast + m[1, 1] * slow], -1)
-        if initial_state is not None or count > 1:
-            fast, slow = ((q - a @ k) @ torch.stack(states, -3)).split(width, -1)  # rows of q - A K: H_1 ... H_t q_t
-            o = o + left[0].unsqueeze(-1) * fast + left[1].unsqueeze(-1) * slow
-        state = state.unflatten(-1, (2, width)).movedim(-2, -3)
-    o = o.flatten(-3, -2)
-    return o[..., :length, :] if pad else o, state if output_final_state else None
+kernel = load_kernel()
+chunk_hierarchical_delta_rule = kernel.chunk_hierarchical_delta_rule
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layer
-
-
-def l2_normalise(x: Tensor) -> Tensor:
-    """x * rsqrt(sum(x^2) + 1e-6) over the last axis."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 class DeltaNetConfig(PretrainedConfig):
@@ -503,16 +417,17 @@ class DeltaNetConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
-                   flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor, o_norm: Tensor,
-                   initial_state: Tensor | None = None, reverse_heads: int = 0, convolution: bool = True, flux: bool = True,
-                   coupling: bool = True, hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
+def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor,
+                   flux_scale: Tensor, flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor,
+                   flux_out_bias: Tensor, o_norm: Tensor, initial_state: Tensor | None = None, *,
+                   reverse_heads: int = 0, convolution: bool = True, flux: bool = True, coupling: bool = True,
+                   hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
                    delta_rule: Callable = chunk_hierarchical_delta_rule) -> tuple[Tensor, Tensor | None]:
     """All between a layer's input and output projections, in PyTorch: the twin of the kernels' `hierarchical_mixer`.
 
     Args:
-        proj: (B, T, R), for each token q (H, K), k (H, K), v (H, K), the logits of beta, a_fast, a_slow, g_fast, g_slow (H each),
-            and what fills the row.
+        proj: (B, T, R), for each token q (H, K), k (H, K), v (H, K), the logits of beta, a_fast, a_slow, g_fast, g_slow
+            (H each), and what fills the row.
         mask: (B, T) bool, False at padding: the convolution reads zeros there, nothing is written, and o is 0.
         keep: (B, T, H) bool or None, False where state dropout drops the write: the states pass, and are read.
         conv_weight: (4, 3, H, K), tap i looks i tokens back. o_norm: (H, K).
@@ -530,8 +445,10 @@ def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight:
         left, right = x.split([heads - reverse_heads, reverse_heads], at)
         return torch.cat([left, right.flip(at + 2)], at)
 
-    qkv, gates, _ = proj.float().split([3 * heads * channels, 5 * heads, proj.shape[-1] - heads * (3 * channels + 5)], -1)
-    qkv = orient((qkv * mask.unsqueeze(-1)).view(batch, length, 3, heads, channels).permute(2, 3, 0, 1, 4))  # (3, H, B, T, K)
+    width = 3 * heads * channels
+    qkv, gates = proj[..., :width].float(), proj[..., width:width + 5 * heads].float()
+    qkv = (qkv * mask.unsqueeze(-1)).view(batch, length, 3, heads, channels)
+    qkv = orient(qkv.permute(2, 3, 0, 1, 4))  # (3, H, B, T, K)
     gates = torch.sigmoid(gates.view(batch, length, 5, heads).permute(3, 0, 1, 2))  # (H, B, T, 5)
     beta, a_fast, a_slow, g_fast, g_slow = orient(gates).unbind(-1)
     update = mask.expand(heads, -1, -1) if keep is None else (keep & mask.unsqueeze(-1)).permute(2, 0, 1)
@@ -540,7 +457,7 @@ def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight:
         padded = F.pad(qkv, (0, 0, 3, 0))
         qkv = sum(padded[..., 3 - i:3 - i + length, :] * conv_weight[i, :, :, None, None] for i in range(4))
     q, k, v = F.silu(qkv).unbind(0)
-    q, k = l2_normalise(q), l2_normalise(k)
+    q, k = kernel.l2_normalise(q), kernel.l2_normalise(k)
     psi = torch.full_like(beta, 0.5)
     if flux:
         form = ((k.flatten(1, 2) @ flux_bilinear).view_as(k) * v).sum(-1) * flux_scale[:, None, None]
@@ -551,61 +468,32 @@ def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight:
     kappa = 0.05 + 0.10 * psi if coupling and hierarchical else 0.0 * psi
     f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
     out_fast, out_slow = kappa * psi, kappa * (1 - psi)
-    transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)], -1).unflatten(-1, (2, 2))
+    transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)], -1)
+    transition = transition.unflatten(-1, (2, 2))
     transition = torch.where(update[..., None, None], transition, torch.eye(2, device=proj.device))
     read = torch.stack([alpha * g_fast, (1 - alpha) * g_slow if hierarchical else torch.zeros_like(alpha)], -1)
     state = None if initial_state is None else initial_state.float().transpose(0, 1)
-    o, state = delta_rule(q, k, v, beta * update, transition, read, initial_state=state, output_final_state=output_final_state)
+    o, state = delta_rule(q, k, v, beta * update, transition, read, initial_state=state,
+                          output_final_state=output_final_state)
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * o_norm[:, None, None] * real.unsqueeze(-1)
     return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
 
 
-kernel: Any = None  # delta_mixer.py as a module, from the first layer that is built on
-KERNEL_FILES = ("delta_mixer.py", "delta_kernel.py", "delta_kernel_cuda.py")
-
-
-def load_kernel() -> Any:
-    """`kernel`, loaded if it is not: delta_mixer.py beside this file, with the devices' kernels that it imports when it needs them.
-
-    They are a package run from copies in the user's cache folder, named after their content, so that they are compiled once for all
-    saved models that hold the same ones, and are one module in a process that opens several. A folder that cannot be written is
-    replaced by a temporary one.
-    """
-    global kernel
-    if kernel is not None:
-        return kernel
-    files = {name: Path(__file__).with_name(name).read_bytes() for name in KERNEL_FILES}
-    name = f"deltanet_{hashlib.sha256(b''.join(files.values())).hexdigest()[:12]}"
-    if name not in sys.modules:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet" / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path, source in ((folder / file, source) for file, source in files.items()):
-                if not path.is_file() or path.read_bytes() != source:
-                    own = path.with_name(f".{path.name}.{os.getpid()}")
-                    own.write_bytes(source)
-                    os.replace(own, path)
-        except OSError:
-            folder = Path(tempfile.mkdtemp())
-            for file, source in files.items():
-                (folder / file).write_bytes(source)
-        package = ModuleType(name)
-        package.__path__, sys.modules[name] = [str(folder)], package
-    kernel = importlib.import_module(f"{name}.delta_mixer")
-    return kernel
-
-
 def has_kernel(x: Tensor, channels: int = 32) -> bool:
-    """Whether compiled kernels for heads of `channels` run where `x` is; warns once if a package for them is missing."""
+    """Whether kernels for heads of `channels` run where `x` is; warns once if a package for them is missing."""
     device = x.device.type
     if device in kernel.PACKAGES and device not in kernel.DEVICES and not torch.compiler.is_compiling():
         package = kernel.PACKAGES[device]
-        warnings.warn(f"without the package {package} this model is several times slower on {device}: pip install {package}", stacklevel=1)
+        warnings.warn(f"without the package {package} this model is several times slower on {device}: "
+                      f"pip install {package}", stacklevel=1)
     return device in kernel.DEVICES and (device == "cpu" or channels in kernel.CUDA_CHANNELS)
 
 
 def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
-    """Retention of each head's slow state at initialisation, (H,): 1 / (1 - retention) rises geometrically in a direction."""
+    """Retention of each head's slow state at initialisation, (H,).
+
+    With a `slow_decay_max`, 1 / (1 - retention) rises geometrically over the heads of a direction.
+    """
     if not cfg.slow_decay_max:
         return torch.full((cfg.num_heads,), cfg.slow_decay_init)
     directions = 2 if cfg.bidirectional else 1
@@ -618,7 +506,7 @@ PIECE = 16384  # tokens that are in work at once where memory is to be spared
 
 
 def frugal(module: nn.Module) -> bool:
-    """Whether long texts may go through `module` piece by piece; not in training, whose dropout is drawn for the whole."""
+    """Whether long texts may go through `module` piece by piece: not where dropout is drawn for the whole."""
     return not (module.training or torch.is_grad_enabled() or torch.compiler.is_exporting())
 
 
@@ -627,7 +515,6 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
 
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
-        load_kernel()
         self.cfg, heads, dim = cfg, cfg.num_heads, cfg.d_model
         self.mixer: Callable | None = None  # in place of the kernel or `parallel_mixer`, with the same arguments
         channels = dim // heads
@@ -667,16 +554,21 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
 
         R is a multiple of 16: other rows cost a third more on a CPU.
         """
-        sizes, fill = ((self.qkv_proj, 3), (self.gate_proj, 5)), -(part.stop - part.start) * (3 * self.o_norm.shape[-1] + 5) % 16
-        weight, bias = (torch.cat([*(getattr(linear, name).unflatten(0, (rows, self.cfg.num_heads, -1))[:, part].flatten(0, 2)
-                                     for linear, rows in sizes), x.new_zeros(fill, *size, dtype=self.o_norm.dtype)])
-                        for name, size in (("weight", (x.shape[-1],)), ("bias", ())))
-        return F.linear(x, weight, bias)
+        heads, fill = self.cfg.num_heads, -(part.stop - part.start) * (3 * self.o_norm.shape[-1] + 5) % 16
+
+        def rows(name: str) -> Tensor:
+            """`weight` or `bias` of what the heads need of both layers, (R, ...)."""
+            qkv, gates = getattr(self.qkv_proj, name), getattr(self.gate_proj, name)
+            chosen = [x.unflatten(0, (count, heads, -1))[:, part].flatten(0, 2) for x, count in ((qkv, 3), (gates, 5))]
+            return torch.cat([*chosen, qkv.new_zeros(fill, *qkv.shape[1:])])
+
+        return F.linear(x, rows("weight"), rows("bias"))
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
         heads, channels = self.cfg.num_heads, self.o_norm.shape[-1]
-        if frugal(self) and x[..., 0].numel() > PIECE and not output_final_state:  # some heads at a time: their projections take the most room
+        if frugal(self) and x[..., 0].numel() > PIECE and not output_final_state:
+            # Some heads at a time, as their projections take the most room.
             out, some = torch.empty_like(x), max(1, heads * PIECE // x[..., 0].numel())
             for first in range(0, heads, some):
                 part = slice(first, min(first + some, heads))
@@ -685,21 +577,27 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         o, state = self.mix(x, mask, slice(0, heads), output_final_state)
         return self.o_proj(o.to(x.dtype)), state
 
-    def mix(self, x: Tensor, mask: Tensor, part: slice, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
+    def switches(self) -> dict[str, bool]:
+        """The mixer's options that the config sets."""
+        cfg = self.cfg
+        return {"convolution": cfg.short_convolution, "flux": cfg.resonance_flux, "read_gates": cfg.read_gates,
+                "coupling": cfg.cross_timescale_coupling, "hierarchical": cfg.hierarchical_memory}
+
+    def mix(self, x: Tensor, mask: Tensor, part: slice, output_final_state: bool = False,
+            ) -> tuple[Tensor, Tensor | None]:
         """What the heads `part` read, before the output projection (B, T, heads K), and their final states or None."""
         cfg, heads, channels, keep = self.cfg, self.cfg.num_heads, self.o_norm.shape[-1], None
         if self.training and cfg.state_dropout > 0:
             keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
         reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
         proj = self.project(x, part)
+        mixer = self.mixer or (kernel.hierarchical_mixer if has_kernel(x, channels) else parallel_mixer)
         with torch.autocast(x.device.type, enabled=False):
-            return (self.mixer or (kernel.hierarchical_mixer if has_kernel(x, channels) else parallel_mixer))(
-                proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part], self.flux_bilinear[part],
-                torch.exp(-self.flux_log_temperature.view(heads)[part]), self.flux_in.weight, self.flux_in.bias,
-                self.flux_out.weight.view(-1), self.flux_out.bias, self.o_norm.view(heads, channels)[part],
-                reverse_heads=reverse, convolution=cfg.short_convolution, flux=cfg.resonance_flux,
-                coupling=cfg.cross_timescale_coupling, hierarchical=cfg.hierarchical_memory, read_gates=cfg.read_gates,
-                output_final_state=output_final_state)
+            return mixer(proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part],
+                         self.flux_bilinear[part], torch.exp(-self.flux_log_temperature.view(heads)[part]),
+                         self.flux_in.weight, self.flux_in.bias, self.flux_out.weight.view(-1), self.flux_out.bias,
+                         self.o_norm.view(heads, channels)[part], reverse_heads=reverse,
+                         output_final_state=output_final_state, **self.switches())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -712,12 +610,12 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=-1)
 
 
-def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], batch_size: int = 64, max_length: int | None = 128,
-           convert_to_tensor: bool = False) -> np.ndarray | Tensor:
-    """Unit sentence embeddings, (N, D) in the order given, or (D,) for one string; works for the student and for the teacher.
+def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], batch_size: int = 64,
+           max_length: int | None = 128, convert_to_tensor: bool = False) -> np.ndarray | Tensor:
+    """Unit sentence embeddings of student or teacher, (N, D) in the order given, or (D,) for one string.
 
-    Sentences are sorted by length so that little is padded, in batches of `batch_size`, less where texts are long: 2,048 tokens,
-    which a CPU's caches hold, 16,384 on CUDA. `max_length` None reads texts whole.
+    Sentences are sorted by length so that little is padded, in batches of `batch_size`, less where texts are long:
+    2,048 tokens, which a CPU's caches hold, 16,384 on CUDA. `max_length` None reads texts whole.
     """
     if isinstance(sentences, str):
         return encode(model, tokenizer, [sentences], batch_size, max_length, convert_to_tensor)[0]
@@ -762,7 +660,7 @@ def pad_batch(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 class RecomputedFeedForward(torch.autograd.Function):
-    """Linear, exact GELU, linear on a CPU, x (N, D) -> (N, D); keeps (N, F) numbers for its backward pass, where autograd would twice that."""
+    """Linear, exact GELU, linear on a CPU, x (N, D) -> (N, D); keeps half of what autograd would, (N, F) numbers."""
 
     @staticmethod
     def forward(ctx, x, up, up_bias, down, down_bias):
@@ -789,8 +687,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up, self.down
-        if x.is_cuda or not has_kernel(x) or torch.compiler.is_compiling() or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
-                or up.out_features % 16:
+        plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and up.out_features % 16 == 0
+        if x.is_cuda or not plain or torch.compiler.is_compiling() or not has_kernel(x):
             return down(F.gelu(up(x)))
         if torch.is_grad_enabled():
             return RecomputedFeedForward.apply(x.flatten(0, -2), up.weight, up.bias, down.weight, down.bias).view_as(x)
@@ -831,8 +729,8 @@ class DeltaNetStudent(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False, last_alone: bool = False,
-                      ) -> tuple[list[Tensor], Tensor | None]:
+    def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False,
+                      last_alone: bool = False) -> tuple[list[Tensor], Tensor | None]:
         """The output of every block, or of the last alone, (B, T, D) each, and the mean state overlap or None.
 
         The overlap: see `state_overlap`; 0 without a slow state.
@@ -843,8 +741,13 @@ class DeltaNetStudent(PreTrainedModel):
                 raise ValueError(f"text of {input_ids.shape[1]} tokens: learned positions end at {len(positions)}")
             positions = positions[:input_ids.shape[1]]
         rate = self.config.dropout if self.training else 0.0
-        drop = lambda x: torch.native_dropout(x, rate, True)[0] if rate else x  # noqa: E731  keeps a byte, where F.dropout keeps a float on a CPU
-        add = lambda x, y: x + y if torch.is_grad_enabled() else y.add_(x)  # noqa: E731  a long text needs the room
+
+        def drop(x: Tensor) -> Tensor:
+            return torch.native_dropout(x, rate, True)[0] if rate else x  # keeps a byte, F.dropout a float on a CPU
+
+        def add(x: Tensor, y: Tensor) -> Tensor:
+            return x + y if torch.is_grad_enabled() else y.add_(x)  # a long text needs the room
+
         wanted = output_state_overlap and self.config.hierarchical_memory
         x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
@@ -858,14 +761,14 @@ class DeltaNetStudent(PreTrainedModel):
         return states, overlap if output_state_overlap else None
 
     def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """`hidden` (B, T, D) times each token's weight over its text's mean weight: its plain mean is the weighted mean."""
+        """`hidden` (B, T, D) times each token's weight over its text's mean weight, so that its mean is weighted."""
         if not self.config.learned_pooling:
             return hidden
         weights = self.pooling(hidden).float().masked_fill(mask.unsqueeze(-1) == 0, -1e9).softmax(1)
         return hidden * (weights * mask.sum(1)[:, None, None]).to(hidden.dtype)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """transformers' interface: input_ids (B, T) -> last_hidden_state (B, T, D); a large batch a few texts at a time."""
+        """input_ids (B, T) -> last_hidden_state (B, T, D), as in transformers; a large batch a few texts at a time."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if frugal(self) and len(input_ids) > (rows := max(1, PIECE // input_ids.shape[1])):
             out = None
@@ -876,12 +779,14 @@ class DeltaNetStudent(PreTrainedModel):
                 out = x.new_zeros(*input_ids.shape, x.shape[-1]) if out is None else out
                 out[start:start + rows, :length] = x
             return BaseModelOutput(last_hidden_state=out)
-        return BaseModelOutput(last_hidden_state=self.weigh(self.hidden_states(input_ids, mask, last_alone=True)[0][0], mask))
+        (hidden,), _ = self.hidden_states(input_ids, mask, last_alone=True)
+        return BaseModelOutput(last_hidden_state=self.weigh(hidden, mask))
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
-        """`encode` with this model; the tokenizer is by default the one saved beside it, the length what it was trained on."""
+        """`encode` with this model, by default with the tokenizer saved beside it and the length it was trained on."""
         options.setdefault("max_length", getattr(self.config, "max_seq_length", 128))
-        return encode(self, tokenizer or AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=True), sentences, **options)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.name_or_path, trust_remote_code=True)
+        return encode(self, tokenizer, sentences, **options)
 
 
 def state_overlap(state: Tensor) -> Tensor:
@@ -891,20 +796,27 @@ def state_overlap(state: Tensor) -> Tensor:
     return (inner / (fast.square().sum((-2, -1)) * slow.square().sum((-2, -1)) + 1e-12)).mean()
 
 
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference over 1 + the largest expected entry."""
+    return float((expected - found).detach().abs().max() / (1 + expected.detach().abs().max()))
+
+
 def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, Any], device: torch.device,
                    log: Callable[[str], None] = print, backend: str | Callable = "inductor") -> bool:
     """torch.compile of the whole student and teacher, as the config's `compile` says; True if it was done.
 
-    Sizes are symbolic, so a few graphs (with and without gradients, one sentence, several) serve all lengths. The compiled student's
-    hidden states and gradients are compared with the uncompiled one's; where they differ or nothing can be compiled, one line says why,
-    and everything runs as it is. `auto` leaves several processes alone, of which none must wait for another one's compiler, and
-    deterministic runs, as a resumed run may be compiled from other first shapes.
+    Sizes are symbolic, so a few graphs (with and without gradients, one sentence, several) serve all lengths. The
+    compiled student's hidden states and gradients are compared with the uncompiled one's; where they differ or nothing
+    can be compiled, one line says why, and everything runs as it is. `auto` leaves several processes alone, of which
+    none must wait for another one's compiler, and deterministic runs, as a resumed run may be compiled from other first
+    shapes.
     """
     alone = device.type == "cuda" and not cfg["deterministic"] and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if cfg["compile"] == "false" or (cfg["compile"] == "auto" and not alone):
         return False
     compiled = torch.compile(DeltaNetStudent.hidden_states, dynamic=True, fullgraph=True, backend=backend)
-    generator, found, weights = torch.Generator().manual_seed(0), [], [p for p in student.parameters() if p.requires_grad]
+    generator, found = torch.Generator().manual_seed(0), []
+    weights = [p for p in student.parameters() if p.requires_grad]
     ids = torch.randint(student.config.vocab_size, (3, 24), generator=generator).to(device)
     mask = (torch.arange(24) < torch.tensor([24, 20, 9])[:, None]).long().to(device)
     was_training, precision = student.training, torch.get_float32_matmul_precision()
@@ -912,13 +824,15 @@ def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, 
     try:
         for function in (DeltaNetStudent.hidden_states, compiled):
             states = function(student, ids, mask)[0]
-            total = sum((x * torch.linspace(-1, 1, x.shape[-1], device=device) * mask.unsqueeze(-1)).sum() for x in states)
+            slope = torch.linspace(-1, 1, student.config.d_model, device=device) * mask.unsqueeze(-1)
+            total = sum((x * slope).sum() for x in states)
             found.append([*states, *torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)])
-        error = max(float((x - y).detach().abs().max() / (1 + x.detach().abs().max())) for x, y in zip(*found, strict=True))
-        if not error < (1e-3 if precision == "highest" or device.type == "cpu" else 1e-2):  # TF32 rounds in another order
+        error = max(relative_difference(x, y) for x, y in zip(*found, strict=True))
+        if not error < (1e-3 if precision == "highest" or device.type == "cpu" else 1e-2):  # TF32 rounds otherwise
             raise ArithmeticError(f"error: compiled results are off by {error:.1e}")
     except Exception as error:  # a missing compiler, header or GPU feature: PyTorch has a type of its own for each
-        reason = next((line for line in reversed(str(error).splitlines()) if "rror" in line or "ompiler" in line), type(error).__name__)
+        said = [line for line in str(error).splitlines() if "rror" in line or "ompiler" in line]
+        reason = said[-1] if said else type(error).__name__
         log(f"note: compile: PyTorch cannot compile here ({reason.strip()[:200]}); running without")
         return False
     finally:
@@ -972,7 +886,8 @@ def find_teacher(name: str) -> tuple[Path, str]:
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     weights = folder / "model.safetensors"
     if not weights.exists() or file_sha256(weights) != PACKAGED_SHA256:
-        raise UserError(f"packaged teacher {weights}: missing, or not the official weights (sha256 differs); reinstall it")
+        raise UserError(f"packaged teacher {weights}: missing, or not the official weights (sha256 differs); "
+                        "reinstall it")
     return folder, f"packaged copy, sha256 {PACKAGED_SHA256[:12]}"
 
 
@@ -1207,7 +1122,7 @@ def contrastive_loss(anchors: Tensor, positives: Tensor, negatives: Tensor, keys
     Anchor i's candidates are all positives and all hard negatives; positive j's are all anchors. A candidate with the
     text of the anchor or of its positive is no negative. Smoothing spreads over the remaining candidates.
 
-    With a guide, an anchor's candidates are all anchors too, a positive's all positives; one whose cosine with the query
+    With a guide, an anchor's candidates are all anchors too, a positive's all positives; one whose cosine with a query
     is, by the guide, above that of the query's own pair is left out: it may well be another right answer
     (GISTEmbed, arXiv:2402.16829, with one softmax over all four kinds where this has one for each side).
 
@@ -1255,7 +1170,7 @@ def orthogonal_regularisation_loss(student: DeltaNetStudent) -> Tensor:
 
 
 def spread_pairs(similarity: Tensor, count: int) -> Tensor:
-    """Flat indices (count,) of entries whose values are spread evenly from the smallest to the largest; repeats stand side by side.
+    """Flat indices (count,) of entries whose values are spread evenly over their range; repeats stand side by side.
 
     Most in-batch pairs are unrelated: a random choice would leave the upper half of the range to the positives.
     """
@@ -1273,12 +1188,14 @@ def spearman_loss(student: Tensor, teacher: Tensor, temperature: float = 0.05, c
     """
     counted = torch.ones_like(student) if counted is None else counted
     soft = torch.sigmoid((student[:, None] - student[None, :]) / temperature) @ counted
-    ranks = 0.5 * torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype) @ counted  # less a constant; ties have their mean
+    above = torch.sign(teacher[:, None] - teacher[None, :]).to(soft.dtype)
+    ranks = 0.5 * above @ counted  # less a constant; ties have their mean
     soft, ranks = ((x - x @ counted / counted.sum()) * counted for x in (soft, ranks))
     return 1 - soft @ ranks / (soft.norm() * ranks.norm() + 1e-8)
 
 
-def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05, counted: Tensor | None = None) -> Tensor:
+def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05,
+                          counted: Tensor | None = None) -> Tensor:
     """Mean hinge max(0, margin - (s_i - s_j)) over all i, j with t_i > t_j (RankNet's pairs, a margin loss).
 
     Args: student, teacher (P,), similarities of the same pairs; counted (P,), 1, or 0 for those to leave out.
@@ -1291,9 +1208,9 @@ def pairwise_ranking_loss(student: Tensor, teacher: Tensor, margin: float = 0.05
 
 
 def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg: dict[str, Any]) -> dict[str, Tensor]:
-    """Every loss that compares sentences of the whole batch. student, teacher (2 B + M, D): anchors, positives, negatives.
+    """Every loss that compares sentences of the whole batch, but those of weight 0.
 
-    Losses of weight 0 are left out, so that nobody pays for them.
+    Args: student, teacher (2 B + M, D), anchors, positives, negatives; keys as for `contrastive_loss`.
     """
     a, p, n = student.split([pairs, pairs, len(student) - 2 * pairs])
     ta, tp, tn = teacher.split([pairs, pairs, len(teacher) - 2 * pairs])
@@ -2328,25 +2245,26 @@ SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="ut
 
 
 def modelling_source() -> str:
-    """The slim modelling file of a saved folder: this script's own model classes, and the imports that they use."""
-    body, lines = ast.parse(SOURCE).body, SOURCE.splitlines()
-    nodes = {node.name: node for node in body if hasattr(node, "name")}
-    parts = (decay_products, _flat3, DeltaAttention, chunk_hierarchical_delta_rule, l2_normalise, DeltaNetConfig,
-             parallel_mixer, load_kernel, has_kernel, slow_retentions, frugal, EnhancedHierarchicalDeltaNet, mean_pool,
-             encode, encode_tokens, tokenise, pad_batch, RecomputedFeedForward, FeedForward, DeltaNetStudent,
-             state_overlap)
-    found = [nodes[part.__name__] for part in parts]
-    spans = [(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno) for node in found]
-    code = "".join("\n\n" + "\n".join(lines[a:b]) + "\n" for a, b in spans)
+    """The slim modelling file of a saved folder: this script's own model, and the imports that it uses."""
+    parts = {"KERNEL_FILES", "load_kernel", "kernel", "chunk_hierarchical_delta_rule", "DeltaNetConfig",
+             "parallel_mixer", "has_kernel", "slow_retentions", "PIECE", "frugal", "EnhancedHierarchicalDeltaNet", "mean_pool", "encode",
+             "encode_tokens", "tokenise", "pad_batch", "RecomputedFeedForward", "FeedForward", "DeltaNetStudent",
+             "state_overlap"}
+    body = ast.parse(SOURCE).body
     imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    used = {node.id for part in found for node in ast.walk(part) if isinstance(node, ast.Name)} | {"annotations"}
+    names = [node.targets[0] if isinstance(node, ast.Assign) else node for node in body]
+    own = [node for node, name in zip(body, names) if getattr(name, "id", getattr(name, "name", None)) in parts]
+    used = {node.id for part in own for node in ast.walk(part) if isinstance(node, ast.Name)} | {"annotations"}
     kept = [ast.unparse(node) for node in imports
             if used & {(name.asname or name.name).split(".")[0] for name in node.names}]
+    lines, code = SOURCE.splitlines(), []
+    for node in own:
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+        code += ["", "", *lines[first - 1:node.end_lineno]]
     return "\n".join([
         '"""Enhanced Hierarchical DeltaNet sentence encoder, generated from train_6layer_deltanet.py."""', *kept, "",
         "if False:  # transformers copies a file that is named like this",
-        *(f"    from .{name[:-3]} import mixer" for name in KERNEL_FILES),
-        "", f"PIECE, kernel, KERNEL_FILES = {PIECE}, None, {KERNEL_FILES}", code])
+        *(f"    from .{name[:-3]} import mixer" for name in KERNEL_FILES), *code, ""])
 
 
 def longest_read(cfg: dict[str, Any], init: dict[str, Any] | None) -> int:
@@ -2747,101 +2665,112 @@ def gather_sides(parts: list[Tensor], batch: list[MicroBatch]) -> Tensor:
     return torch.cat([side[i] for i in range(3) for side in sides])
 
 
-def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batch: int = 2, length: int = 70) -> list[Tensor]:
-    """Random inputs of a mixer with padding and dropped writes, `proj` to `initial_state`; those of floats want gradients."""
-    generator, bilinear = torch.Generator().manual_seed(0), channels ** -0.5
-    rand = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    mask, keep = torch.ones(batch, length, dtype=torch.bool), torch.rand(batch, length, heads, generator=generator) > 0.1
+def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batch: int = 2, length: int = 70,
+                  ) -> list[Tensor]:
+    """Random inputs of a mixer, `proj` to `initial_state`, with padding and dropped writes; floats want gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    keep = torch.rand(batch, length, heads, generator=generator) > 0.1
     mask[0, length - length // 4:], mask[-1, length // 3:length // 2] = False, False
-    floats = [rand(batch, length, -(-heads * (3 * channels + 5) // 16) * 16), rand(4, 3, heads, channels) / 2, bilinear * rand(heads, channels, channels),
-              torch.rand(heads, generator=generator), rand(16, 2 * channels + 1) / 4, rand(16) / 4, rand(16), rand(1), rand(heads, channels),
-              rand(batch, heads, 2, channels, channels) / 4]
+    floats = [rand(batch, length, -(-heads * (3 * channels + 5) // 16) * 16), rand(4, 3, heads, channels, scale=0.5),
+              rand(heads, channels, channels, scale=channels ** -0.5), torch.rand(heads, generator=generator),
+              rand(16, 2 * channels + 1, scale=0.25), rand(16, scale=0.25), rand(16), rand(1), rand(heads, channels),
+              rand(batch, heads, 2, channels, channels, scale=0.25)]
     proj, *parameters = (x.to(device).requires_grad_() for x in floats)
     return [proj, mask.to(device), keep.to(device), *parameters]
 
 
-TF32_LIMIT = 0.03  # of a mixer's difference from its reference where products have TF32's 10 bits: 0.008, emulated on a CPU
+TF32_LIMIT = 0.03  # of a mixer's difference where products have TF32's 10 bits: 0.008, emulated on a CPU
 
 
 def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None, heads: int = 4, channels: int = 32,
                  precision: str = "highest", limit: float = 1e-3) -> float:
     """Largest difference of the mixers that `device` has from the sequential reference; UserError above `limit`.
 
-    Outputs, final states and all gradients; a difference is divided by 1 + the largest entry. The reference is computed in float32,
-    the mixers with products of `precision`: by default that too, as TF32's rounding would hide a wrong result.
+    Outputs, final states and all gradients, see `relative_difference`. The reference is computed in float32, the mixers
+    with products of `precision`: by default that too, as TF32's rounding would hide a wrong result.
     """
     if mixers is None:
         mixers = {"parallel form": parallel_mixer}
-        mixers |= {"kernel": load_kernel().hierarchical_mixer} if device.type == "cpu" and "cpu" in load_kernel().DEVICES else {}
+        if device.type == "cpu" and "cpu" in kernel.DEVICES:
+            mixers["kernel"] = kernel.hierarchical_mixer
     inputs, worst, before = mixer_example(device, heads, channels), 0.0, torch.get_float32_matmul_precision()
 
     def results(form: Callable, precision: str = "highest", **options: Any) -> list[Tensor]:
         torch.set_float32_matmul_precision(precision)
         try:
             found = form(*inputs, reverse_heads=heads // 2, output_final_state=True, **options)
-            return [*found, *torch.autograd.grad(sum(x.square().sum() for x in found), [x for x in inputs if x.requires_grad])]
+            total = sum(x.square().sum() for x in found)
+            return [*found, *torch.autograd.grad(total, [x for x in inputs if x.requires_grad])]
         finally:
             torch.set_float32_matmul_precision(before)
 
     expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
     for name, form in mixers.items():
-        found = results(form, precision)
-        difference = max(((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(expected, found, strict=True))
+        difference = max(map(relative_difference, expected, results(form, precision)))
         if not difference < limit:
-            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: this build of PyTorch, "
-                            "Numba or Triton, or this device computes wrongly; try --device cpu, or other versions")
+            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: "
+                            "this build of PyTorch, Numba or Triton, or this device computes wrongly; try --device "
+                            "cpu, or other versions")
         worst = max(worst, difference)
     return worst
 
 
-def time_mixer(form: Callable, cfg: dict[str, Any], device: torch.device, sentences: int, seconds: float) -> float:
-    """Seconds that a layer's mixer takes forward and backward on `sentences` of max_length, the median over `seconds`."""
+def time_mixer(form: Callable, layer: EnhancedHierarchicalDeltaNet, cfg: dict[str, Any], device: torch.device,
+               sentences: int, seconds: float) -> float:
+    """Seconds that `form` takes, forward and backward, on `sentences` of max_length: the median over `seconds`."""
     heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
     *inputs, _ = mixer_example(device, heads, channels, sentences, cfg["max_length"])
     if cfg["precision"] == "bf16":
         inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
-    options = {"reverse_heads": heads // 2 if cfg["bidirectional"] else 0, "convolution": cfg["short_convolution"],
-               "flux": cfg["resonance_flux"], "coupling": cfg["cross_timescale_coupling"],
-               "hierarchical": cfg["hierarchical_memory"], "read_gates": cfg["read_gates"]}
+    wanted = [x for x in inputs if x.requires_grad]
 
     def once() -> None:
-        o, _ = form(*inputs, **options)
-        torch.autograd.grad(o.sum(), [x for x in inputs if x.requires_grad], allow_unused=True)
+        o, _ = form(*inputs, reverse_heads=heads // 2 if cfg["bidirectional"] else 0, **layer.switches())
+        torch.autograd.grad(o.sum(), wanted, allow_unused=True)
 
     once()  # compiles
-    return Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=seconds).median
+    timer = Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median
 
 
-def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device, forms: dict[str, Callable] | None = None,
-                 log: Callable[[str], None] = print, slowest: Callable[..., list[float]] = lambda *seconds: [*seconds],
-                 seconds: float = 0.5) -> str:
+def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device,
+                 forms: dict[str, Callable] | None = None, log: Callable[[str], None] = print,
+                 slowest: Callable[..., list[float]] = lambda *seconds: [*seconds], seconds: float = 0.5) -> str:
     """Give the student's layers the fastest form of the mixer that is right on `device`; its name. UserError if none is.
 
-    Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and one what was
-    taken. `slowest`: from this process's times those of the slowest one, so that all take the same form. Deterministic runs take the
-    first that is right, as times differ from run to run.
+    Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and
+    one what was taken. `slowest`: from this process's times those of the slowest one, so that all take the same form.
+    Deterministic runs take the first that is right, as times differ from run to run.
     """
     heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
     if forms is None:
-        operator, forms = load_kernel(), {"parallel form": parallel_mixer}
-        if device.type in operator.DEVICES:
-            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": operator.hierarchical_mixer} | forms
-        elif device.type in operator.PACKAGES:
-            log(f"mixer: its kernel is left out: the package {operator.PACKAGES[device.type]} is not installed")
+        forms = {"parallel form": parallel_mixer}
+        if device.type in kernel.DEVICES:
+            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": kernel.hierarchical_mixer} | forms
+        elif device.type in kernel.PACKAGES:
+            log(f"mixer: its kernel is left out: the package {kernel.PACKAGES[device.type]} is not installed")
     sentences, times = 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"]), []
+    precision = torch.get_float32_matmul_precision()
     for name, form in forms.items():
         try:
             check_mixers(device, {name: form}, heads, channels)
-            if (precision := torch.get_float32_matmul_precision()) != "highest" and device.type == "cuda":
+            if precision != "highest" and device.type == "cuda":
                 check_mixers(device, {name: form}, heads, channels, precision, TF32_LIMIT)
-            times.append(0.0 if cfg["deterministic"] else time_mixer(form, cfg, device, sentences, seconds))
+            times.append(0.0 if cfg["deterministic"] else
+                         time_mixer(form, student.deltanet_layers[0], cfg, device, sentences, seconds))
         except Exception as error:  # UserError, or a compiler's or the driver's: each has a type of its own
-            reason = [type(error).__name__, *(line.strip() for line in str(error).splitlines() if line.strip())]
-            log(f"mixer: the {name} is left out: {reason[0]}: {reason[-1][:250]}")
+            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+            log(f"mixer: the {name} is left out: {type(error).__name__}: {said[-1][:250]}")
             times.append(math.inf)
     ranking = sorted((x for x in zip(slowest(*times), forms) if x[0] < math.inf), key=lambda x: x[0])
     if not ranking:
-        raise UserError(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other versions")
+        raise UserError(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other "
+                        "versions")
     (time_taken, taken), *others = ranking
     for layer in student.deltanet_layers:
         layer.mixer = forms[taken]

@@ -4,11 +4,11 @@
     python bench/ablate.py --data_dir DIR --groups recipe --json results/recipe.json
     python bench/ablate.py --list                          every variant and what it changes
 
-Every run sees `--pairs` pairs, in the same batches unless these are what is changed (size, mix, joined texts), warms up over a
-tenth of its steps, decays to 0 and is scored once, at its end, on dev alone: nothing is chosen among evaluations, and test is not
-looked at. With `--closest N`
-the base and the N variants whose dev scores lie nearest to the base's are run with two more seeds. Finished runs in
-`--output_dir` are kept, so that an interrupted command goes on where it was.
+Every run sees `--pairs` pairs, in the same batches unless these are what is changed (size, mix, joined texts), warms
+up over a tenth of its steps, decays to 0 and is scored once, at its end, on dev alone: nothing is chosen among
+evaluations, and test is not looked at. With `--closest N` the base and the N variants whose dev scores lie nearest to
+the base's are run with two more seeds. Finished runs in `--output_dir` are kept, so that an interrupted command goes
+on where it was.
 """
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from common import configure, find_data, machine, note, one_layer, parser, run, 
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-# Name: what changes. The base is the preset itself; a variant that changes nothing in it is left out. `learned_positions` moves all
-# other random starts too, as it draws more numbers before them. The keys in OWN are this script's, not the config's: `ema_decay` scores
-# the exponential moving average of the weights, `layer_distance` and `unpaired` are explained below, and with `falling_layer_weight` that
-# weight falls linearly to 0 over the run.
+# Name: what changes. The base is the preset itself; a variant that changes nothing in it is left out.
+# `learned_positions` moves all other random starts too, as it draws more numbers before them. The keys in OWN are this
+# script's, not the config's: `ema_decay` scores the exponential moving average of the weights, `layer_distance` and
+# `unpaired` are explained below, and with `falling_layer_weight` that weight falls linearly to 0 over the run.
 OWN = ("ema_decay", "layer_distance", "falling_layer_weight", "unpaired")
 LAYER_DISTANCE = script.layer_distillation_loss
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -47,7 +47,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "losses": {
         **{f"no {name.replace('_', ' ')} loss": {key: 0.0} for name, key in script.LOSS_WEIGHTS.items()},
-        **{f"with {name.replace('_', ' ')} loss": {key: script.config[key]} for name, key in script.LOSS_WEIGHTS.items() if script.config[key]},
+        **{f"with {name.replace('_', ' ')} loss": {key: script.config[key]}
+           for name, key in script.LOSS_WEIGHTS.items() if script.config[key]},
     },
     "recipe": {
         "batch 32": {"batch_size": 32},
@@ -86,9 +87,10 @@ def variants(groups: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def other_layer_distance(kind: str) -> Callable:
-    """layer_distillation_loss of the last layer alone, or with each layer's or channel's error over its variance in texts of one length.
+    """layer_distillation_loss of the last layer alone, or with each layer's or channel's error over its variance.
 
-    The variances' mean over all layers is multiplied back, so that one weight suits all forms.
+    The variance is that in texts of one length; the variances' mean over all layers is multiplied back, so that one
+    weight suits all forms.
     """
     def loss(student: list[Tensor], teacher: list[Tensor], mask: Tensor, tokens: float) -> Tensor:
         if kind == "last":
@@ -96,27 +98,29 @@ def other_layer_distance(kind: str) -> Callable:
         variances = [t[mask.bool()].float().var(0) for t in teacher]
         mean = torch.stack(variances).mean()
         scales = [mean / (v.clamp(min=0.01 * mean) if kind == "channels" else v.mean()) for v in variances]
-        per_layer = [((scale * (s.float() - t).square()).mean(-1) * mask).sum() for scale, s, t in zip(scales, student, teacher)]
+        per_layer = [((scale * (s.float() - t).square()).mean(-1) * mask).sum()
+                     for scale, s, t in zip(scales, student, teacher)]
         return torch.stack(per_layer).mean() / tokens
     return loss
 
 
 def without_pairs(build: Callable) -> Callable:
-    """PairData.build_window with the positives of a window moved by half of it, so that most pairs are two single sentences."""
+    """PairData.build_window with a window's positives moved by half of it: most pairs are then two single sentences."""
     def built(number: int) -> Any:
         rows, batches = build(number)
         half = len(rows["positive"]) // 2
-        return {k: np.roll(v, half) if k in ("positive", "positive_length", "key_positive") else v for k, v in rows.items()}, batches
+        moved = ("positive", "positive_length", "key_positive")
+        return {k: np.roll(v, half) if k in moved else v for k, v in rows.items()}, batches
     return built
 
 
 class Trials:
-    """Short runs in one process: what does not change between them (teacher, its cosines, dev set, pairs) is loaded once."""
+    """Short runs in one process: what they have in common (teacher, its cosines, dev set, pairs) is loaded once."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         data, self.data_name = find_data(args, folder, 2000)
-        self.args, self.cfg = args, configure(args, **data, teacher_cache=args.teacher_cache, gradient_accumulation_steps=1,
-                                              batch_size=args.batch_size)
+        self.args, self.cfg = args, configure(args, **data, teacher_cache=args.teacher_cache,
+                                              gradient_accumulation_steps=1, batch_size=args.batch_size)
         self.cfg |= one_layer(self.cfg, folder) if args.quick else {}
         self.device = script.choose_device(self.cfg)
         self.teacher, self.tokenizer, _ = script.load_teacher(self.cfg)
@@ -129,8 +133,10 @@ class Trials:
         """Train and score one variant; its record, read back if `--output_dir` holds it."""
         own, change = ({k: v for k, v in change.items() if (k in OWN) == mine} for mine in (True, False))
         steps = self.args.pairs // {**self.cfg, **change}["batch_size"]
-        cfg = script.check_config({**self.cfg, **change, "seed": seed, "total_steps": steps, "warmup_steps": max(1, steps // 10)})
-        order = script.stable_seed(own.get("unpaired"), *(cfg[k] for k in ("seed", "batch_size", "source_alpha", "joined_share", "joined_length")))
+        cfg = script.check_config({**self.cfg, **change, "seed": seed, "total_steps": steps,
+                                   "warmup_steps": max(1, steps // 10)})
+        order = script.stable_seed(own.get("unpaired"), *(cfg[k] for k in (
+            "seed", "batch_size", "source_alpha", "joined_share", "joined_length")))
         if order not in self.pairs:
             self.pairs = {order: script.load_training_data(cfg, self.tokenizer, note)}
             if own.get("unpaired"):
@@ -147,21 +153,26 @@ class Trials:
         note(f"{name}, seed {seed}: {steps} steps")
         student = script.build_student(cfg, self.teacher).to(self.device).train()
         trainer, optimizer = script.Trainer(student, self.teacher, cfg), script.build_optimizer(student, cfg)
-        averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(own["ema_decay"])) if "ema_decay" in own else None
-        script.layer_distillation_loss = other_layer_distance(own["layer_distance"]) if "layer_distance" in own else LAYER_DISTANCE
+        decay, distance = own.get("ema_decay"), own.get("layer_distance")
+        averaged = None if decay is None else AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        script.layer_distillation_loss = LAYER_DISTANCE if distance is None else other_layer_distance(distance)
         for step in range(1, steps + 1):
             if "falling_layer_weight" in own:
                 trainer.cfg = cfg | {"layer_distill_weight": cfg["layer_distill_weight"] * (1 - step / steps)}
             optimizer.zero_grad(set_to_none=True)
             losses = trainer.step_gradients(self.pairs[order].batch(step), step)
-            row = script.update(optimizer, losses.values(), script.learning_rate(step, cfg), cfg["gradient_clip"], trainer.processes)
+            row = script.update(optimizer, losses.values(), script.learning_rate(step, cfg), cfg["gradient_clip"],
+                                trainer.processes)
             if not math.isfinite(row.sum()):
-                raise script.UserError(f"{name}, seed {seed}: the loss of step {step} is not finite; leave this variant out with --only")
+                raise script.UserError(f"{name}, seed {seed}: the loss of step {step} is not finite; "
+                                       "leave this variant out with --only")
             if averaged:
                 averaged.update_parameters(student)
-        scores = script.evaluate_sts(averaged.module if averaged else student, self.tokenizer, self.dev, cfg["max_length"], self.cosines)
+        scores = script.evaluate_sts(averaged.module if averaged else student, self.tokenizer, self.dev,
+                                     cfg["max_length"], self.cosines)
         note(f"{name}, seed {seed}: dev Spearman {scores['spearman']:.4f}")
-        record = {"seed": seed, "steps": steps, **{f"dev_{k}": v for k, v in scores.items()}, "last_losses": {n: x.item() for n, x in losses.items()}, "config": digest,
+        record = {"seed": seed, "steps": steps, **{f"dev_{k}": v for k, v in scores.items()},
+                  "last_losses": {n: x.item() for n, x in losses.items()}, "config": digest,
                   "git_commit": machine(self.device)["git_commit"]}
         script.write_json(path, record)
         return record
@@ -170,7 +181,8 @@ class Trials:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rows."""
     if args.quick:
-        args.pairs, args.batch_size, args.groups, args.only, args.closest = 4, 2, ["losses"], ["no layer distill loss"], 1
+        args.pairs, args.batch_size, args.closest = 4, 2, 1
+        args.groups, args.only = ["losses"], ["no layer distill loss"]
     found = variants(args.groups)
     if unknown := set(args.only) - set(found):
         raise script.UserError(f"--only {', '.join(sorted(unknown))}: not in these groups; see --list")
@@ -197,11 +209,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         differences = [v - r["dev_spearman"] for v, r in zip(values, rows[0]["runs"])]  # same seed, same batches
         row["difference_mean"] = statistics.mean(differences)
         row["difference_deviation"] = statistics.stdev(differences) if len(values) > 1 else None
-    kept = ("projection_init", "joined_share", "joined_length", "peak_learning_rate", "mixer_lr_multiplier", "source_alpha", "dropout",
-            *script.LOSS_WEIGHTS.values())
+    kept = ("projection_init", "joined_share", "joined_length", "peak_learning_rate", "mixer_lr_multiplier",
+            "source_alpha", "dropout", *script.LOSS_WEIGHTS.values())
     return {"machine": machine(trials.device), "rows": rows, "settings": {
-        "preset": args.preset, "pairs": args.pairs, "batch_size": args.batch_size, "repeats": 1, "data": trials.data_name,
-        **{k: trials.cfg[k] for k in kept}}}
+        "preset": args.preset, "pairs": args.pairs, "batch_size": args.batch_size, "repeats": 1,
+        "data": trials.data_name, **{k: trials.cfg[k] for k in kept}}}
 
 
 def page(result: dict[str, Any]) -> str:
@@ -210,29 +222,37 @@ def page(result: dict[str, Any]) -> str:
     lines = [f"Runs of {s['pairs']:,} pairs of {s['data']}, preset {s['preset']}, batches of {s['batch_size']}. "
              f"{m['cpu']}, {m['threads']} threads, PyTorch {m['torch']}, commit {m['git_commit']}; 1 repeats. "
              "Differences are of the first seed, in the last column of runs with the same seed.", "",
-             "| group | variant | dev Spearman | difference | agreement with the teacher | mean of seeds (deviation) | mean difference (deviation) |",
+             "| group | variant | dev Spearman | difference | agreement with the teacher | mean of seeds (deviation) "
+             "| mean difference (deviation) |",
              "|---|---|---:|---:|---:|---:|---:|"]
     for row in sorted(result["rows"], key=lambda r: (list(VARIANTS).index(r["group"]), r["difference"])):
-        seeds = f"{row['mean']:.4f} ({row['deviation']:.4f}) | {row['difference_mean']:+.4f} ({row['difference_deviation']:.4f})" \
-            if len(row["runs"]) > 1 else "|"
-        lines.append(f"| {row['group']} | {row['variant']} | {row['runs'][0]['dev_spearman']:.4f} | {row['difference']:+.4f} | "
-                     f"{row['runs'][0]['dev_teacher_agreement']:.4f} | {seeds} |")
+        seeds = "|"
+        if len(row["runs"]) > 1:
+            seeds = f"{row['mean']:.4f} ({row['deviation']:.4f}) " \
+                    f"| {row['difference_mean']:+.4f} ({row['difference_deviation']:.4f})"
+        first = row["runs"][0]
+        lines.append(f"| {row['group']} | {row['variant']} | {first['dev_spearman']:.4f} | {row['difference']:+.4f} | "
+                     f"{first['dev_teacher_agreement']:.4f} | {seeds} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for bad input or a failed run."""
     p = parser(__doc__)
-    p.add_argument("--groups", nargs="*", default=["architecture", "losses"], choices=[g for g in VARIANTS if g != "base"], help="which variants")
+    p.add_argument("--groups", nargs="*", default=["architecture", "losses"],
+                   choices=[g for g in VARIANTS if g != "base"], help="which variants")
     p.add_argument("--only", nargs="*", default=[], help="names of variants, to run these and the base alone")
     p.add_argument("--pairs", type=int, default=1600, help="pairs a run sees")
     p.add_argument("--batch_size", type=int, default=16, help="pairs a step, unless the variant changes it")
-    p.add_argument("--closest", type=int, default=0, help="how many variants nearest to the base get two more seeds, like the base")
-    p.add_argument("--teacher_cache", default="", help="as in training: saves the teacher's share of all runs on the same batches")
+    p.add_argument("--closest", type=int, default=0,
+                   help="how many variants nearest to the base get two more seeds, like the base")
+    p.add_argument("--teacher_cache", default="",
+                   help="as in training: saves the teacher's share of all runs on the same batches")
     p.add_argument("--output_dir", type=Path, help="where the runs are kept; empty: a temporary folder")
     p.add_argument("--list", action="store_true", help="print the variants and stop")
     if "--list" in (sys.argv[1:] if argv is None else argv):
-        print("\n".join(f"{group:13} {name}: {change}" for name, (group, change) in variants(list(VARIANTS)[1:]).items()))
+        for name, (group, change) in variants(list(VARIANTS)[1:]).items():
+            print(f"{group:13} {name}: {change}")
         return 0
     return run(p, measure, page, lambda: {}, argv)
 

@@ -22,10 +22,12 @@ def main(argv: list[str]) -> int:
         table = teacher.model.embeddings.word_embeddings.weight.numpy()
         for split, rows in load_sts_splits(cfg).items():
             first, second, gold = zip(*rows)
-            vectors = np.stack([table[t[1:-1]].mean(0) if len(t) > 2 else table[0] for t in tokenise(tokenizer, [*first, *second], None)])
+            tokens = tokenise(tokenizer, [*first, *second], None)
+            vectors = np.stack([table[t[1:-1]].mean(0) if len(t) > 2 else table[0] for t in tokens])
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
             cosine = (vectors[:len(rows)] * vectors[len(rows):]).sum(1)
-            print(f"{cfg['sts_name']} {split}: Pearson {pearsonr(cosine, gold).statistic:.4f}, Spearman {spearmanr(cosine, gold).statistic:.4f}")
+            pearson, spearman = (f(cosine, gold).statistic for f in (pearsonr, spearmanr))
+            print(f"{cfg['sts_name']} {split}: Pearson {pearson:.4f}, Spearman {spearman:.4f}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -39,12 +39,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark."""
     p = argparse.ArgumentParser(description=doc, formatter_class=Help)
     p.add_argument("--data_dir", default="", help="as in training; empty: data/generated, else one made for this run")
-    p.add_argument("--cache_dir", default="", help="as in training; without one: training's for a data_dir, else a temporary one")
-    p.add_argument("--preset", default="match_teacher", choices=[*script.PRESETS, "specification"], help="config of the step")
+    p.add_argument("--cache_dir", default="",
+                   help="as in training; without one: training's for a data_dir, else a temporary one")
+    p.add_argument("--preset", default="match_teacher", choices=[*script.PRESETS, "specification"],
+                   help="config of the step")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     p.add_argument("--device", default="auto", choices=script.CHOICES["device"], help="as in training")
     p.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    p.add_argument("--quick", action="store_true", help="small sizes, under a minute: shows that it works, not how fast")
+    p.add_argument("--quick", action="store_true",
+                   help="small sizes, under a minute: shows that it works, not how fast")
     p.add_argument("--json", type=Path, help="write the result here too")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     return p
@@ -52,7 +55,10 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def run(p: argparse.ArgumentParser, measure: Callable[..., dict[str, Any]], page: Callable[[dict[str, Any]], str],
         worker: Callable[..., dict[str, Any]], argv: list[str] | None = None) -> int:
-    """Measure, print the page, write the JSON; returns the exit status. With --worker: answer a request (see `fresh`)."""
+    """Measure, print the page, write the JSON; returns the exit status.
+
+    With --worker: answer a request (see `fresh`).
+    """
     args = p.parse_args(argv)
     transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
     try:
@@ -88,7 +94,10 @@ def configure(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def find_data(args: argparse.Namespace, folder: Path, pairs: int) -> tuple[dict[str, str], str]:
-    """Config keys data_dir and cache_dir, and what the data is; without a data_dir and data/generated, `pairs` are generated."""
+    """Config keys data_dir and cache_dir, and what the data is.
+
+    Without a data_dir and data/generated, `pairs` are generated.
+    """
     data_dir, name = Path(args.data_dir), f"data_dir {Path(args.data_dir).resolve().name}"
     if not data_dir.is_dir():
         raise script.UserError(f"data_dir {data_dir}: no such folder")
@@ -96,10 +105,11 @@ def find_data(args: argparse.Namespace, folder: Path, pairs: int) -> tuple[dict[
         data_dir, name = ROOT / "data" / "generated", "the generated corpus, not real text"
     if not args.data_dir and not data_dir.is_dir():
         data_dir, name = folder / "generated", "a corpus generated for this run, not real text"
-        done = subprocess.run([sys.executable, ROOT / "bench" / "make_corpus.py", "--output_dir", data_dir, "--pairs", str(pairs)],
-                              capture_output=True, text=True)
+        command = [sys.executable, ROOT / "bench" / "make_corpus.py", "--output_dir", data_dir, "--pairs", str(pairs)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise script.UserError(f"make_corpus.py failed: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}")
+            said = done.stderr.strip().splitlines() or ["no message"]
+            raise script.UserError(f"make_corpus.py failed: {said[-1][:200]}")
     cache = args.cache_dir or (script.config["cache_dir"] if args.data_dir else str(folder / "cache"))
     return {"data_dir": str(data_dir), "cache_dir": cache}, name
 
@@ -111,11 +121,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"cpu": found["cpu"]["name"], **{k: found["cpu"][k] for k in kept},
             "gpu": found["gpus"][0]["name"] if device.type == "cuda" else None, "device": device.type,
             "threads": torch.get_num_threads(), "load_at_start": os.getloadavg()[0],
-            **{k: environment[k] for k in ("python", "platform", "torch", "transformers", "datasets", "numpy", "git_commit")}}
+            **{k: environment[k] for k in ("python", "platform", "torch", "transformers", "datasets", "numpy",
+                                           "git_commit")}}
 
 
 def one_layer(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """For --quick: config keys of a teacher that ends after the real one's first layer, written into `folder`, and its student's."""
+    """For --quick: config keys of a teacher that ends after the real one's first layer, and of its student.
+
+    The teacher is written into `folder`.
+    """
     teacher, tokenizer, _ = script.load_teacher(cfg)
     model = teacher.model
     model.encoder.layer, model.config.num_hidden_layers = model.encoder.layer[:1], 1
@@ -156,7 +170,8 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def interleaved(cases: dict[str, Callable[[Any], Any]], inputs: list[Any], repeats: int, warm_up: bool = True) -> Seconds:
+def interleaved(cases: dict[str, Callable[[Any], Any]], inputs: list[Any], repeats: int,
+                warm_up: bool = True) -> Seconds:
     """Seconds of each case over all inputs, a number a repeat. On each input the cases take turns: A, B, A, B, ..."""
     seconds = {name: [0.0] * repeats for name in cases}
     for turn in range(-1 if warm_up else 0, repeats):
@@ -209,7 +224,7 @@ def resident(key: str = "VmRSS") -> int:
 
 
 def growth(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes by which memory at its highest during the call exceeds that before it; None where the system cannot tell."""
+    """Bytes by which memory at its highest during the call exceeds that before it; None if the system cannot tell."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

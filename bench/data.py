@@ -5,16 +5,19 @@
     python bench/data.py --data_dir DIR --batch_size 256 --step_seconds 0.018 --json results/bench/data.json
     python bench/data.py --quick                             does it work? under a minute
 
-Every row is of fresh processes on an empty cache folder of its own, never the training's. Ten times the pairs: each file holds
-its rows ten times, so sources, files and texts stay the same and nothing is deduplicated.
+Every row is of fresh processes on an empty cache folder of its own, never the training's. Ten times the pairs: each
+file holds its rows ten times, so sources, files and texts stay the same and nothing is deduplicated.
 
-- indexing: `load_training_data` into the empty cache, once. Memory: highest sum over the process and its children, sampled;
-  PSS counts a page that several share in parts, `anonymous` is what of it is no mapped file.
-- second start: `load_training_data` on the full cache, `--repeats` times in one process; the first imports `datasets` too.
-- batches: `PairData.batch` of `--batches` consecutive steps. The trainer builds the next batch during a step, so with a step of S
-  seconds a batch of b seconds is waited for b - S; `without` is the share if nothing were built ahead. Memory after them, too:
-  mapped pages are the page cache's, which the system takes back; `anonymous` is what must not grow with the pairs.
-- index: `--index N` opens a tokenised source of N pairs, whose shards are one shard under many names, and draws from it.
+- indexing: `load_training_data` into the empty cache, once. Memory: highest sum over the process and its children,
+  sampled; PSS counts a page that several share in parts, `anonymous` is what of it is no mapped file.
+- second start: `load_training_data` on the full cache, `--repeats` times in one process; the first imports `datasets`
+  too.
+- batches: `PairData.batch` of `--batches` consecutive steps. The trainer builds the next batch during a step, so with
+  a step of S seconds a batch of b seconds is waited for b - S; `without` is the share if nothing were built ahead.
+  Memory after them, too: mapped pages are the page cache's, which the system takes back; `anonymous` is what must not
+  grow with the pairs.
+- index: `--index N` opens a tokenised source of N pairs, whose shards are one shard under many names, and draws from
+  it.
 """
 from __future__ import annotations
 
@@ -31,18 +34,19 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import (configure, find_data, fresh, headline, machine, mib, note, parser, peak_rss, read_text, resident, run,
-                    script, shown, spread, table)
+from common import (configure, find_data, fresh, headline, machine, mib, note, parser, peak_rss, read_text, resident,
+                    run, script, shown, spread, table)
 
 
 def shares(pid: int) -> tuple[int, int]:
     """PSS and anonymous PSS in bytes of a process; 0 where it is gone or the system cannot tell."""
     text = read_text(f"/proc/{pid}/smaps_rollup")
-    return tuple(int(m[1]) * 1024 if (m := re.search(rf"^{key}:\s+(\d+) kB", text, re.M)) else 0 for key in ("Pss", "Pss_Anon"))
+    found = [re.search(rf"^{key}:\s+(\d+) kB", text, re.M) for key in ("Pss", "Pss_Anon")]
+    return tuple(int(m[1]) * 1024 if m else 0 for m in found)
 
 
 class Watch(threading.Thread):
-    """Samples the memory of this process and all below it; `pss` and `anonymous` are the highest sums, None if unknown."""
+    """Samples the memory of this process and all below it; `pss` and `anonymous` are the highest sums, or None."""
 
     def __init__(self, interval: float = 0.1):
         super().__init__(daemon=True)
@@ -94,13 +98,13 @@ def starting(cfg: dict[str, Any], tokenizer: Any, repeats: int, batches: int) ->
         drawn.append(time.perf_counter() - begun)
         masks = [mask for micro in batch for _, mask in micro.groups]
         real, padded = real + sum(int(m.sum()) for m in masks), padded + sum(m.numel() for m in masks)
-    return {"pairs": data.size, "seconds": seconds, "batch_seconds": drawn, "padding": 1 - real / padded, "bytes_before": before,
-            "peak_bytes": peak_rss(), "anonymous_before": anonymous, "anonymous_opened": opened,
-            "anonymous_bytes": resident("RssAnon"), "mapped_bytes": resident("RssFile")}
+    return {"pairs": data.size, "seconds": seconds, "batch_seconds": drawn, "padding": 1 - real / padded,
+            "bytes_before": before, "peak_bytes": peak_rss(), "anonymous_before": anonymous,
+            "anonymous_opened": opened, "anonymous_bytes": resident("RssAnon"), "mapped_bytes": resident("RssFile")}
 
 
 def index(cfg: dict[str, Any], tokenizer: Any, pairs: int, folder: str) -> dict[str, Any]:
-    """Open a tokenised source of about `pairs` pairs, every shard checked by its sha256, and build two windows of batches."""
+    """Open a tokenised source of about `pairs` pairs, all shards checked by sha256; build two windows of batches."""
     size = min(script.SHARD_ROWS, pairs)
     first, count = Path(folder) / "shard-00000.arrow", -(-pairs // size)
     rows = [(f"text number {i}", f"number {i}", None) for i in range(size)]
@@ -118,14 +122,16 @@ def index(cfg: dict[str, Any], tokenizer: Any, pairs: int, folder: str) -> dict[
     opened, seconds = resident("RssAnon") - before, time.perf_counter() - begun
     begun = time.perf_counter()
     data.batch(1), data.batch(1 + data.WINDOW)
-    return {"pairs": data.size, "shards": count, "start_seconds": seconds, "anonymous_bytes": opened, "bytes": first.stat().st_size * count,
-            "window_seconds": (time.perf_counter() - begun) / 2, "anonymous_after_windows": resident("RssAnon") - before}
+    return {"pairs": data.size, "shards": count, "start_seconds": seconds, "anonymous_bytes": opened,
+            "bytes": first.stat().st_size * count, "window_seconds": (time.perf_counter() - begun) / 2,
+            "anonymous_after_windows": resident("RssAnon") - before}
 
 
 def worker(kind: str, cfg: dict[str, Any], **more: Any) -> dict[str, Any]:
     """`indexing`, `starting` or `index` in this process."""
     script.choose_device(cfg)
-    tokenizer = script.AutoTokenizer.from_pretrained(script.find_teacher(cfg["teacher_model"])[0], local_files_only=True)
+    folder = script.find_teacher(cfg["teacher_model"])[0]
+    tokenizer = script.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return {"indexing": indexing, "starting": starting, "index": index}[kind](cfg, tokenizer, **more)
 
 
@@ -164,7 +170,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not room.is_dir():
         raise script.UserError(f"--work_dir {room}: no such folder")
     indexed, started = [], []
-    ask = (lambda file, *_, **request: worker(**request)) if args.quick else fresh  # the index alone, then, has a process of its own
+    # With --quick the index alone has a process of its own.
+    ask = (lambda file, *_, **request: worker(**request)) if args.quick else fresh
     with ExitStack() as stack:
         for times, processes in jobs:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=room)))
@@ -172,19 +179,22 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if times > 1:
                 here["data_dir"] = str(enlarge(Path(cfg["data_dir"]), place / "data", times))
             note(f"indexing, {times} x the pairs, num_proc {processes}")
-            indexed.append({"times": times, "num_proc": processes, **ask(__file__, 6 * 3600, kind="indexing", cfg=here)})
+            found = ask(__file__, 6 * 3600, kind="indexing", cfg=here)
+            indexed.append({"times": times, "num_proc": processes, **found})
             if any(times == row["times"] for row in started):
                 continue
             note(f"second start, {args.batches} batches")
             found = ask(__file__, kind="starting", cfg=here, repeats=args.repeats, batches=args.batches)
-            started.append({"times": times, **found, "first_seconds": found["seconds"][0], "seconds": spread(found["seconds"]),
+            started.append({"times": times, **found,
+                            "first_seconds": found["seconds"][0], "seconds": spread(found["seconds"]),
                             "batch_seconds": spread(found["batch_seconds"]),
                             "batch_mean_seconds": sum(found["batch_seconds"]) / args.batches,
                             "waiting": [waiting(found["batch_seconds"], s) for s in args.step_seconds]})
         big = None
         if args.index:
             note(f"index of {args.index:,} pairs")
-            big = fresh(__file__, kind="index", cfg=cfg, pairs=args.index, folder=stack.enter_context(tempfile.TemporaryDirectory(dir=room)))
+            empty = stack.enter_context(tempfile.TemporaryDirectory(dir=room))
+            big = fresh(__file__, kind="index", cfg=cfg, pairs=args.index, folder=empty)
     kept = ("batch_size", "gradient_accumulation_steps", "length_groups", "pad_lengths", "source_alpha", "max_length")
     settings = {"repeats": args.repeats, "batches": args.batches, "preset": args.preset, "data": name,
                 **{k: cfg[k] for k in kept}}
@@ -199,7 +209,8 @@ def page(result: dict[str, Any]) -> str:
     lines += [f"{s['data']}; source_alpha {s['source_alpha']}; batches of {s['batch_size']} pairs in "
               f"{s['gradient_accumulation_steps']} micro-batches of {s['length_groups']} lengths"]
     lines += table("indexing into an empty cache, once; memory in MiB", result["indexing"], {
-        "data": times, "num_proc": lambda r: str(r["num_proc"]), "pairs": pairs, "seconds": lambda r: shown(r["seconds"]),
+        "data": times, "num_proc": lambda r: str(r["num_proc"]), "pairs": pairs,
+        "seconds": lambda r: shown(r["seconds"]),
         "pairs/s": lambda r: shown(r["pairs_per_s"], ",.0f"), "before": lambda r: mib(r["bytes_before"]),
         "peak of the process": lambda r: mib(r["peak_bytes"]), "all processes: PSS": lambda r: mib(r["tree_pss_bytes"]),
         "anonymous": lambda r: mib(r["tree_anonymous_bytes"])})
@@ -218,8 +229,8 @@ def page(result: dict[str, Any]) -> str:
         "without": lambda w: shown(w["wait_share_without"], ".2%")})
     if big := result["index"]:
         lines += ["", f"index of {big['pairs']:,} pairs ({big['shards']:,} shards, {big['bytes'] / 1e9:.1f} GB): start "
-                  f"{shown(big['start_seconds'])} s, {mib(big['anonymous_bytes'])} MiB; a window of 256 batches {shown(big['window_seconds'])} s, "
-                  f"{mib(big['anonymous_after_windows'])} MiB after two"]
+                  f"{shown(big['start_seconds'])} s, {mib(big['anonymous_bytes'])} MiB; a window of 256 batches "
+                  f"{shown(big['window_seconds'])} s, {mib(big['anonymous_after_windows'])} MiB after two"]
     return "\n".join(lines)
 
 
@@ -234,7 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--accumulation", type=int, default=0, help="gradient_accumulation_steps; 0: the preset's")
     p.add_argument("--step_seconds", nargs="+", type=float, default=[0.018, 0.5],
                    help="a step's time, to wait for batches in; 0.018: 200,000 steps in an hour")
-    p.add_argument("--work_dir", default="", help="for caches and copies, about 200 bytes a pair; empty: the temporary folder")
+    p.add_argument("--work_dir", default="",
+                   help="for caches and copies, about 200 bytes a pair; empty: the temporary folder")
     return run(p, measure, page, worker, argv)
 
 

@@ -263,7 +263,8 @@ def speed(args: argparse.Namespace, teacher: Any, student: Any, tokenizer: Any) 
 def ways_to_read(teacher: Any, student: Any) -> dict[str, Callable[[list[int]], Any]]:
     """What is timed: from a document's token ids to its vector or vectors."""
     return {"teacher_windows": lambda d: script.encode_tokens(teacher, pieces(d)),
-            "target": lambda d: target(teacher, d), "student_windows": lambda d: script.encode_tokens(student, pieces(d)),
+            "target": lambda d: target(teacher, d),
+            "student_windows": lambda d: script.encode_tokens(student, pieces(d)),
             "whole": lambda d: script.encode_tokens(student, [d])}
 
 
@@ -377,7 +378,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     rows, keys = result.get("lengths", []), result.get("passkey", [])
     for number, (way, label) in enumerate(WAYS.items()):
-        style = {"marker": "o", "color": f"C{number}", "ls": "-" if way in ("whole", "teacher_windows") else "--", "label": label}
+        style = {"marker": "o", "color": f"C{number}", "label": label}
+        style["ls"] = "-" if way in ("whole", "teacher_windows") else "--"
         if rows and way in rows[0]:
             axes[0].plot([max(256, r["from"]) for r in rows], [r[way] for r in rows], **style)
         if keys and way in keys[0]:

@@ -3,9 +3,10 @@
     python bench/kill_soak.py --kills 100                  a table; exit status 0 only if everything is equal
     python bench/kill_soak.py --kills 5 --json soak.json   the same as JSON too
 
-Every life of the killed run is a process that runs the training script's `main` with `--resume latest`; it is forked from a
-process without threads that has done the imports, so that they are paid once. A share of the kills falls into the start-up, the others into training, which saves after every
-step. Compared bit by bit: final weights, optimiser state, best scores, the best and the final model, and metrics.jsonl.
+Every life of the killed run is a process that runs the training script's `main` with `--resume latest`; it is forked
+from a process without threads that has done the imports, so that they are paid once. A share of the kills falls into
+the start-up, the others into training, which saves after every step. Compared bit by bit: final weights, optimiser
+state, best scores, the best and the final model, and metrics.jsonl.
 """
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import train_6layer_deltanet as script
 
-WORDS = ("a the one two red blue old new small big man woman dog cat bird horse car boat house tree road river sea hill "
-         "runs sits eats sees holds near under over behind with slowly fast").split()
+WORDS = ("a the one two red blue old new small big man woman dog cat bird horse car boat house tree road river sea "
+         "hill runs sits eats sees holds near under over behind with slowly fast").split()
 TIMES = ("speed/pairs_per_s", "speed/data_wait")  # the fields of metrics.jsonl that may differ
 
 
@@ -65,10 +66,10 @@ def make_tiny(folder: Path, width: int = 32, layers: int = 2, pairs: int = 300) 
     for split, count in script.STS_ROWS.items():
         write_lines(folder / "data" / "sts" / f"stsb-{split}.tsv.gz",
                     [f"{sentence(rng, 3)}\t{sentence(rng, 3)}\t{rng.uniform(0, 5):.3f}" for _ in range(count)])
-    return {"teacher_model": str(teacher), "data_dir": str(folder / "data"), "cache_dir": str(folder / "cache"), "d_model": width,
-            "num_heads": 2, "num_layers": layers, "batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 16,
-            "total_steps": 20, "warmup_steps": 4, "eval_interval": 1000, "save_interval": 5, "log_interval": 2, "device": "cpu",
-            "threads": 1, "spearman_pairs": 16}
+    return {"teacher_model": str(teacher), "data_dir": str(folder / "data"), "cache_dir": str(folder / "cache"),
+            "d_model": width, "num_heads": 2, "num_layers": layers, "batch_size": 4, "gradient_accumulation_steps": 2,
+            "max_length": 16, "total_steps": 20, "warmup_steps": 4, "eval_interval": 1000, "save_interval": 5,
+            "log_interval": 2, "device": "cpu", "threads": 1, "spearman_pairs": 16}
 
 
 def command_line(cfg: dict[str, Any]) -> list[str]:
@@ -114,8 +115,9 @@ class Runs:
     """Runs of the training script, forked from a server process; a caller with threads cannot fork safely itself."""
 
     def __init__(self):
-        self.server = subprocess.Popen([sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.server = subprocess.Popen([sys.executable, __file__, "--serve"], stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE, text=True, env=env)
 
     def ask(self, **request: Any) -> Any:
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -168,7 +170,8 @@ def compare(whole: Path, killed: Path, steps: int) -> dict[str, bool]:
     """What of two finished runs is equal."""
     first, second = (script.load_file(folder / f"checkpoint_{steps}.pt") for folder in (whole, killed))
     result = {f"{name} equal": same(first[key], second[key]) for name, key in (
-        ("final weights", "student"), ("optimiser state", "optimizer"), ("best scores", "best"), ("progress", "progress"))}
+        ("final weights", "student"), ("optimiser state", "optimizer"), ("best scores", "best"),
+        ("progress", "progress"))}
     for name in ("pytorch_model.bin", "final_model/pytorch_model.bin"):
         result[f"{name} equal"] = same(*(script.load_file(folder / name) for folder in (whole, killed)))
     scores = [json.loads((folder / "scores.json").read_text()) for folder in (whole, killed)]
@@ -203,7 +206,8 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
         status = target = None
         if early:
             time.sleep(rng.uniform(0, startup))
-        while not early and status is None:  # until this life has cut the metrics to its checkpoint, and then taken 1 to 3 steps
+        # Until this life has cut the metrics to its checkpoint, and then taken 1 to 3 steps.
+        while not early and status is None:
             time.sleep(0.005)
             if target is not None and steps_in() >= target:
                 startup = 0.5 * startup + 0.5 * (time.time() - born)
@@ -227,9 +231,11 @@ def soak(folder: Path, kills: int, seed: int = 0, say: Callable[[str], None] = p
     runs.close()
     if status:
         raise SystemExit("error: the killed run failed:\n" + log.read_text()[-2000:])
-    equal = compare(whole, killed, steps) | {"no traceback": "Traceback" not in log.read_text(), "as many kills as asked": count == kills,
-                                             "most kills at different steps": len(killed_at) > done["training"] / 2}
-    return {"kills": count, **done, "steps": steps, "different steps killed at": len(killed_at), "uncommitted checkpoints passed over": log.read_text().count("warning: passing"),
+    equal = compare(whole, killed, steps) | {
+        "no traceback": "Traceback" not in log.read_text(), "as many kills as asked": count == kills,
+        "most kills at different steps": len(killed_at) > done["training"] / 2}
+    return {"kills": count, **done, "steps": steps, "different steps killed at": len(killed_at),
+            "uncommitted checkpoints passed over": log.read_text().count("warning: passing"),
             "seconds": round(time.perf_counter() - begun), "equal": equal}
 
 

@@ -1,4 +1,4 @@
-"""Time of a whole training step: against an attention student, the sequential reference, and the step's matrix products alone.
+"""Time of a whole training step: against an attention student, the sequential reference, and the matrix products alone.
 
     python bench/train_step.py --data_dir DIR                     real length mix, and 16, 32, 64, 128, 512 tokens
     python bench/train_step.py --precision float32 bf16 --json results/bench/train_step.json
@@ -6,18 +6,19 @@
     python bench/train_step.py --quick                            does it work? under a minute
 
 A step is the teacher's forward pass, the student's forward and backward pass, all losses of the preset, clipping and
-AdamW, on batches that are already in memory (see bench/data.py for them). On a mix, the batches are `--batches` of the first
-window, spread evenly over it by their number of tokens; at a fixed length every token is real.
+AdamW, on batches that are already in memory (see bench/data.py for them). On a mix, the batches are `--batches` of the
+first window, spread evenly over it by their number of tokens; at a fixed length every token is real.
 
 - Nothing is compiled by torch.compile; the mixers run in the kernel that the device has.
 - attention: the same loop with a student of the teacher's own architecture (random, its embeddings frozen).
 - reference: the same student with the token-by-token recurrence in PyTorch, few pairs.
-- floor: the matrix products of the step alone, with torch.mm and torch.bmm into given memory: those of every linear layer of
-  the teacher (1 each) and of the student (3 each: forward, gradients of input and weight; 2 where the input needs none), and the
-  teacher's attention. Not in it: the mixers' kernel, the losses' products, everything elementwise. `linear` is the part of it
-  without attention.
-- parts: where a step's time goes, from marks at module borders in the forward and, by identity nodes, in the backward pass of
-  further steps that are not timed otherwise; every moment belongs to one part. On CUDA the marks are events on the stream.
+- floor: the matrix products of the step alone, with torch.mm and torch.bmm into given memory: those of every linear
+  layer of the teacher (1 each) and of the student (3 each: forward, gradients of input and weight; 2 where the input
+  needs none), and the teacher's attention. Not in it: the mixers' kernel, the losses' products, everything
+  elementwise. `linear` is the part of it without attention.
+- parts: where a step's time goes, from marks at module borders in the forward and, by identity nodes, in the backward
+  pass of further steps that are not timed otherwise; every moment belongs to one part. On CUDA the marks are events on
+  the stream.
 - peak memory: of two steps on the largest batch, in a fresh process: models and step, above what the imports take.
 """
 from __future__ import annotations
@@ -63,15 +64,19 @@ class AttentionStudent(nn.Module):
         self.bert = BertModel(self.config, add_pooling_layer=False)
         self.bert.embeddings.load_state_dict(teacher.model.embeddings.state_dict())
         self.bert.embeddings.requires_grad_(cfg["train_embeddings"])
-        self.deltanet_layers = [SimpleNamespace(projections=lambda a=layer.attention: [
-            x.weight for x in (a.self.query, a.self.key, a.self.value, a.output.dense)]) for layer in self.bert.encoder.layer]
+        self.deltanet_layers = [
+            SimpleNamespace(projections=lambda a=layer.attention: [
+                x.weight for x in (a.self.query, a.self.key, a.self.value, a.output.dense)])
+            for layer in self.bert.encoder.layer]
 
     def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return hidden
 
-    def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False) -> tuple[list[Tensor], None]:
+    def hidden_states(self, input_ids: Tensor, mask: Tensor,
+                      output_state_overlap: bool = False) -> tuple[list[Tensor], None]:
         """The output of every block; there are no states that could overlap."""
-        return list(self.bert(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1:]), None
+        out = self.bert(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+        return list(out.hidden_states[1:]), None
 
 
 class Loop:
@@ -79,7 +84,8 @@ class Loop:
 
     def __init__(self, student: nn.Module, teacher: script.Teacher, cfg: dict[str, Any]):
         self.student, self.cfg = student.to(next(teacher.parameters()).device).train(), cfg
-        self.trainer, self.optimizer = script.Trainer(self.student, teacher, cfg), script.build_optimizer(self.student, cfg)
+        self.trainer = script.Trainer(self.student, teacher, cfg)
+        self.optimizer = script.build_optimizer(self.student, cfg)
         self.before_optimiser: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch) -> None:
@@ -87,7 +93,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         values = self.trainer.step_gradients(batch, 1)
         self.before_optimiser()
-        script.update(self.optimizer, values.values(), 1e-9, cfg["gradient_clip"], self.trainer.processes)  # without leaving the start
+        script.update(self.optimizer, values.values(), 1e-9, cfg["gradient_clip"],  # without leaving the start
+                      self.trainer.processes)
 
 
 def make_loop(kind: str, cfg: dict[str, Any], teacher: script.Teacher) -> Loop:
@@ -182,7 +189,8 @@ def step_parts(loop: Loop, batches: list[Batch]) -> Counter:
     with ExitStack() as stack:
         for part, found in modules.items():
             for module in found:
-                for handle in (module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave(part))):
+                for handle in (module.register_forward_pre_hook(enter(part)),
+                               module.register_forward_hook(leave(part))):
                     stack.callback(handle.remove)
         patch = lambda target, name, new: stack.enter_context(mock.patch.object(target, name, new))  # noqa: E731
         patch(loop.trainer, "teach", around(loop.trainer.teach, "teacher", "losses"))
@@ -195,7 +203,8 @@ def step_parts(loop: Loop, batches: list[Batch]) -> Counter:
             clock.switch("optimiser")
     found = clock.seconds()
     if missing := [part for part in PARTS if not found[part] > 0]:
-        raise script.UserError(f"no time was seen in {', '.join(missing)}: the trainer no longer passes the marks of step_parts")
+        raise script.UserError(f"no time was seen in {', '.join(missing)}: the trainer no longer passes the marks of "
+                               "step_parts")
     return found
 
 
@@ -207,7 +216,8 @@ class Floor:
     """The matrix products of a step, to be run on memory of the right shapes; nothing is allocated when they run."""
 
     def __init__(self, cfg: dict[str, Any], teacher: script.Teacher, student: script.DeltaNetStudent):
-        self.cfg, self.teacher, self.student, self.device = cfg, teacher.config, student.config, next(teacher.parameters()).device
+        self.cfg, self.teacher, self.student = cfg, teacher.config, student.config
+        self.device = next(teacher.parameters()).device
         self.dtype = torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32
         self.memory: dict[Any, Tensor] = {}
 
@@ -221,7 +231,8 @@ class Floor:
         a, b, out = (self.tensor(r, count, *s, dtype=dtype) for r, s in (("a", (m, k)), ("b", (k, n)), ("out", (m, n))))
         return torch.bmm, a, b, out, 2 * count * m * k * n
 
-    def linear(self, rows: int, fan_in: int, fan_out: int, kinds: str, dtype: torch.dtype | None = None) -> Iterator[tuple]:
+    def linear(self, rows: int, fan_in: int, fan_out: int, kinds: str,
+               dtype: torch.dtype | None = None) -> Iterator[tuple]:
         """A linear layer's products; kinds: f forward, i gradient of the input, w gradient of the weight."""
         make = lambda role, *shape: self.tensor(role, *shape, dtype=dtype or self.dtype)  # noqa: E731
         x, w, y = make("x", rows, fan_in), make("w", fan_out, fan_in), make("y", rows, fan_out)
@@ -231,7 +242,7 @@ class Floor:
             yield torch.mm, a, b, out, 2 * rows * fan_in * fan_out
 
     def products(self, batch: Batch) -> tuple[list[tuple], list[tuple]]:
-        """(function, a, b, out, FLOP) of the linear layers, and of the teacher's attention; the mixers' kernel has none."""
+        """(function, a, b, out, FLOP) of linear layers, and of the teacher's attention; the mixers' kernel has none."""
         s, t, linear, other = self.student, self.teacher, [], []
         d, projected = s.d_model, -(-(3 * s.d_model + 5 * s.num_heads) // 16) * 16
         forward = "ff" if len(batch) > 1 else "f"  # gradient-cached: the student goes forward twice
@@ -278,8 +289,9 @@ def measured(name: str, cfg: dict[str, Any], batches: list[Batch], largest: Batc
     student, attention = make_loop("student", cfg, teacher), make_loop("attention", cfg, teacher)
     floor = Floor(cfg, teacher, student.student)
     products = {id(batch): floor.products(batch) for batch in batches}
-    seconds = interleaved({"student": student, "attention": attention, "linear": lambda b: run_products(products[id(b)][0]),
-                           "other": lambda b: run_products(products[id(b)][1])}, batches, repeats)
+    linear, other = (lambda b, i=i: run_products(products[id(b)][i]) for i in (0, 1))
+    seconds = interleaved({"student": student, "attention": attention, "linear": linear, "other": other},
+                          batches, repeats)
     whole = [a + b for a, b in zip(seconds["linear"], seconds["other"])]
     parts = {kind: step_parts(loop, batches) for kind, loop in (("student", student), ("attention", attention))}
     with FlopCounterMode(display=False) as counter:
@@ -288,7 +300,8 @@ def measured(name: str, cfg: dict[str, Any], batches: list[Batch], largest: Batc
     work = sizes(batches)
     row = {"texts": name, "precision": cfg["precision"], **work}
     for kind in KINDS:
-        row[kind] = {"step_seconds": spread(seconds[kind], 1 / len(batches)), "pairs_per_s": rate(work["pairs"], seconds[kind]),
+        row[kind] = {"step_seconds": spread(seconds[kind], 1 / len(batches)),
+                     "pairs_per_s": rate(work["pairs"], seconds[kind]),
                      "tokens_per_s": rate(work["tokens"], seconds[kind]),
                      "parts": {p: parts[kind][p] / parts[kind].total() for p in PARTS}}
     for kind in KINDS:
@@ -316,7 +329,7 @@ def worker(kind: str, cfg: dict[str, Any], shapes: list[dict[str, Any]]) -> dict
 
 
 def mix_batches(cfg: dict[str, Any], tokenizer: Any, count: int) -> tuple[list[Batch], Batch, int]:
-    """`count` batches of the first window, evenly spread by their tokens; its largest one; the number of pairs there are."""
+    """`count` batches of the first window, evenly spread by their tokens; its largest one; the number of all pairs."""
     data = script.load_training_data(cfg, tokenizer, note)
     ordered = sorted((data.batch(i) for i in range(1, data.WINDOW + 1)), key=padded_tokens)
     return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)], ordered[-1], data.size
@@ -354,7 +367,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         here = cfg | {"max_length": length, "batch_size": args.reference_pairs, "gradient_accumulation_steps": 1}
         note(f"reference: {args.reference_pairs} pairs of {length} tokens")
         batch = make_batch(here)
-        seconds = interleaved({kind: make_loop(kind, here, teacher) for kind in ("student", "reference")}, [batch], repeats)
+        loops = {kind: make_loop(kind, here, teacher) for kind in ("student", "reference")}
+        seconds = interleaved(loops, [batch], repeats)
         reference = {"length": length, **sizes([batch]), **{f"{k}_seconds": spread(v) for k, v in seconds.items()},
                      "speed_against_reference": ratio(seconds["reference"], seconds["student"])}
     kept = ("batch_size", "gradient_accumulation_steps", "length_groups", "pad_lengths", "dropout", "state_dropout")
@@ -371,18 +385,24 @@ def page(result: dict[str, Any]) -> str:
               f"gradient_accumulation_steps {s['gradient_accumulation_steps']}, losses "
               + ", ".join(f"{name} {s[key]}" for name, key in script.LOSS_WEIGHTS.items() if s[key])]
     which = {"texts": lambda r: r["texts"], "precision": lambda r: r["precision"]}
-    lines += table("whole step; x attention: speed over the attention student's; floor: matrix products over step time", rows, {
-        **which, "pairs/step": lambda r: shown(r["pairs"] / r["batches"], ".0f"), "padding": lambda r: shown(r["padding"], ".1%"),
+    title = "whole step; x attention: speed over the attention student's; floor: matrix products over step time"
+    lines += table(title, rows, {
+        **which, "pairs/step": lambda r: shown(r["pairs"] / r["batches"], ".0f"),
+        "padding": lambda r: shown(r["padding"], ".1%"),
         "pairs/s": lambda r: shown(r["student"]["pairs_per_s"]),
         "tokens/s": lambda r: shown(r["student"]["tokens_per_s"], ",.0f"),
         "attention: pairs/s": lambda r: shown(r["attention"]["pairs_per_s"]),
-        "x attention": lambda r: shown(r["speed_against_attention"], ".2f"), "floor": lambda r: shown(r["floor_share"], ".2f"),
+        "x attention": lambda r: shown(r["speed_against_attention"], ".2f"),
+        "floor": lambda r: shown(r["floor_share"], ".2f"),
         "linear": lambda r: shown(r["linear_floor_share"]["median"], ".2f"),
-        "peak MiB": lambda r: mib(r["student"]["peak_bytes"]), "attention's": lambda r: mib(r["attention"]["peak_bytes"])})
-    lines += table("shares of the step by part (marks at module borders)", [{**r, "kind": k} for r in rows for k in KINDS], {
+        "peak MiB": lambda r: mib(r["student"]["peak_bytes"]),
+        "attention's": lambda r: mib(r["attention"]["peak_bytes"])})
+    by_kind = [{**r, "kind": k} for r in rows for k in KINDS]
+    lines += table("shares of the step by part (marks at module borders)", by_kind, {
         **which, "student": lambda r: r["kind"],
         **{part: lambda r, part=part: shown(r[r["kind"]]["parts"][part], ".1%") for part in PARTS}})
-    lines += table("seconds of a step's matrix products; GFLOP of the first batch: the floor's, and counted in the step", rows, {
+    title = "seconds of a step's matrix products; GFLOP of the first batch: the floor's, and counted in the step"
+    lines += table(title, rows, {
         **which, "floor": lambda r: shown(r["floor_seconds"]), "linear": lambda r: shown(r["linear_floor_seconds"]),
         "step": lambda r: shown(r["student"]["step_seconds"]), "GFLOP": lambda r: shown(r["floor_gflop_first_batch"]),
         "counted": lambda r: shown(r["counted_gflop_first_batch"])})
@@ -396,7 +416,8 @@ def page(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for bad input or a failed measurement."""
     p = parser(__doc__)
-    p.add_argument("--precision", nargs="+", default=["float32"], choices=script.CHOICES["precision"], help="one or both")
+    p.add_argument("--precision", nargs="+", default=["float32"], choices=script.CHOICES["precision"],
+                   help="one or both")
     p.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens of the fixed-length rows")
     p.add_argument("--batches", type=int, default=16, help="batches of the mix in a repeat")
     p.add_argument("--tokens", type=int, default=4096, help="tokens of a fixed-length step, at most batch_size pairs")

@@ -1,4 +1,4 @@
-"""Shared fixtures: the real teacher, real STS-B where it is at hand, a generated corpus, a tiny teacher for fast runs."""
+"""Shared fixtures: the real teacher, real STS-B where it is at hand, a generated corpus, a tiny teacher."""
 import gzip
 import json
 import os
@@ -27,6 +27,17 @@ def compiled_kernel() -> None:
     script.kernel.gelu(x, bias, x), script.kernel.gelu_backward(x, bias, x.clone())
 
 
+@pytest.fixture(autouse=True)
+def torch_settings():
+    """PyTorch's settings of the process, which `choose_device` changes in tests that call a `main`, as they were."""
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(before[0]), torch.set_float32_matmul_precision(before[1])
+    torch.use_deterministic_algorithms(before[2])
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 @pytest.fixture(scope="module")
 def few_sts_rows():
     """STS files of a tenth of their rows, in this process and in the runs that `forked.server()` starts meanwhile."""
@@ -50,14 +61,17 @@ def data_dir() -> Path:
 def corpus(tmp_path_factory) -> Path:
     """A small generated corpus."""
     folder = tmp_path_factory.mktemp("corpus")
-    subprocess.run([sys.executable, ROOT / "bench" / "make_corpus.py", "--output_dir", folder / "generated", "--pairs", "2000"],
-                   check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / "bench" / "make_corpus.py", "--output_dir", folder / "generated",
+                    "--pairs", "2000"], check=True, capture_output=True)
     return folder / "generated"
 
 
 @pytest.fixture(scope="session")
 def documents(corpus, tmp_path_factory) -> Path:
-    """The generated corpus with long/: 75 documents of 15 and of 50 sentences, the first one their query; a third is aside."""
+    """The generated corpus with long/: 75 documents of 15 and 75 of 50 sentences, a third of them kept aside.
+
+    A document's first sentence is its query.
+    """
     folder = tmp_path_factory.mktemp("documents")
     lines = [line for file in sorted((corpus / "train").glob("*.gz")) for line in gzip.open(file, "rt")]
     texts = [*dict.fromkeys(json.loads(line)[1] for line in lines)]

@@ -1,7 +1,7 @@
-"""Programs in processes that are forked from one which has done the imports, seconds of each process: a test session pays them once.
+"""Programs in processes forked from one which has done the imports, seconds each: a test session pays them once.
 
-`run` is for scripts and code what `subprocess.run` is, with the processor time that the process took, imports apart. What is about
-the imports themselves, or about a program that is started by another one, needs a real `subprocess`.
+`run` is for scripts and code what `subprocess.run` is, with the processor time that the process took, imports apart.
+What is about the imports themselves, or about a program that is started by another one, needs a real `subprocess`.
 """
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ class Server(kill_soak.Runs):
     """`kill_soak.Runs`, whose processes run any program."""
 
     def __init__(self):
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True, env=env)
 
     def start(self, cfg: dict[str, Any], log: Path, prepare: list[Any] | None = None) -> int:
-        """The pid of a new run, which asks for as many rows of STS files as this process does; see `kill_soak.fork_run`."""
+        """The pid of a new run, which takes STS files of as many rows as this process; see `kill_soak.fork_run`."""
         return self.ask(cfg=cfg, log=str(log), prepare=prepare, sts_rows=kill_soak.script.STS_ROWS)
 
     def run(self, program: str | Path, *arguments: Any, code: str | None = None, env: dict[str, str] | None = None,
             cwd: Path | None = None, text: str = "", timeout: float = 300) -> Done:
-        """Run a script's file, or `code` in its place, as `__main__`; `text` is its input. TimeoutError if it takes longer."""
+        """Run a script's file, or `code` in its place, as `__main__`; `text` is its input. TimeoutError if too slow."""
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / name for name in ("in", "out", "err")]
             files[0].write_text(text)
@@ -58,7 +59,8 @@ class Server(kill_soak.Runs):
             while (status := self.poll(pid)) is None:
                 if time.time() > limit:
                     os.kill(pid, signal.SIGKILL)
-                    raise TimeoutError(f"{program} {arguments}: still running after {timeout} s: {files[2].read_text()}")
+                    said = files[2].read_text()
+                    raise TimeoutError(f"{program} {arguments}: still running after {timeout} s: {said}")
                 time.sleep(0.01)
             return Done(status, files[1].read_text(), files[2].read_text(), self.ask(seconds=pid))
 
@@ -84,8 +86,9 @@ def compiled(program: str, code: str | None) -> types.CodeType:
     return compile(Path(program).read_text() if code is None else code, program, "exec")
 
 
-def fork_program(program: str, code: str | None, arguments: list[str], files: list[str], env: dict[str, str], cwd: str) -> int:
-    """The pid of a process that runs a program as Python's command line does, its three streams connected to `files`."""
+def fork_program(program: str, code: str | None, arguments: list[str], files: list[str], env: dict[str, str],
+                 cwd: str) -> int:
+    """The pid of a process that runs a program as Python's command line does, its streams connected to `files`."""
     body = compiled(program, code)
     if pid := os.fork():
         return pid
@@ -115,7 +118,10 @@ def fork_program(program: str, code: str | None, arguments: list[str], files: li
 
 
 def serve() -> None:
-    """Answer requests, one JSON object a line: start a program or a run, tell its exit status (null while it runs) or its seconds."""
+    """Answer requests, one JSON object a line: start a program or a run, tell its exit status or its seconds.
+
+    The status is null while it runs.
+    """
     seconds = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -141,7 +147,7 @@ if __name__ == "__main__":
     figure = plt.figure()
     figure.add_subplot(xlabel="step")
     figure.savefig(io.BytesIO()), plt.close(figure)  # fonts are read
-    kernel = kill_soak.script.load_kernel()
+    kernel = kill_soak.script.kernel
     if "cpu" in kernel.DEVICES:
         with torch.no_grad():  # its machine code too; a backward pass here would forbid those of the forked processes
             kernel.hierarchical_mixer(*kill_soak.script.mixer_example(torch.device("cpu")))

@@ -1,4 +1,7 @@
-"""The CPU kernel against the parallel form and the sequential reference: outputs, final states, all gradients; threads, forks, compilers."""
+"""The CPU kernel against the parallel form and the sequential reference: outputs, final states, all gradients.
+
+Also threads, forks and compilers.
+"""
 import os
 import re
 import subprocess
@@ -15,9 +18,11 @@ import train_6layer_deltanet as script
 REFERENCE = partial(script.parallel_mixer, delta_rule=script.recurrent_hierarchical_delta_rule)
 
 
-def example(length: int, case: str = "", heads: int = 2, channels: int = 32, batch: int = 3) -> list[torch.Tensor | None]:
+def example(length: int, case: str = "", heads: int = 2, channels: int = 32,
+            batch: int = 3) -> list[torch.Tensor | None]:
     """Inputs of a mixer, proj to initial_state."""
-    inputs = [x.detach() if x.is_floating_point() else x for x in script.mixer_example(torch.device("cpu"), heads, channels, batch, length)]
+    given = script.mixer_example(torch.device("cpu"), heads, channels, batch, length)
+    inputs = [x.detach() if x.is_floating_point() else x for x in given]
     proj, mask, keep = inputs[:3]
     mask.fill_(True)
     gates = proj[..., 3 * heads * channels:][..., :5 * heads].unflatten(-1, (5, heads))  # a view
@@ -31,7 +36,8 @@ def example(length: int, case: str = "", heads: int = 2, channels: int = 32, bat
     elif case == "no dropout, no state":
         inputs[2] = inputs[11] = None
     elif case:
-        gates[..., {"beta": slice(0, 1), "retentions": slice(1, 3)}[case.split()[0]], :] = -14.0 if case.endswith("0") else 14.0
+        rows = {"beta": slice(0, 1), "retentions": slice(1, 3)}[case.split()[0]]
+        gates[..., rows, :] = -14.0 if case.endswith("0") else 14.0
     return inputs
 
 
@@ -42,16 +48,20 @@ def results(form, inputs, **options) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     weigh = lambda x: (x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum()  # noqa: E731
     (weigh(o) + weigh(final)).backward()
-    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x is not None and x.is_floating_point()]
+    leaves = [x for x in leaves if x is not None and x.is_floating_point()]
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
     return [o.detach(), final.detach(), *grads]
 
 
 def assert_equal(found, expected, tolerance: float = 2e-4) -> None:
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert a.shape == b.shape and (a - b).abs().max() <= tolerance * (1 + b.abs().max()), (i, (a - b).abs().max(), b.abs().max())
+        assert a.shape == b.shape, i
+        difference, size = (a - b).abs().max(), b.abs().max()
+        assert difference <= tolerance * (1 + size), (i, difference, size)
 
 
-CASES = ["", "padded", "hole", "repeated tokens", "beta near 0", "beta near 1", "retentions near 0", "retentions near 1", "no dropout, no state"]
+CASES = ["", "padded", "hole", "repeated tokens", "beta near 0", "beta near 1", "retentions near 0",
+         "retentions near 1", "no dropout, no state"]
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 100])
@@ -64,8 +74,9 @@ def test_kernel_equals_reference_and_parallel_form(length, case):
     assert not kernel[0][~inputs[1]].any() and not kernel[2][~inputs[1]].any()  # padding: no output, no gradient
 
 
-@pytest.mark.parametrize("switches", [{"convolution": False}, {"flux": False}, {"coupling": False}, {"hierarchical": False},
-                                      {"read_gates": False}, {"reverse_heads": 0}, {"flux": False, "hierarchical": False}])
+@pytest.mark.parametrize("switches", [
+    {"convolution": False}, {"flux": False}, {"coupling": False}, {"hierarchical": False},
+    {"read_gates": False}, {"reverse_heads": 0}, {"flux": False, "hierarchical": False}])
 def test_every_switch(switches):
     inputs = example(40, "hole")
     assert_equal(results(script.kernel.hierarchical_mixer, inputs, **switches), results(REFERENCE, inputs, **switches))
@@ -83,14 +94,18 @@ def test_a_thousand_tokens():
 
 
 def test_texts_continue_from_their_states():
-    """Without the convolution, two halves with the state handed over are the whole; heads that read backwards take the halves in turn."""
+    """Without the convolution, two halves with the state handed over are the whole.
+
+    Heads that read backwards take the halves in turn.
+    """
     inputs = example(64, "no dropout, no state")
     inputs[11] = torch.zeros(3, 2, 2, 32, 32)
-    whole, state = script.kernel.hierarchical_mixer(*inputs, reverse_heads=0, convolution=False, output_final_state=True)
+    form = partial(script.kernel.hierarchical_mixer, reverse_heads=0, convolution=False, output_final_state=True)
+    whole, state = form(*inputs)
     found = []
     for half in (slice(0, 40), slice(40, 64)):
         inputs_of_half = [inputs[0][:, half], inputs[1][:, half], *inputs[2:]]
-        o, inputs[11] = script.kernel.hierarchical_mixer(*inputs_of_half, reverse_heads=0, convolution=False, output_final_state=True)
+        o, inputs[11] = form(*inputs_of_half)
         found.append(o)
     torch.testing.assert_close(torch.cat(found, 1), whole)
     torch.testing.assert_close(inputs[11], state)
@@ -128,7 +143,8 @@ def test_concurrent_callers(threads):
     inputs = [example(n, heads=4, batch=5) for n in range(20, 36)]
     expected = [results(script.kernel.hierarchical_mixer, x) for x in inputs]
     with ThreadPoolExecutor(8) as pool:
-        for found, wanted in zip(pool.map(partial(results, script.kernel.hierarchical_mixer), inputs * 3), expected * 3):
+        found_by_all = pool.map(partial(results, script.kernel.hierarchical_mixer), inputs * 3)
+        for found, wanted in zip(found_by_all, expected * 3):
             assert all(torch.equal(a, b) for a, b in zip(found, wanted))
 
 
@@ -149,13 +165,32 @@ def test_an_error_in_a_thread_is_raised(openmp, threads, monkeypatch):
     assert len(taken) == len(set(taken)) >= 1
 
 
+@pytest.mark.slow
+def test_bits_are_those_of_the_cached_kernel(tmp_path):
+    """A run that has compiled the kernel and one that continues it have the same bits."""
+    code = ("import sys, torch; sys.path.insert(0, 'tests'); from test_delta_kernel import example, script\n"
+            "x = example(70, 'hole', heads=4); x = [t.requires_grad_() if t.is_floating_point() else t for t in x]\n"
+            "o, state = script.kernel.hierarchical_mixer(*x, output_final_state=True)\n"
+            "grads = torch.autograd.grad(o.sum() + state.square().sum(), [t for t in x if t.requires_grad])\n"
+            "torch.save([o.detach(), state.detach(), *grads], sys.argv[1])\n"
+            "print(*script.kernel.kernels('cpu').backward.stats.cache_misses.values())")
+    root, found = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), []
+    for name, misses in (("first", "1"), ("second", "")):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / name], cwd=root, capture_output=True, text=True,
+                              env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
+        assert done.stdout.strip() == misses, done.stderr
+        found.append(torch.load(tmp_path / name))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_after_a_fork():
     code = ("import os, sys; sys.path.insert(0, 'tests'); import torch; torch.set_num_threads(3)\n"
-            "from test_delta_kernel import example, script; script.load_kernel()\n"
+            "from test_delta_kernel import example, script\n"
             "inputs = example(40, heads=4, batch=5); first = script.kernel.hierarchical_mixer(*inputs)[0]\n"
             "pid = os.fork()\n"
             "same = torch.equal(script.kernel.hierarchical_mixer(*inputs)[0], first)\n"
-            "os._exit(0 if same else 1) if pid == 0 else sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) or not same)")
+            "if pid == 0: os._exit(0 if same else 1)\n"
+            "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) or not same)")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -173,15 +208,18 @@ def test_strided_inputs():
     inputs = example(9, "padded")
     strided = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x for x in inputs]
     assert not strided[0].is_contiguous()
-    for a, b in zip(results(script.kernel.hierarchical_mixer, strided), results(script.kernel.hierarchical_mixer, inputs)):
+    found, expected = (results(script.kernel.hierarchical_mixer, x) for x in (strided, inputs))
+    for a, b in zip(found, expected):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("position, wrong, message", [
-    (0, torch.zeros(3, 9, 100), "rows of at least"), (0, torch.zeros(9, 208), "need proj"), (1, torch.ones(3, 9), "mask must be bool"),
-    (1, torch.ones(3, 8, dtype=torch.bool), "mask must be"), (2, torch.ones(3, 9, 1, dtype=torch.bool), "keep must be"),
+    (0, torch.zeros(3, 9, 100), "rows of at least"), (0, torch.zeros(9, 208), "need proj"),
+    (1, torch.ones(3, 9), "mask must be bool"), (1, torch.ones(3, 8, dtype=torch.bool), "mask must be"),
+    (2, torch.ones(3, 9, 1, dtype=torch.bool), "keep must be"),
     (4, torch.zeros(2, 32, 16), "flux_bilinear must be"), (8, torch.zeros(1, 16), "flux_out_weight must be"),
-    (10, torch.zeros(2, 32, device="meta"), "o_norm must be .* on meta"), (11, torch.zeros(3, 2, 32, 32), "initial_state must be")])
+    (10, torch.zeros(2, 32, device="meta"), "o_norm must be .* on meta"),
+    (11, torch.zeros(3, 2, 32, 32), "initial_state must be")])
 def test_wrong_input_is_one_clear_line(position, wrong, message):
     inputs = example(9)
     inputs[position] = wrong
@@ -221,7 +259,8 @@ def test_gelu_and_its_gradient(shape):
     got = grad.clone()
     torch.testing.assert_close(script.kernel.gelu_backward(x.detach(), bias, got), y.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got, x.grad, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(script.kernel.gelu(x.detach(), bias, torch.empty(shape)), y.float(), rtol=1e-5, atol=1e-6)
+    found = script.kernel.gelu(x.detach(), bias, torch.empty(shape))
+    torch.testing.assert_close(found, y.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_feed_forward_with_and_without_gradients(monkeypatch):
@@ -244,7 +283,8 @@ def test_feed_forward_with_and_without_gradients(monkeypatch):
 
 def choose(forms=None, **changes) -> tuple[str, list[str], object]:
     """The name taken, the lines said, and the form that the student's layers have then."""
-    cfg = script.config | {"batch_size": 8, "max_length": 64, "gradient_accumulation_steps": 2, "d_model": 64, "num_heads": 2} | changes
+    cfg = script.config | {"batch_size": 8, "max_length": 64, "gradient_accumulation_steps": 2, "d_model": 64,
+                           "num_heads": 2} | changes
     student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=64, num_heads=2, num_layers=2, vocab_size=9))
     lines: list[str] = []
     name = script.choose_mixer(student, cfg, torch.device("cpu"), forms, lines.append, seconds=0.02)
@@ -255,7 +295,8 @@ def choose(forms=None, **changes) -> tuple[str, list[str], object]:
 def test_fastest_form_is_taken():
     name, (line,), form = choose()
     assert name == "Numba kernel" and form is script.kernel.hierarchical_mixer
-    assert re.fullmatch(r"mixer: Numba kernel, \d+\.\d times the parallel form's speed at 8 x 64 tokens, forward and backward", line)
+    assert re.fullmatch(r"mixer: Numba kernel, \d+\.\d times the parallel form's speed at 8 x 64 tokens, "
+                        "forward and backward", line)
     assert float(line.split()[3]) > 1
 
 
@@ -269,7 +310,8 @@ def test_a_form_that_is_wrong_or_fails_is_left_out_in_one_line():
     name, lines, form = choose({"wrong": wrong, "broken": broken, "parallel form": script.parallel_mixer})
     assert name == "parallel form" and form is script.parallel_mixer and all("\n" not in line for line in lines)
     assert re.match("mixer: the wrong is left out: UserError: .* differs from its reference by", lines[0])
-    assert lines[1:] == ["mixer: the broken is left out: RuntimeError: ptxas fatal: no such instruction", "mixer: parallel form, the only one left"]
+    assert lines[1:] == ["mixer: the broken is left out: RuntimeError: ptxas fatal: no such instruction",
+                         "mixer: parallel form, the only one left"]
     with pytest.raises(script.UserError, match="no form of the mixer"):
         choose({"broken": broken})
 

@@ -1,4 +1,7 @@
-"""The operator with its CUDA kernels in Triton's interpreter: outputs, final states, all gradients; compiled for GPUs that are not there."""
+"""The operator with its CUDA kernels in Triton's interpreter: outputs, final states, all gradients.
+
+The kernels are compiled, too, for GPUs that are not there.
+"""
 import json
 import os
 import subprocess
@@ -12,7 +15,7 @@ import train_6layer_deltanet as script
 from test_delta_kernel import assert_equal, example, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-operator = script.load_kernel()
+operator = script.kernel
 kernels = operator.kernels("cuda")
 SWITCHES = ("hierarchical", "coupling", "flux", "convolution", "read_gates")
 
@@ -28,8 +31,10 @@ def interpreted(monkeypatch):
 def compare(inputs: list, tolerance: float = 1e-4, **options) -> None:
     """The operator against the parallel form in float32."""
     found = results(operator.hierarchical_mixer, inputs, **options)
-    expected = results(script.parallel_mixer, [x.float() if x is not None and x.is_floating_point() else x for x in inputs], **options)
-    assert found[2].dtype == inputs[0].dtype and not found[2][..., inputs[3].shape[2] * (3 * inputs[3].shape[3] + 5):].any()
+    in_float32 = [x.float() if x is not None and x.is_floating_point() else x for x in inputs]
+    expected = results(script.parallel_mixer, in_float32, **options)
+    _, _, heads, channels = inputs[3].shape
+    assert found[2].dtype == inputs[0].dtype and not found[2][..., heads * (3 * channels + 5):].any()
     assert_equal([x.float() for x in found], expected, tolerance)
 
 
@@ -48,11 +53,13 @@ def test_without_the_final_state(length):
     for form in (operator.hierarchical_mixer, script.parallel_mixer):
         o, final = form(*leaves, reverse_heads=1)
         assert final is None
-        found.append([o, *torch.autograd.grad(o.square().sum(), [x for x in leaves if x is not None and x.requires_grad])])
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        found.append([o, *torch.autograd.grad(o.square().sum(), wanted)])
     assert_equal(*found)
 
 
-@pytest.mark.parametrize("case", ["padded", "hole", "repeated tokens", "beta near 0", "beta near 1", "retentions near 0", "retentions near 1"])
+@pytest.mark.parametrize("case", ["padded", "hole", "repeated tokens", "beta near 0", "beta near 1",
+                                  "retentions near 0", "retentions near 1"])
 def test_extremes(case):
     compare(example(18, case, batch={"padded": 3, "hole": 2}.get(case, 1)))
 
@@ -104,8 +111,9 @@ def test_compiles_without_a_gpu(tmp_path):
     """Every kernel with all its branches for an L40, and what it takes."""
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").is_file():
         pytest.skip("this build of triton has no ptxas")
+    tests = Path(__file__).parent
     env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))}
+        "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
     done = subprocess.run([sys.executable, __file__, "89"], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
@@ -117,7 +125,7 @@ def test_compiles_without_a_gpu(tmp_path):
 
 
 def compile_kernels(capability: int, precision: str = "tf32") -> None:
-    """Compile for a GPU that need not be there (K = 32, several chunks), and print what each kernel takes, one JSON line each.
+    """Compile for a GPU that need not be there (K = 32, several chunks); print what each kernel takes, as JSON lines.
 
     stack_bytes, of a thread, is what does not fit the registers.
     """
@@ -126,15 +134,17 @@ def compile_kernels(capability: int, precision: str = "tf32") -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     assert "numba" not in sys.modules  # which a machine with a GPU need not have
-    constants = dict(K=32, H=12, C=16, LOG2_C=4, HIDDEN=16, HAS_KEEP=True, HAS_INITIAL=False, HIERARCHICAL=True, COUPLING=True, FLUX=True,
-                     CONVOLUTION=True, READ_GATES=True, CARRY=True, SAVE_STATES=True, SAVE_FINAL=True, HAS_DFINAL=True, STRIDE=1216, SPAN=2,
-                     SAVE_DINITIAL=False, FLUXES=32 * 32 + 1 + 16 * 65 + 33, PRECISION=precision)
+    constants = dict(K=32, H=12, C=16, LOG2_C=4, HIDDEN=16, HAS_KEEP=True, HAS_INITIAL=False, HIERARCHICAL=True,
+                     COUPLING=True, FLUX=True, CONVOLUTION=True, READ_GATES=True, CARRY=True, SAVE_STATES=True,
+                     SAVE_FINAL=True, HAS_DFINAL=True, STRIDE=1216, SPAN=2, SAVE_DINITIAL=False,
+                     FLUXES=32 * 32 + 1 + 16 * 65 + 33, PRECISION=precision)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for name in ("_forward_kernel", "_backward_output_kernel", "_backward_states_kernel", "_backward_chunk_kernel",
                  "_backward_activation_kernel", "_backward_convolution_kernel"):
         kernel = getattr(kernels, name)
         own = {n: constants[n] for n in kernel.arg_names if n in constants}
-        pointers = {n: "*u8" if n.startswith(("mask", "keep")) else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
+        names = [n for n in kernel.arg_names if n.endswith("_ptr")]
+        pointers = {n: "*u8" if n.startswith(("mask", "keep")) else "*fp32" for n in names}
         signature = {n: "constexpr" if n in own else pointers.get(n, "i32") for n in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in pointers}
         compiled = triton.compile(ASTSource(kernel, signature, own, aligned), target=GPUTarget("cuda", capability, 32),

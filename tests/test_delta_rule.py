@@ -9,12 +9,13 @@ def random_inputs(length: int, case: str = "", dtype=torch.float64) -> list[torc
     """q, k, v, beta, transition, read and initial state of 2 x 3 heads, K = 8, V = 5."""
     generator = torch.Generator().manual_seed(length)
     rand = lambda *shape: torch.rand(*shape, generator=generator, dtype=dtype)  # noqa: E731
-    q, k = (script.l2_normalise(rand(2, 3, length, 8) - 0.5) for _ in range(2))
+    q, k = (script.kernel.l2_normalise(rand(2, 3, length, 8) - 0.5) for _ in range(2))
     v, beta, read = rand(2, 3, length, 5) - 0.5, rand(2, 3, length), rand(2, 3, length, 2)
     m = rand(2, 3, length, 2, 2)
     m = m / m.sum(-1, keepdim=True) * rand(2, 3, length, 2, 1)
     if case == "repeated tokens":
-        q, k, v, beta = q[:, :, :1].expand_as(q), k[:, :, :1].expand_as(k), v[:, :, :1].expand_as(v), torch.full_like(beta, 0.999)
+        q, k, v = (x[:, :, :1].expand_as(x) for x in (q, k, v))
+        beta = torch.full_like(beta, 0.999)
     elif case == "beta near 0":
         beta = beta * 1e-6
     elif case == "beta near 1":
@@ -49,7 +50,8 @@ def test_parallel_equals_reference(length, case):
     for initial in (False, True):
         expected = run(script.recurrent_hierarchical_delta_rule, inputs, initial)
         for chunk_size in (16, 128):
-            for a, b in zip(expected, run(script.chunk_hierarchical_delta_rule, inputs, initial, chunk_size=chunk_size)):
+            found = run(script.chunk_hierarchical_delta_rule, inputs, initial, chunk_size=chunk_size)
+            for a, b in zip(expected, found):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
@@ -57,7 +59,8 @@ def test_parallel_equals_reference(length, case):
 def test_gradients_of_outputs_or_of_the_final_state_alone(which):
     inputs = [x.requires_grad_() for x in random_inputs(40)[:6]]
     found = []
-    for form, sizes in ((script.recurrent_hierarchical_delta_rule, [{}]), (script.chunk_hierarchical_delta_rule, [{}, {"chunk_size": 16}])):
+    for form, sizes in ((script.recurrent_hierarchical_delta_rule, [{}]),
+                        (script.chunk_hierarchical_delta_rule, [{}, {"chunk_size": 16}])):
         for size in sizes:
             result = form(*inputs, output_final_state=True, **size)[which]
             found.append(torch.autograd.grad(result.square().sum(), inputs, allow_unused=True, materialize_grads=True))
@@ -102,11 +105,13 @@ def written_out(mixer, p: dict, x: torch.Tensor, mask: torch.Tensor, keep: torch
     for h in range(heads):
         turned = cfg.bidirectional and h >= heads // 2
         xs, real = (y.flip(1) if turned else y for y in (x, mask))
-        q, k, v = (xs @ p["qkv_proj.weight"].view(3, heads, size, dim)[j, h].T + p["qkv_proj.bias"].view(3, heads, size)[j, h] for j in range(3))
+        weight, bias = p["qkv_proj.weight"].view(3, heads, size, dim), p["qkv_proj.bias"].view(3, heads, size)
+        q, k, v = (xs @ weight[j, h].T + bias[j, h] for j in range(3))
         if cfg.short_convolution:
             raw = [y * real[..., None] for y in (q, k, v)]
             taps = p["conv_weight"][:, :, h, 0, 0]
-            q, k, v = (torch.stack([sum(taps[i, j] * raw[j][:, t - i] for i in range(min(4, t + 1))) for t in range(length)], 1) for j in range(3))
+            at = lambda j, t: sum(taps[i, j] * raw[j][:, t - i] for i in range(min(4, t + 1)))  # noqa: E731,B023
+            q, k, v = (torch.stack([at(j, t) for t in range(length)], 1) for j in range(3))
         q, k, v = (y * torch.sigmoid(y) for y in (q, k, v))
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
         gate = xs @ p["gate_proj.weight"].view(5, heads, dim)[:, h].T + p["gate_proj.bias"].view(5, heads)[:, h]
@@ -115,7 +120,8 @@ def written_out(mixer, p: dict, x: torch.Tensor, mask: torch.Tensor, keep: torch
             g_fast = g_slow = torch.ones_like(g_fast)
         u = torch.einsum("bti,ij,btj->bt", k, p["flux_bilinear"][h], v) / p["flux_log_temperature"][h].exp()
         hidden = torch.cat([k, v, u.unsqueeze(-1)], -1) @ p["flux_in.weight"].T + p["flux_in.bias"]
-        psi = torch.sigmoid((hidden * torch.sigmoid(hidden)) @ p["flux_out.weight"].T + p["flux_out.bias"]).squeeze(-1).clamp(0.01, 0.99)
+        logit = (hidden * torch.sigmoid(hidden)) @ p["flux_out.weight"].T + p["flux_out.bias"]
+        psi = torch.sigmoid(logit).squeeze(-1).clamp(0.01, 0.99)
         psi = psi if cfg.resonance_flux else torch.full_like(beta, 0.5)
         kappa = 0.05 + 0.10 * psi if cfg.cross_timescale_coupling and cfg.hierarchical_memory else torch.zeros_like(psi)
         f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
@@ -137,13 +143,14 @@ def written_out(mixer, p: dict, x: torch.Tensor, mask: torch.Tensor, keep: torch
     return o @ p["o_proj.weight"].T + p["o_proj.bias"]
 
 
-@pytest.mark.parametrize("switch", ["", "bidirectional", "hierarchical_memory", "cross_timescale_coupling", "resonance_flux",
-                                    "short_convolution", "read_gates", "state_dropout"])
+@pytest.mark.parametrize("switch", ["", "bidirectional", "hierarchical_memory", "cross_timescale_coupling",
+                                    "resonance_flux", "short_convolution", "read_gates", "state_dropout"])
 @pytest.mark.parametrize("form", ["parallel_mixer", "hierarchical_mixer"])
 def test_layer_equals_its_definition(switch, form, monkeypatch):
     dropped = switch == "state_dropout"
+    switched = {switch: False} if switch and not dropped else {}
     mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(
-        d_model=16, num_heads=4, state_dropout=0.4 if dropped else 0.0, **({switch: False} if switch and not dropped else {})))
+        d_model=16, num_heads=4, state_dropout=0.4 if dropped else 0.0, **switched))
     mixer.mixer = script.parallel_mixer if form == "parallel_mixer" else script.kernel.hierarchical_mixer
     generator = torch.Generator().manual_seed(1)
     for parameter in mixer.parameters():
@@ -153,7 +160,7 @@ def test_layer_equals_its_definition(switch, form, monkeypatch):
     draws = torch.rand(2, 7, 4, generator=generator)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: draws)
     keep = (draws >= 0.4 if dropped else torch.ones_like(draws, dtype=torch.bool)).permute(2, 0, 1).clone()
-    keep[2:] = keep[2:].flip(2) if switch != "bidirectional" else keep[2:]  # `written_out` counts in the head's own direction
+    keep[2:] = keep[2:].flip(2) if switch != "bidirectional" else keep[2:]  # `written_out`: in the head's direction
     weights = torch.randn(2, 7, 16, generator=generator) * mask[..., None]  # what stands at padding is nobody's
     leaves = {name: p.detach().double().requires_grad_() for name, p in mixer.named_parameters()}
     y, expected = mixer(x, mask)[0], written_out(mixer, leaves, x.double(), mask, keep)
@@ -161,4 +168,5 @@ def test_layer_equals_its_definition(switch, form, monkeypatch):
     (y * weights).sum().backward(), (expected * weights).sum().backward()
     for name, p in mixer.named_parameters():
         grad = torch.zeros_like(p) if p.grad is None else p.grad
-        assert (grad.double() - (0 if leaves[name].grad is None else leaves[name].grad)).norm() < 1e-4 * (1 + grad.norm()), name
+        wanted = 0 if leaves[name].grad is None else leaves[name].grad
+        assert (grad.double() - wanted).norm() < 1e-4 * (1 + grad.norm()), name

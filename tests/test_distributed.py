@@ -1,8 +1,9 @@
 """Several Gloo processes under the real torchrun: the run of one process, and what happens when one of them fails.
 
-Starting a process costs seconds of imports, so several tests look at one run. As a script, this file is what torchrun starts
-where something has to be observed or broken inside: `test_distributed.py '[["function", "argument"], [words], [words]]'`
-calls the function, then the training script's `main` with each list of words.
+Starting a process costs seconds of imports, so several tests look at one run. As a script, this file is what torchrun
+starts where something has to be observed or broken inside:
+`test_distributed.py '[["function", "argument"], [words], [words]]'` calls the function, then the training script's
+`main` with each list of words.
 """
 from __future__ import annotations
 
@@ -39,9 +40,9 @@ class Torchrun:
         program = [__file__, json.dumps(inside)] if inside else \
             [str(ROOT / "train_6layer_deltanet.py"), *kill_soak.command_line(cfg | {"output_dir": folder})]
         with open(self.log, "w") as log:
-            self.launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                                              str(count), *options, *program], stdout=log, stderr=log,
-                                             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            self.launcher = subprocess.Popen([*command, *options, *program], stdout=log, stderr=log, env=env)
 
     def pid(self, rank: int) -> int:
         """The process id of a rank."""
@@ -90,7 +91,8 @@ def dump_first_step(path: str) -> None:
             losses = {n: x.item() for n, x in original(self, copy.deepcopy(batch), step, cached).items()}
             found[kind] = losses, {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
             self.student.zero_grad(set_to_none=True)
-            torch.save([found, {n: p.detach().clone() for n, p in self.student.named_parameters()}], f"{path}-{RANK}.pt")
+            weights = {n: p.detach().clone() for n, p in self.student.named_parameters()}
+            torch.save([found, weights], f"{path}-{RANK}.pt")
         return original(self, batch, step, cached)
 
     script.Trainer.step_gradients = step_gradients
@@ -102,7 +104,8 @@ def spoil_and_slow_rank_1(_: str) -> None:
 
     def spoiled_step(self, batch, step, cached=None):
         self.now = step
-        return step_gradients(self, batch, step, cached) | ({"distillation": torch.tensor(float("nan"))} if step == 2 else {})
+        spoilt = {"distillation": torch.tensor(float("nan"))} if step == 2 else {}
+        return step_gradients(self, batch, step, cached) | spoilt
 
     def spoiled_forward(self, *arguments):
         time.sleep(0.3)
@@ -118,7 +121,7 @@ def spoil_and_slow_rank_1(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, Any]:
-    """Micro-batches of 3, 3, 2, 2 and 2 pairs, which 2 and 4 processes cannot share evenly; hard negatives; dropout on."""
+    """Micro-batches of 3, 3, 2, 2 and 2 pairs, which 2 and 4 processes share unevenly; hard negatives; dropout on."""
     return kill_soak.make_tiny(tmp_path_factory.mktemp("tiny")) | {
         "batch_size": 12, "gradient_accumulation_steps": 5, "peak_learning_rate": 1e-3,
         "guided_contrastive": True, "source_focus": 1.0}
@@ -135,10 +138,12 @@ def words(cfg: dict[str, Any], output: Path, **changes: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two(tiny, folder) -> Path:
-    run = Torchrun(2, folder / "two", tiny, inside=[["dump_first_step", str(folder / "step-of-2")], words(tiny, folder / "two")])
+    inside = [["dump_first_step", str(folder / "step-of-2")], words(tiny, folder / "two")]
+    run = Torchrun(2, folder / "two", tiny, inside=inside)
     assert run.wait() == 0, run.text()
     assert "processes: 2; pairs per step: 12; micro-batch: 2 x 5; negatives per anchor: 11" in run.text()
-    assert run.text().count("step 20/20") == 1 and "Traceback" not in run.text() and "UserWarning" not in run.text(), run.text()
+    assert run.text().count("step 20/20") == 1, run.text()
+    assert "Traceback" not in run.text() and "UserWarning" not in run.text(), run.text()
     return folder / "two"
 
 
@@ -168,7 +173,8 @@ def one(tiny, two, folder) -> Path:
         if changes:
             cut(two, folder / output)
         log = folder / f"{output}.log"
-        assert runs.wait(runs.start(tiny | changes | {"output_dir": str(folder / output)}, log, prepare)) == 0, log.read_text()
+        run = runs.start(tiny | changes | {"output_dir": str(folder / output)}, log, prepare)
+        assert runs.wait(run) == 0, log.read_text()
     return folder / "one"
 
 
@@ -218,7 +224,8 @@ def test_evaluation_is_that_of_one_process(several, tiny):
     found = kill_soak.metrics(folder)[-1]
     for split, rows in script.load_sts_splits(cfg).items():
         scores = script.evaluate_sts(student, tokenizer, rows, 16, script.sts_cosines(teacher, tokenizer, rows, 16))
-        assert {key: found[f"sts/{split}_{key}"] for key in scores} == pytest.approx(scores, abs=1e-6) and len(scores) == 3
+        assert {key: found[f"sts/{split}_{key}"] for key in scores} == pytest.approx(scores, abs=1e-6)
+        assert len(scores) == 3
 
 
 @pytest.mark.parametrize("later", ["one", pytest.param("four", marks=FOUR)])
@@ -232,8 +239,8 @@ def test_checkpoint_of_two_is_resumed_by(later, request, one, two, folder):
 def test_fewer_micro_batches_than_processes_is_one_line(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert script.main(words(tiny, tmp_path / "run")) == 2
-    assert capsys.readouterr().err == "error: gradient_accumulation_steps is 5: each of the 8 processes needs a micro-batch; " \
-                                      "set --gradient_accumulation_steps 8 or more\n"
+    assert capsys.readouterr().err == "error: gradient_accumulation_steps is 5: each of the 8 processes needs a " \
+                                      "micro-batch; set --gradient_accumulation_steps 8 or more\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -242,7 +249,7 @@ def test_fewer_micro_batches_than_processes_is_one_line(tiny, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_restarts_end_with_the_same_weights(tiny, two, folder):
-    """Rank 1 hangs and is named; later it is killed; each time the job starts again by itself, and ends as if undisturbed."""
+    """Rank 1 hangs and is named, later it is killed; the job restarts by itself each time, and ends as undisturbed."""
     cfg = tiny | {"log_interval": 1, "save_interval": 2, "resume_from_step": -1, "peer_timeout": 4}
     run = Torchrun(2, folder / "restarted", cfg, "--max-restarts", "3")
     run.until_steps(4)
@@ -286,7 +293,8 @@ def test_bad_numbers_of_one_the_slowest_and_sigterm_to_the_launcher(tiny, folder
     lines = kill_soak.metrics(output)
     assert [(line["bad/step"], line["bad/loss"]) for line in lines if "bad/step" in line] == \
         [(2, "a number of another process"), (3, "contrastive")]
-    assert all(line["speed/slowest_rank"] == 1 and line["speed/slowest_rank_excess"] > 0.2 for line in lines if "lr" in line)
+    ends = [line for line in lines if "lr" in line]
+    assert all(line["speed/slowest_rank"] == 1 and line["speed/slowest_rank_excess"] > 0.2 for line in ends)
     assert "; slowest: rank 1, +" in run.text()
     assert script.checkpoint_steps(output) == [lines[-1]["step"]], run.text()
     assert run.text().count("SIGTERM received; newest") == 1, run.text()

@@ -150,7 +150,8 @@ def test_cached_gradients_of_a_long_batch_equal_one_backward_with_dropout(cfg, m
     batch, found = lambda: data.documents.batch(2), {}
     for cached in (True, False):
         student.zero_grad()
-        values = {n: x.item() for n, x in script.Trainer(student, teacher, cfg).step_gradients(batch(), 2, cached).items()}
+        losses = script.Trainer(student, teacher, cfg).step_gradients(batch(), 2, cached)
+        values = {n: x.item() for n, x in losses.items()}
         found[cached] = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}, values
     assert found[True][1] == pytest.approx(found[False][1], rel=1e-5) and found[True][1]["contrastive"] > 0
     assert set(found[True][0]) == set(script.trainable_state(student))
@@ -171,8 +172,8 @@ def test_long_weight_is_of_long_steps_alone(cfg, models, data):
 def test_run_with_documents_and_resumed(cfg, tmp_path):
     """The whole command line; resumed it ends with the same weights and metrics, and its folder reads long texts."""
     def run(output: Path, *more: str) -> str:
-        chosen = cfg | {"total_steps": 10, "warmup_steps": 2, "save_interval": 5, "eval_interval": 10, "log_interval": 5,
-                        "output_dir": str(output)}
+        chosen = cfg | {"total_steps": 10, "warmup_steps": 2, "save_interval": 5, "eval_interval": 10,
+                        "log_interval": 5, "output_dir": str(output)}
         words = [w for key, value in chosen.items() if value != script.config[key] for w in (f"--{key}", str(value))]
         done = forked.run(ROOT / "train_6layer_deltanet.py", *words, *more)
         assert done.returncode == 0, done.stderr
@@ -214,7 +215,7 @@ def test_slow_retentions_spread_over_the_heads_of_each_direction(cfg):
 
 
 def test_learned_pooling_is_whose_mean_is_taken(cfg, models, tmp_path):
-    """Untrained it changes nothing; trained, every library's mean of what the saved folder gives is the weighted mean."""
+    """Untrained it changes nothing; trained, every library's mean of the saved folder's output is the weighted mean."""
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
     _, teacher, tokenizer = models
@@ -281,7 +282,7 @@ def test_a_large_batch_is_read_a_few_texts_at_a_time(models, monkeypatch):
 
 
 def test_memory_of_one_long_document():
-    """100,000 words, about 130,000 tokens, are to take under 1 GB above the model: here 40,000 tokens, one full layer."""
+    """100,000 words, about 130,000 tokens, are to take under 1 GB above the model: here 40,000 tokens, one layer."""
     code = """if True:
         import torch, train_6layer_deltanet as script
         from common import growth

@@ -1,4 +1,4 @@
-"""Hostile and broken input: mutated checkpoints and data files through the loaders and the scripts, any ids into the model.
+"""Hostile and broken input: mutated checkpoints and data files through loaders and scripts, any ids into the model.
 
 Every outcome must be one clear line (UserError, which the scripts print with a status that is not 0) or values that are
 whole. Each mutation is a pure function of its number, so a failure is seen again with `-k` and the number it names.
@@ -38,7 +38,8 @@ class Tiny:
     """A finished tiny run, its config, a student and an optimiser to load into, and the tiny teacher."""
 
     def __init__(self, folder: Path):
-        self.cfg = kill_soak.make_tiny(folder) | {"total_steps": 4, "save_interval": 2, "output_dir": str(folder / "run")}
+        self.cfg = kill_soak.make_tiny(folder) | {"total_steps": 4, "save_interval": 2,
+                                                  "output_dir": str(folder / "run")}
         self.run = folder / "run"
         assert self.train(folder / "log") == 0, (folder / "log").read_text()
         self.full = script.check_config(script.config | self.cfg)
@@ -78,7 +79,8 @@ def rezip(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfi
             archive.writestr(name, content)
 
 
-JUNK = (None, "text", -1, 10 ** 30, float("nan"), [], {}, [1, 2], {"a": 1}, b"bytes", True, torch.zeros(3), torch.tensor(float("nan")))
+JUNK = (None, "text", -1, 10 ** 30, float("nan"), [], {}, [1, 2], {"a": 1}, b"bytes", True, torch.zeros(3),
+        torch.tensor(float("nan")))
 
 
 def mutate(tiny: Tiny, path: Path, number: int) -> tuple[str, bool]:
@@ -101,7 +103,8 @@ def mutate(tiny: Tiny, path: Path, number: int) -> tuple[str, bool]:
         raw[start:start + size] = bytes(len(raw[start:start + size]))
         must = False
     elif kind == "swapped file":
-        other = rng.choice(["pytorch_model.bin", "checkpoint_4.json", "metrics.jsonl", "vocab.txt", "training_curves.png", "teacher"])
+        other = rng.choice(["pytorch_model.bin", "checkpoint_4.json", "metrics.jsonl", "vocab.txt",
+                            "training_curves.png", "teacher"])
         source = tiny.run / other if other != "teacher" else Path(tiny.cfg["teacher_model"]) / "model.safetensors"
         raw = bytearray((source if source.exists() else tiny.run / "config.json").read_bytes())
     elif kind == "code":
@@ -114,13 +117,16 @@ def mutate(tiny: Tiny, path: Path, number: int) -> tuple[str, bool]:
         target[rng.choice(["", "_orig_mod." + str(key), str(key).upper()])] = target.pop(key)
     elif kind == "wrong shape":
         t = where[name]
-        where[name] = rng.choice([t[None], t.repeat_interleave(2, 0), t.flatten()[:-1], torch.zeros(0), t.unsqueeze(-1)])
+        where[name] = rng.choice([t[None], t.repeat_interleave(2, 0), t.flatten()[:-1], torch.zeros(0),
+                                  t.unsqueeze(-1)])
     elif kind == "wrong value":
         bad = rng.choice([float("nan"), float("inf"), -float("inf")])
-        where[name] = rng.choice([torch.full_like(where[name], bad), where[name].to(torch.complex64), torch.zeros_like(where[name], device="meta")])
+        t = where[name]
+        where[name] = rng.choice([torch.full_like(t, bad), t.to(torch.complex64), torch.zeros_like(t, device="meta")])
     elif kind == "wrong type":
         key = rng.choice(["student", "optimizer", "progress", "best", "config", "step"])
-        content[key] = rng.choice([j for j in JUNK if not (isinstance(j, (dict, bool)) or (key == "step" and isinstance(j, int)))])
+        right = (dict, bool, int) if key == "step" else (dict, bool)
+        content[key] = rng.choice([j for j in JUNK if not isinstance(j, right)])
     elif kind == "wrong type inside":
         key = rng.choice(["optimizer", "progress", "best", "config", "student"])
         target = content[key]
@@ -128,10 +134,12 @@ def mutate(tiny: Tiny, path: Path, number: int) -> tuple[str, bool]:
         target[inner] = rng.choice(JUNK)
         must = False  # an unknown or a free key's value may be anything
     elif kind == "other architecture":
-        change = rng.choice([{"num_layers": 3}, {"d_model": 64}, {"short_convolution": False}, {"hierarchical_memory": False}])
+        change = rng.choice([{"num_layers": 3}, {"d_model": 64}, {"short_convolution": False},
+                             {"hierarchical_memory": False}])
         teacher = tiny.teacher.config
         other = script.DeltaNetStudent(script.DeltaNetConfig(
-            ffn_size=teacher.intermediate_size, vocab_size=teacher.vocab_size, max_positions=teacher.max_position_embeddings,
+            ffn_size=teacher.intermediate_size, vocab_size=teacher.vocab_size,
+            max_positions=teacher.max_position_embeddings,
             **{k: tiny.full[k] for k in script.ARCHITECTURE_KEYS} | change))
         content["student"] = script.trainable_state(other)
         if rng.random() < 0.5:
@@ -149,7 +157,8 @@ def mutate(tiny: Tiny, path: Path, number: int) -> tuple[str, bool]:
             if way == 2:  # a record that unpacks to a hundred times its size
                 rezip(path, lambda n, c: bytes(30_000_000) if n.endswith("/data/0") else c, zipfile.ZIP_DEFLATED)
             else:  # a storage that declares more elements than its record holds
-                rezip(path, lambda n, c: c.replace(b"M\x00\x04", b"J\x00\x00\x00\x7f").replace(b"K ", b"J\x00\x00\x00\x7f")
+                huge = b"J\x00\x00\x00\x7f"
+                rezip(path, lambda n, c: c.replace(b"M\x00\x04", huge).replace(b"K ", huge)
                       if n.endswith("data.pkl") else c)
             return kind, must
     if kind in ("bit flips", "truncation", "zero fill", "swapped file"):
@@ -159,8 +168,8 @@ def mutate(tiny: Tiny, path: Path, number: int) -> tuple[str, bool]:
     return kind, must
 
 
-KINDS = ("bit flips", "truncation", "zero fill", "swapped file", "code", "renamed key", "wrong shape", "wrong value", "wrong type",
-         "wrong type inside", "other architecture", "huge tensor")
+KINDS = ("bit flips", "truncation", "zero fill", "swapped file", "code", "renamed key", "wrong shape", "wrong value",
+         "wrong type", "wrong type inside", "other architecture", "huge tensor")
 
 
 def sign(path: Path) -> None:
@@ -229,7 +238,7 @@ def quiet_main(main: Callable[[list[str]], int], argv: list[str], capsys: Any) -
 
 
 def test_mutated_checkpoints_through_every_script(tiny, tmp_path, capsys):
-    """One mutation of each kind that must be refused, through each `main`: a line that names the file, a status that is not 0."""
+    """One mutation of each kind that must be refused, through each `main`: a line naming the file, a status not 0."""
     numbers = {}
     for number in range(len(KINDS)):
         kind, must = mutate(tiny, tmp_path / "probe.pt", number)
@@ -241,7 +250,7 @@ def test_mutated_checkpoints_through_every_script(tiny, tmp_path, capsys):
     for i, number in enumerate(numbers.values(), 1):
         mutate(tiny, folder / f"checkpoint_{i}.pt", number)
         sign(folder / f"checkpoint_{i}.pt")
-    student = [i for i, number in enumerate(numbers.values(), 1) if not loads_as_student(tiny, folder / f"checkpoint_{i}.pt")]
+    student = [i for i, _ in enumerate(numbers, 1) if not loads_as_student(tiny, folder / f"checkpoint_{i}.pt")]
     assert len(student) >= 5
     status, text = quiet_main(scan_checkpoints.main, [str(folder), "--split", "test"], capsys)
     assert status == 1 and text.count("error:") >= len(student)
@@ -289,18 +298,21 @@ def pairs_file(path: Path, lines: list[bytes]) -> Path:
 
 
 BAD_LINES = {
-    "one string": [b'"text"'], "numbers": [b"[1, 2]", b"3", b"[[1], [2]]", b"1" * 5000], "null": [b"null", b'["a", null]', b"[null, null]"],
-    "not UTF-8": [b'["\xff\xfe", "b"]', b'["caf\xe9", "b"]'], "not JSON": [b"['a', 'b']", b'["a", "b"', b"[" * 100_000, b"a,b", b'["a" "b"]'],
-    "object": [b'{"anchor": "a", "positive": "b"}'], "one text": [b'["a"]', b"[]"], "four texts": [b'["a", "b", "c", "d"]'],
-    "empty text": [b'["a", ""]', b'["  ", "b"]'], "surrogate": [b'["\\ud800", "b"]'], "10 MB line": [b'["' + b"a" * 10_000_000 + b'", "b"]'],
+    "one string": [b'"text"'], "numbers": [b"[1, 2]", b"3", b"[[1], [2]]", b"1" * 5000],
+    "null": [b"null", b'["a", null]', b"[null, null]"], "not UTF-8": [b'["\xff\xfe", "b"]', b'["caf\xe9", "b"]'],
+    "not JSON": [b"['a', 'b']", b'["a", "b"', b"[" * 100_000, b"a,b", b'["a" "b"]'],
+    "object": [b'{"anchor": "a", "positive": "b"}'], "one text": [b'["a"]', b"[]"],
+    "four texts": [b'["a", "b", "c", "d"]'], "empty text": [b'["a", ""]', b'["  ", "b"]'],
+    "surrogate": [b'["\\ud800", "b"]'], "10 MB line": [b'["' + b"a" * 10_000_000 + b'", "b"]'],
     "NUL bytes": [b"\0" * 100, b'["a", "b"]\0'],
 }
 
 
 def mutate_pairs(path: Path, number: int, good: list[bytes]) -> tuple[str, int | None]:
-    """Write mutation `number` of a pairs file; its kind, and the line it is wrong in (0: somewhere; None: it may be right)."""
+    """Write mutation `number` of a pairs file; its kind, and its wrong line (0: somewhere; None: it may be right)."""
     rng, lines = random.Random(number), list(good)
-    kinds = [*BAD_LINES, "not gzip", "empty file", "empty gzip", "only blanks", "truncated gzip", "bit flips", "line bytes", "harmless"]
+    kinds = [*BAD_LINES, "not gzip", "empty file", "empty gzip", "only blanks", "truncated gzip", "bit flips",
+             "line bytes", "harmless"]
     kind = kinds[number % len(kinds)]
     if kind in BAD_LINES:
         if kind == "10 MB line" and number >= 2 * len(kinds):
@@ -310,7 +322,8 @@ def mutate_pairs(path: Path, number: int, good: list[bytes]) -> tuple[str, int |
         pairs_file(path, lines)
         return kind, at + 1
     if kind == "harmless":
-        lines.insert(rng.randrange(len(lines)), rng.choice([b"", b"   ", b'["\\u0000", "b"]', '["\u00e9", "\U0001f600"]'.encode(), b'["a", "b"]\r']))
+        harmless = [b"", b"   ", b'["\\u0000", "b"]', '["\u00e9", "\U0001f600"]'.encode(), b'["a", "b"]\r']
+        lines.insert(rng.randrange(len(lines)), rng.choice(harmless))
         pairs_file(path, lines)
         return kind, None
     whole = pairs_file(path, lines).read_bytes()
@@ -355,10 +368,13 @@ def mutate_sts(path: Path, number: int, good: list[str]) -> tuple[str, int | Non
     rng, lines = random.Random(number), list(good)
     at = rng.randrange(len(lines))
     a, b, score = lines[at].split("\t")
-    fields = {"missing column": [f"{a}\t{b}", f"{a}\t{score}", a, ""], "score out of range": [f"{a}\t{b}\t{s}" for s in ("5.01", "-0.1", "1e9")],
-              "NaN": [f"{a}\t{b}\t{s}" for s in ("nan", "inf", "-inf", "NaN")], "not a number": [f"{a}\t{b}\t{s}" for s in ("", "three", "1,5", "0x1")],
+    fields = {"missing column": [f"{a}\t{b}", f"{a}\t{score}", a, ""],
+              "score out of range": [f"{a}\t{b}\t{s}" for s in ("5.01", "-0.1", "1e9")],
+              "NaN": [f"{a}\t{b}\t{s}" for s in ("nan", "inf", "-inf", "NaN")],
+              "not a number": [f"{a}\t{b}\t{s}" for s in ("", "three", "1,5", "0x1")],
               "four columns": [f"{a}\t{b}\t{score}\t1"], "swapped columns": [f"{score}\t{a}\t{b}"]}
-    kinds = [*fields, "duplicate", "one row short", "empty", "not gzip", "not UTF-8", "truncated", "bit flips", "10 MB line", "NUL bytes"]
+    kinds = [*fields, "duplicate", "one row short", "empty", "not gzip", "not UTF-8", "truncated", "bit flips",
+             "10 MB line", "NUL bytes"]
     kind = kinds[number % len(kinds)]
     if kind == "10 MB line" and number > 2 * len(kinds):
         kind = "NUL bytes"
@@ -395,7 +411,8 @@ def test_mutated_sts(few_sts_rows, tmp_path):
     path = tmp_path / "sts" / "stsb-test.tsv.gz"
     path.parent.mkdir()
     rng = random.Random(0)
-    good = [f"{kill_soak.sentence(rng)}\t{kill_soak.sentence(rng)}\t{rng.uniform(0, 5):.2f}" for _ in range(script.STS_ROWS["test"])]
+    good = [f"{kill_soak.sentence(rng)}\t{kill_soak.sentence(rng)}\t{rng.uniform(0, 5):.2f}"
+            for _ in range(script.STS_ROWS["test"])]
     for number in range(MUTATIONS):
         kind, line = mutate_sts(path, number, good)
         try:
@@ -423,11 +440,13 @@ def test_bad_data_through_the_command_line(tiny, tmp_path, where):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(length=st.integers(1, 512) | st.integers(1, 40), rows=st.integers(1, 3), seed=st.integers(0, 2 ** 32 - 1), data=st.data())
+@given(length=st.integers(1, 512) | st.integers(1, 40), rows=st.integers(1, 3), seed=st.integers(0, 2 ** 32 - 1),
+       data=st.data())
 def test_any_ids_and_any_mask_give_finite_unit_vectors(tiny, length, rows, seed, data):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, tiny.teacher.config.vocab_size, (rows, length), generator=generator)
-    mask = (torch.rand(rows, length, generator=generator) < data.draw(st.sampled_from([0.0, 0.02, 0.5, 0.95, 1.0]))).long()
+    share = data.draw(st.sampled_from([0.0, 0.02, 0.5, 0.95, 1.0]))
+    mask = (torch.rand(rows, length, generator=generator) < share).long()
     mask[torch.arange(rows), torch.randint(0, length, (rows,), generator=generator)] = 1
     if data.draw(st.booleans()):
         ids[:] = ids[0, 0]  # one token repeated

@@ -1,6 +1,6 @@
 """The four helper scripts and the saved folder, through their command lines, with the real libraries.
 
-A run of the training script with a tiny teacher stands in for a long one; what depends on the real teacher uses the real one.
+A run of the training script with a tiny teacher stands in for a long one; what depends on the real one uses that.
 """
 from __future__ import annotations
 
@@ -50,10 +50,11 @@ def quiet_again():
 def tiny_run(tmp_path_factory, tiny_teacher, corpus) -> Path:
     """Output folder of a 4-step training run: checkpoints 1 to 4, all evaluated, best and final model."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
-    run("train_6layer_deltanet.py", "--preset", "match_teacher", "--teacher_model", tiny_teacher, "--d_model", 32, "--num_layers", 2,
-        "--num_heads", 2, "--data_dir", corpus, "--sts_name", "generated", "--cache_dir", folder.parent / "cache", "--total_steps", 4,
-        "--warmup_steps", 1, "--eval_interval", 1, "--save_interval", 1, "--log_interval", 1, "--batch_size", 8,
-        "--peak_learning_rate", 0.01, "--output_dir", folder)
+    run("train_6layer_deltanet.py", "--preset", "match_teacher", "--teacher_model", tiny_teacher, "--d_model", 32,
+        "--num_layers", 2, "--num_heads", 2, "--data_dir", corpus, "--sts_name", "generated",
+        "--cache_dir", folder.parent / "cache", "--total_steps", 4, "--warmup_steps", 1, "--eval_interval", 1,
+        "--save_interval", 1, "--log_interval", 1, "--batch_size", 8, "--peak_learning_rate", 0.01,
+        "--output_dir", folder)
     return folder
 
 
@@ -103,11 +104,12 @@ for number, folder in enumerate(folders):
 
 @pytest.fixture(scope="module")
 def elsewhere(tiny_run, tmp_path_factory) -> tuple[dict[str, Path], Path]:
-    """Three saved folders, and where a process that knows only the libraries left what it read from each, in their order."""
+    """Three saved folders, and where a process that knows only the libraries left what each gives, in their order."""
     out = tmp_path_factory.mktemp("elsewhere")
     folders = {"best": tiny_run, "final": tiny_run / "final_model", "saved": out / "saved"}
     run("save_best_checkpoint.py", tiny_run / "checkpoint_2.pt", "--output_dir", folders["saved"])
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(out / "modules")}
     done = subprocess.run([sys.executable, "-c", LOAD_EVERYWHERE, *map(str, folders.values())], cwd=out, env=env,
                           input=json.dumps(SENTENCES), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -129,7 +131,8 @@ def test_modelling_file_needs_only_torch_and_transformers(tiny_run):
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     others = {n.split(".")[0] for n in names} - sys.stdlib_module_names
-    assert others <= {"numpy", "torch", "tqdm", "transformers", "delta_mixer", "delta_kernel", "delta_kernel_cuda"}  # and the files beside it
+    beside = {"delta_mixer", "delta_kernel", "delta_kernel_cuda"}
+    assert others <= {"numpy", "torch", "tqdm", "transformers"} | beside
 
 
 def test_saved_folder_without_numba_says_once_that_it_is_slower(tiny_run, tmp_path):
@@ -142,11 +145,12 @@ def test_saved_folder_without_numba_says_once_that_it_is_slower(tiny_run, tmp_pa
         model = AutoModel.from_pretrained(folder, trust_remote_code=True)
         found = model.encode(["A man eats.", "It rains."])
         np.save(out, model.encode(["A man eats.", "It rains."]))"""
-    done = subprocess.run([sys.executable, "-c", code, tiny_run, tmp_path / "out.npy"], cwd=tmp_path, capture_output=True,
-                          text=True)  # a process of its own: a forked one has the kernel already
+    done = subprocess.run([sys.executable, "-c", code, tiny_run, tmp_path / "out.npy"], cwd=tmp_path,
+                          capture_output=True, text=True)  # a process of its own: a forked one has the kernel already
     assert done.returncode == 0 and done.stderr.count("without the package numba") == 1, done.stderr
     student, tokenizer, _ = opened(tiny_run)
-    assert np.abs(np.load(tmp_path / "out.npy") - script.encode(student, tokenizer, ["A man eats.", "It rains."])).max() < 1e-5
+    expected = script.encode(student, tokenizer, ["A man eats.", "It rains."])
+    assert np.abs(np.load(tmp_path / "out.npy") - expected).max() < 1e-5
 
 
 def test_weights_stand_once_and_scores_belong_to_them(tiny_run):
@@ -169,7 +173,8 @@ def test_weights_changed_apart_from_their_record_are_refused(copy):
 def recorded(folder: Path) -> dict[int, float]:
     """Spearman on validation, by step, as metrics.jsonl has it."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if line["step"] for key in line if key.endswith("/validation_spearman")}
+    return {line["step"]: line[key] for line in lines if line["step"]
+            for key in line if key.endswith("/validation_spearman")}
 
 
 def test_names_are_looked_up_and_the_card_says_how_it_was_chosen(copy, tmp_path):
@@ -202,7 +207,8 @@ def test_a_better_model_is_only_overwritten_by_force(copy, capsys):
 def test_compact_export_and_back(copy, tmp_path):
     small, full = tmp_path / "small", tmp_path / "full"
     out = json.loads(run("save_best_checkpoint.py", "last", "--run_dir", copy, "--export_trained", small, "--json"))
-    assert sorted(p.name for p in small.iterdir()) == sorted(out["files"]) == ["config.json", "metrics.json", "student.safetensors"]
+    assert sorted(p.name for p in small.iterdir()) == sorted(out["files"])
+    assert sorted(out["files"]) == ["config.json", "metrics.json", "student.safetensors"]
     run("save_best_checkpoint.py", small, "--output_dir", full)
     vectors = [script.encode(*opened(p)[:2], SENTENCES) for p in (copy / "checkpoint_4.pt", small, full)]
     assert np.abs(vectors[1] - vectors[2]).max() < 1e-6
@@ -238,7 +244,8 @@ def test_onnx_and_int8(onnx_run, tiny_run, tmp_path):
     assert sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in graph.node) == 8
     student, tokenizer, _ = opened(folder)
     models = [save_best_checkpoint.OnnxModel(path, 1) for path in files]
-    expected, found, small = (script.encode(model, tokenizer, SENTENCES, max_length=256) for model in (student, *models))
+    found_by_all = [script.encode(model, tokenizer, SENTENCES, max_length=256) for model in (student, *models)]
+    expected, found, small = found_by_all
     assert np.abs(found - expected).max() < 1e-4 and (small * expected).sum(1).min() > 0.98
     assert np.abs(small - expected).max() > 1e-5  # it is another model
     run("save_best_checkpoint.py", tiny_run / "checkpoint_2.pt", "--output_dir", folder, "--force")
@@ -256,8 +263,10 @@ def test_int8_that_loses_too_much_is_refused(onnx_run, tmp_path, monkeypatch, ca
     with pytest.raises(script.UserError, match="0.0041"):
         save_best_checkpoint.export_int8(*arguments, True)
     assert not (folder / "small.onnx").exists()
-    assert save_best_checkpoint.export_int8(*arguments, True)["int8_dev_spearman"] == 0.7961 and (folder / "small.onnx").exists()
-    assert set(save_best_checkpoint.export_int8(*arguments, False)) == {"int8_cosine"} and "no stsb dev set" in capsys.readouterr().err
+    assert save_best_checkpoint.export_int8(*arguments, True)["int8_dev_spearman"] == 0.7961
+    assert (folder / "small.onnx").exists()
+    assert set(save_best_checkpoint.export_int8(*arguments, False)) == {"int8_cosine"}
+    assert "no stsb dev set" in capsys.readouterr().err
 
 
 def written_onnx(student: Any) -> bytes:
@@ -265,20 +274,19 @@ def written_onnx(student: Any) -> bytes:
         return save_best_checkpoint.StudentGraph(student.eval()).model().SerializeToString()
 
 
-SWITCHES = ("bidirectional", "hierarchical_memory", "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates")
-
-
+SWITCHES = ("bidirectional", "hierarchical_memory", "cross_timescale_coupling", "resonance_flux", "short_convolution",
+            "read_gates")
 LEARNED = ("learned_positions", "learned_pooling")
 
 
 @pytest.mark.parametrize("off", ["", *SWITCHES, *LEARNED, "all"])
 def test_onnx_of_every_architecture(off, tmp_path):
-    """Random students with strong gates at lengths around those of blocks and chunks; padding anywhere, repeated tokens."""
+    """Random students with strong gates at lengths around those of blocks and chunks; padding anywhere, same tokens."""
     pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     torch.manual_seed(0)
     switches = {name: off not in (name, "all") for name in SWITCHES} | {name: off == name for name in LEARNED}
-    student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=24, num_heads=4, num_layers=2, ffn_size=32, vocab_size=50,
-                                                           max_positions=300, **switches)).eval()
+    student = script.DeltaNetStudent(script.DeltaNetConfig(
+        d_model=24, num_heads=4, num_layers=2, ffn_size=32, vocab_size=50, max_positions=300, **switches)).eval()
     for name, parameter in student.named_parameters():
         torch.nn.init.normal_(parameter, std=2.0 if "gate" in name else 0.1 if "pooling" in name else 0.5)
     (tmp_path / "model.onnx").write_bytes(written_onnx(student))
@@ -298,10 +306,11 @@ def test_onnx_of_every_architecture(off, tmp_path):
 
 
 def test_onnx_is_stable_on_repeated_tokens(tmp_path):
-    """Equal keys, all written with beta near 1 and kept: a power series would blow up. Against float64, 9,000 tokens."""
+    """Equal keys, all written with beta near 1 and kept: a power series would blow up. 9,000 tokens."""
     pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     torch.manual_seed(0)
-    student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=16, num_heads=2, num_layers=1, ffn_size=16, vocab_size=50)).eval()
+    cfg = script.DeltaNetConfig(d_model=16, num_heads=2, num_layers=1, ffn_size=16, vocab_size=50)
+    student = script.DeltaNetStudent(cfg).eval()
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "norm" not in name:
@@ -321,8 +330,8 @@ def test_onnx_and_int8_of_learned_pooling(tmp_path):
     """The weight of each token is in the graph, in float32 in both files; a text's embedding is the weighted mean."""
     pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     torch.manual_seed(0)
-    student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=32, num_heads=4, num_layers=2, ffn_size=64, vocab_size=50,
-                                                           learned_pooling=True)).eval()
+    student = script.DeltaNetStudent(script.DeltaNetConfig(
+        d_model=32, num_heads=4, num_layers=2, ffn_size=64, vocab_size=50, learned_pooling=True)).eval()
     torch.nn.init.normal_(student.pooling.weight, std=0.3)
     path, small = tmp_path / "onnx" / "model.onnx", tmp_path / "model_qint8.onnx"
     assert max(save_best_checkpoint.export_onnx(student, path, tmp_path).values()) < 1e-4
@@ -359,9 +368,11 @@ def test_onnx_of_the_real_model_and_onnxruntime_alone(teacher_and_tokenizer, tmp
     student = script.build_student(script.config, teacher).eval()
     assert max(save_best_checkpoint.export_onnx(student, tmp_path / "onnx" / "model.onnx", tmp_path).values()) < 1e-4
     tokenizer.save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", ONNXRUNTIME_ALONE, tmp_path, tmp_path / "out.npy", *SENTENCES], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", ONNXRUNTIME_ALONE, tmp_path, tmp_path / "out.npy", *SENTENCES],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert np.abs(np.load(tmp_path / "out.npy") - script.encode(student, tokenizer, SENTENCES, max_length=256)).max() < 1e-4
+    expected = script.encode(student, tokenizer, SENTENCES, max_length=256)
+    assert np.abs(np.load(tmp_path / "out.npy") - expected).max() < 1e-4
 
 
 def test_onnx_without_its_package_is_one_line(copy, monkeypatch, capsys):
@@ -379,7 +390,8 @@ def test_scan_agrees_with_training_and_keeps_its_scores(copy):
     assert [r["file"] for r in report["files"]] == [*(f"checkpoint_{n}.pt" for n in (1, 2, 3, 4)), "pytorch_model.bin"]
     assert all(r["agrees"] is True for r in report["files"]) and report["evaluated"] > 0
     assert (copy / "checkpoint_scores.png").read_bytes().startswith(b"\x89PNG")
-    assert report["best_by_validation"]["validation_spearman"] == max(r["scores"]["validation_spearman"] for r in report["files"])
+    best = max(r["scores"]["validation_spearman"] for r in report["files"])
+    assert report["best_by_validation"]["validation_spearman"] == best
     again = scanner.scan(scanner_args(copy))
     assert again["evaluated"] == 0 and again["files"] == report["files"]
     (copy / "checkpoint_scores.json").unlink()
@@ -389,8 +401,9 @@ def test_scan_agrees_with_training_and_keeps_its_scores(copy):
 
 def scanner_args(folder: Path, **given: Any) -> Any:
     import argparse
-    return argparse.Namespace(**{"output_dir": str(folder), "every": 1, "limit": 0, "last": 0, "split": None, "data_dir": None,
-                                 "sts_name": None, "teacher_model": None, "device": None, "json": True} | given)
+    return argparse.Namespace(**{
+        "output_dir": str(folder), "every": 1, "limit": 0, "last": 0, "split": None, "data_dir": None,
+        "sts_name": None, "teacher_model": None, "device": None, "json": True} | given)
 
 
 def test_bad_files_are_rows_and_the_scan_goes_on(copy, capsys):
@@ -402,8 +415,9 @@ def test_bad_files_are_rows_and_the_scan_goes_on(copy, capsys):
     assert scanner.main([str(copy), "--json", "--split", "test"]) == 1
     rows = {r["file"]: r for r in json.loads(capsys.readouterr().out)["files"]}
     assert {name for name, r in rows.items() if "error" in r} == {f"checkpoint_{n}.pt" for n in (2, 3, 7, "x")}
-    assert "bytes instead of" in rows["checkpoint_2.pt"]["error"] and "another architecture" in rows["checkpoint_7.pt"]["error"]
-    assert rows["checkpoint_4.pt"]["scores"] and list(rows["checkpoint_4.pt"]["scores"]) == ["test_pearson", "test_spearman"]
+    assert "bytes instead of" in rows["checkpoint_2.pt"]["error"]
+    assert "another architecture" in rows["checkpoint_7.pt"]["error"]
+    assert list(rows["checkpoint_4.pt"]["scores"]) == ["test_pearson", "test_spearman"]
 
 
 def test_thinning():
@@ -433,10 +447,13 @@ def test_mteb_gives_each_checkpoint_its_own_training_score(copy, corpus, tmp_pat
     assert evaluate("--checkpoint", copy / "checkpoint_1.pt", "--compare", copy / "checkpoint_2.pt", copy) == 1
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
     found = [m["scores"]["STS12"] for m in summary["models"]]
-    expected = [script.evaluate_sts(*opened(p)[:2], rows)["spearman"] for p in (copy / "checkpoint_4.pt", copy / "checkpoint_2.pt", copy)]
-    # This student's cosines lie so close together that the last bit of a float32, which depends on the padding, swaps ranks.
+    paths = copy / "checkpoint_4.pt", copy / "checkpoint_2.pt", copy
+    expected = [script.evaluate_sts(*opened(p)[:2], rows)["spearman"] for p in paths]
+    # This student's cosines lie so close together that the last bit of a float32, which depends on the padding,
+    # swaps ranks.
     assert found == pytest.approx(expected, abs=1e-4)
-    assert found[0] != found[1] and re.search(r"checkpoint_1 +\|.+checkpoint_2", (tmp_path / "results" / "summary.md").read_text())
+    page = (tmp_path / "results" / "summary.md").read_text()
+    assert found[0] != found[1] and re.search(r"checkpoint_1 +\|.+checkpoint_2", page)
     assert len(list((tmp_path / "results" / "results").glob("*checkpoint_1/*/STS12.json"))) == 2
 
 
@@ -446,8 +463,9 @@ def test_mteb_teacher_and_student_on_stsbenchmark(data_dir, teacher_and_tokenize
     cfg = script.parse_config(["--projection_init", "teacher"])
     built = script.build_student(cfg, teacher_and_tokenizer[0])
     script.save_checkpoint(tmp_path, 0, built, script.build_optimizer(built, cfg), cfg, {}, {"sums": {}}, {})
-    out = json.loads(run("test_mteb_local.py", "--checkpoint", script.config["teacher_model"], "--compare", tmp_path / "checkpoint_0.pt",
-                         "--data_dir", data_dir, "--output_dir", tmp_path / "results", "--json"))
+    out = json.loads(run("test_mteb_local.py", "--checkpoint", script.config["teacher_model"], "--compare",
+                         tmp_path / "checkpoint_0.pt", "--data_dir", data_dir, "--output_dir", tmp_path / "results",
+                         "--json"))
     teacher, student = (m["scores"]["STSBenchmark"] for m in out["models"])
     rows = script.read_sts_file(data_dir / "sts" / "stsb-test.tsv.gz")
     assert len(rows) == 1379 and round(teacher, 4) == 0.8203
@@ -460,7 +478,8 @@ def test_mteb_teacher_and_student_on_stsbenchmark(data_dir, teacher_and_tokenize
 
 @pytest.mark.parametrize("batch, length, parts", [(32, 64, 1), (16, 128, 2)])
 def test_memory_estimate_is_within_a_quarter_of_the_measured_peak(batch, length, parts):
-    cfg = script.config | {"batch_size": batch, "max_length": length, "gradient_accumulation_steps": parts, "device": "cpu", "threads": 1}
+    cfg = script.config | {"batch_size": batch, "max_length": length, "gradient_accumulation_steps": parts,
+                           "device": "cpu", "threads": 1}
     peak = detect_hardware.measure(cfg, 600)["peak"]
     assert detect_hardware.estimate_memory(cfg)["total"] == pytest.approx(peak, rel=0.25)
 
@@ -482,7 +501,8 @@ def test_gpus_that_are_not_here_are_computed_from_the_operators(tmp_path, monkey
     counted = detect_hardware.count_operators(cfg)
     assert 100 < counted < detect_hardware.count_operators(cfg | {"num_layers": 2}) < 5000
     monkeypatch.setattr(detect_hardware, "LAUNCHES", tmp_path / "launches.json")
-    detect_hardware.LAUNCHES.write_text(json.dumps({"rows": [{"preset": "specification", "micro_batches": n, "total": 700 * n} for n in (4, 1)]}))
+    counts = [{"preset": "specification", "micro_batches": n, "total": 700 * n} for n in (4, 1)]
+    detect_hardware.LAUNCHES.write_text(json.dumps({"rows": counts}))
     assert detect_hardware.count_operators(cfg) == 700
     found = {(e["gpu"], e["precision"]): e for e in detect_hardware.compute_gpus(script.config, 700)}
     assert len(found) == 8
@@ -495,13 +515,14 @@ def test_gpus_that_are_not_here_are_computed_from_the_operators(tmp_path, monkey
     assert "Computed, not measured" in out and out.count("TF32  ") == 4 and "700" in out
     # Tokens of 20 rather than 128 a text: at 0.5 us an operator only work counts, which is at least linear in them.
     monkeypatch.setattr(detect_hardware, "LAUNCH", 5e-7)
-    assert all(e["step_seconds"] > 6 * e["short_step_seconds"] for e in detect_hardware.compute_gpus(script.config, 100))
+    estimates = detect_hardware.compute_gpus(script.config, 100)
+    assert all(e["step_seconds"] > 6 * e["short_step_seconds"] for e in estimates)
 
 
 def test_flops_of_a_step_are_those_that_pytorch_counts():
-    """But for what does not grow with the batch, the mixer's kernel, and the gradient of the embeddings, which are frozen."""
-    cfg = script.config | {"batch_size": 4, "max_length": 16, "gradient_accumulation_steps": 1, "device": "cpu", "num_layers": 1,
-                           "orthogonal_reg_weight": 0.0}
+    """But for what does not grow with the batch, the mixer's kernel, and the gradient of the frozen embeddings."""
+    cfg = script.config | {"batch_size": 4, "max_length": 16, "gradient_accumulation_steps": 1, "device": "cpu",
+                           "num_layers": 1, "orthogonal_reg_weight": 0.0}
     training = detect_hardware.Training(cfg)
     with FlopCounterMode(display=False) as counter:
         training.step(4)
@@ -512,7 +533,8 @@ def test_a_slow_machine_is_measured_too(monkeypatch):
     """A single step of 2 pairs where even that takes longer than the budget; never none."""
     cfg = script.config | detect_hardware.TINY | {"batch_size": 2, "device": "cpu", "threads": 0, "most_pairs": 64}
     steps, step = [], detect_hardware.Training.step
-    monkeypatch.setattr(detect_hardware.Training, "step", lambda self, pairs: steps.append(pairs) or 100 + step(self, pairs))
+    slow = lambda self, pairs: steps.append(pairs) or 100 + step(self, pairs)  # noqa: E731
+    monkeypatch.setattr(detect_hardware.Training, "step", slow)
     found = detect_hardware.measured_steps(cfg, 8.0)
     assert steps == [2, 2] and found["pairs"] == 2 and found["seconds"] > 100  # the first one is the small student's
 
@@ -536,24 +558,29 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, tiny_run, capsys):
     content["config"]["num_layers"] = 3
     torch.save(content, tmp_path / "wrong.pt")
     few = write_tsv(tmp_path, "stsb-test.tsv.gz", ["a\tb\t1.0"])
+    out = ["--output_dir", str(tmp_path / "m")]
     cases = [(main, [*before, str(tmp_path / name)], said) for name, said in (
-        ("absent.pt", "no such"), ("empty", "holds none"), ("text.pt", "not a whole checkpoint"), ("foreign.pt", "another architecture"),
-        ("wrong.pt", "num_layers"), ("other", "config.json"))
-        for main, before in ((save_best_checkpoint.main, []), (test_mteb_local.main, ["--output_dir", str(tmp_path / "m"), "--checkpoint"]))]
-    cases += [(scanner.main, [str(tmp_path / "absent")], "no such folder"), (scanner.main, [str(tmp_path / "empty")], "holds no checkpoint"),
+        ("absent.pt", "no such"), ("empty", "holds none"), ("text.pt", "not a whole checkpoint"),
+        ("foreign.pt", "another architecture"), ("wrong.pt", "num_layers"), ("other", "config.json"))
+        for main, before in ((save_best_checkpoint.main, []), (test_mteb_local.main, [*out, "--checkpoint"]))]
+    mteb = "--checkpoint", str(tiny_run)
+    cases += [(scanner.main, [str(tmp_path / "absent")], "no such folder"),
+              (scanner.main, [str(tmp_path / "empty")], "holds no checkpoint"),
               (save_best_checkpoint.main, ["9", "--run_dir", str(tiny_run)], "steps [1, 2, 3, 4]"),
               (save_best_checkpoint.main, ["best", "--run_dir", str(tmp_path / "empty")], "no checkpoint"),
-              (test_mteb_local.main, ["--checkpoint", str(tiny_run), "--tasks", "STSBenchmrk"], "STSBenchmark"),
-              (test_mteb_local.main, ["--checkpoint", str(tiny_run), "--data_dir", str(tmp_path / "absent")], "no such folder"),
-              (detect_hardware.main, ["--batch_size", "1"], "batch_size"), (detect_hardware.main, ["--measure", "maybe"], "measure")]
+              (test_mteb_local.main, [*mteb, "--tasks", "STSBenchmrk"], "STSBenchmark"),
+              (test_mteb_local.main, [*mteb, "--data_dir", str(tmp_path / "absent")], "no such folder"),
+              (detect_hardware.main, ["--batch_size", "1"], "batch_size"),
+              (detect_hardware.main, ["--measure", "maybe"], "measure")]
     for main, argv, said in cases:
         assert main(argv) == 2, argv
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and said in error, (argv, error)
-    assert test_mteb_local.main(["--checkpoint", str(tiny_run), "--data_dir", str(few), "--output_dir", str(tmp_path / "m")]) == 1
+    assert test_mteb_local.main([*mteb, "--data_dir", str(few), *out]) == 1
     assert "expected exactly 1379" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["detect_hardware.py", "test_checkpoints.py", "save_best_checkpoint.py", "test_mteb_local.py"])
+@pytest.mark.parametrize("name", ["detect_hardware.py", "test_checkpoints.py", "save_best_checkpoint.py",
+                                  "test_mteb_local.py"])
 def test_help(name):
     assert "--json" in run(name, "--help")

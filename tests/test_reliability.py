@@ -1,7 +1,7 @@
 """Faults injected on purpose: kills, damaged files, signals, full disks, numbers that are not finite, two runs at once.
 
-Runs are forked from one process (see forked.py and bench/kill_soak.py), so that the imports are paid once; what concerns the
-imports themselves is tested with the real command line.
+Runs are forked from one process (see forked.py and bench/kill_soak.py), so that the imports are paid once; what
+concerns the imports themselves is tested with the real command line.
 """
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from forked import ROOT
 
 
 class Process:
-    """A run of the training script on the tiny setup, in the folder `output`; `fault` is a function of this file and its arguments."""
+    """A run of the training script on the tiny setup, in the folder `output`.
+
+    `fault` is a function of this file and its arguments.
+    """
 
     def __init__(self, cfg: dict[str, Any], output: Path, *fault: Any, **changes: Any):
         self.folder, self.log, self.status = output, output.with_name(f"{output.name}-{time.time()}.log"), None
@@ -171,11 +174,13 @@ def test_best_model_of_a_superseded_step_is_replaced(tiny, copied):
     content = script.load_file(path)
     content["best"]["test"] |= {"step": 10, "test_spearman": 0.5}
     torch.save(content, path)
-    path.with_suffix(".json").write_text(json.dumps(mark(copied, 15) | {"bytes": path.stat().st_size, "sha256": script.file_sha256(path)}))
+    changed = {"bytes": path.stat().st_size, "sha256": script.file_sha256(path)}
+    path.with_suffix(".json").write_text(json.dumps(mark(copied, 15) | changed))
     scores.write_text(json.dumps({"step": 20}))
     run = Process(tiny, copied, resume_from_step=15, eval_interval=10)
     assert run.wait() == 0 and "it is the best student until now again, of step 10" in run.text()
-    best, kept = script.load_file(copied / "pytorch_model.bin"), script.load_file(copied / "checkpoint_10.pt")["student"]
+    best = script.load_file(copied / "pytorch_model.bin")
+    kept = script.load_file(copied / "checkpoint_10.pt")["student"]
     assert all(torch.equal(best[name], tensor) for name, tensor in kept.items())
     assert json.loads(scores.read_text())["step"] == 10 and json.loads(scores.read_text())["test_spearman"] == 0.5
 
@@ -212,7 +217,8 @@ def test_damaged_or_unfinished_shards_are_tokenised_again(tiny, tmp_path, monkey
     assert [p.stat().st_mtime_ns == t for p, t in zip(shards, times)] == [True, False, False]
     capsys.readouterr()
     flip(shards[0])
-    assert load().fingerprints == data.fingerprints and "shard-00000.arrow: its sha256 differs" in capsys.readouterr().out
+    assert load().fingerprints == data.fingerprints
+    assert "shard-00000.arrow: its sha256 differs" in capsys.readouterr().out
 
 
 def small_windows() -> None:
@@ -222,7 +228,10 @@ def small_windows() -> None:
 
 @pytest.mark.parametrize("sources", ["local", "none"])
 def test_streams_continue_where_they_were(tiny, tmp_path, sources):
-    """A streamed data set beside the local one, or alone, shorter than the run: resumed in either window, the run is the same."""
+    """A streamed data set beside the local one, or alone, shorter than the run: a resumed run is the same as the whole.
+
+    It is resumed in the first window and in the second.
+    """
     folder = tmp_path / "stream"
     rng = random.Random(3)
     for part in range(2):
@@ -233,7 +242,8 @@ def test_streams_continue_where_they_were(tiny, tmp_path, sources):
     run = Process(cfg, whole, small_windows)
     assert run.wait() == 0, run.text()
     places = [script.load_file(whole / f"checkpoint_{step}.pt")["progress"]["streams"][str(folder)] for step in (6, 18)]
-    assert places[0] == [0, None] and places[1][0] == 1 and (sources == "local" or places[1][1][0] > 0)  # more than one pass
+    assert places[0] == [0, None] and places[1][0] == 1  # more than one pass
+    assert sources == "local" or places[1][1][0] > 0
     for step in (12, 18):
         again = Path(shutil.copytree(whole, tmp_path / f"from-{step}"))
         run = Process(cfg, again, small_windows, resume_from_step=step)
@@ -337,8 +347,9 @@ def test_signal_before_training(tiny, tmp_path, number, status):
 @pytest.mark.parametrize("delay", [0, 1])
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_during_the_imports(tmp_path, number, status, delay):
-    run = subprocess.Popen([sys.executable, ROOT / "train_6layer_deltanet.py", "--output_dir", tmp_path / "run"], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    command = [sys.executable, ROOT / "train_6layer_deltanet.py", "--output_dir", tmp_path / "run"]
+    run = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env=os.environ | {"HF_HUB_OFFLINE": "1"})
     caught = 0
     while not caught & 1 << signal.SIGTERM - 1:  # from its first line on; Python's own start is not the script's
         caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{run.pid}/status").read_text())[1], 16)
@@ -468,14 +479,16 @@ def test_bad_step_is_skipped_and_named(tiny, tmp_path, where, name):
         {"step": s, "bad/step": s, "bad/loss": name} for s in (7, 11)]
     assert all(len(line["bad/batch"]) >= 8 and line["bad/batch"] != bad[0]["bad/batch"] for line in bad[1:])
     before, after = (script.load_file(run.folder / f"checkpoint_{s}.pt") for s in (6, 7))
-    assert kill_soak.same(before["student"], after["student"]) and kill_soak.same(*(x["optimizer"]["state"] for x in (before, after)))
+    assert kill_soak.same(before["student"], after["student"])
+    assert kill_soak.same(before["optimizer"]["state"], after["optimizer"]["state"])
 
 
 def test_bad_steps_in_a_row_stop_the_run(tiny, tmp_path):
     """A scale that overflows float32 gives losses that are not finite, without any patch."""
     run = Process(tiny, tmp_path / "run", contrastive_scale=1e39, max_bad_steps=6, save_interval=6)
     assert run.wait() == 2, run.text()
-    assert "step 6: contrastive was not finite in 6 steps in a row" in run.text() and "lower peak_learning_rate" in run.text()
+    assert "step 6: contrastive was not finite in 6 steps in a row" in run.text()
+    assert "lower peak_learning_rate" in run.text()
     assert not script.checkpoint_steps(run.folder)
 
 
@@ -499,7 +512,8 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
 
 def wrong_kernel() -> None:
     check, mixer = script.check_mixers, script.parallel_mixer
-    script.check_mixers = lambda device: check(device, {"kernel": lambda *a, **k: tuple(x + 0.01 for x in mixer(*a, **k))})
+    wrong = lambda *a, **k: tuple(x + 0.01 for x in mixer(*a, **k))  # noqa: E731
+    script.check_mixers = lambda device: check(device, {"kernel": wrong})
 
 
 def test_wrong_kernel_stops_the_run(tiny, tmp_path):
@@ -519,6 +533,7 @@ def test_second_run_is_told_of_the_first_and_a_dead_ones_lock_is_taken_over(tiny
     assert first.wait() == -signal.SIGKILL
     newest = max(script.checkpoint_steps(first.folder))
     third = Process(tiny, tmp_path / "run", resume_from_step=-1, total_steps=newest + 1)
-    assert third.wait() == 0 and f"taking over the lock that a dead run left (pid {first.pid}" in third.text(), third.text()
+    assert third.wait() == 0, third.text()
+    assert f"taking over the lock that a dead run left (pid {first.pid}" in third.text(), third.text()
     fourth = Process(tiny, tmp_path / "run", resume_from_step=-1, total_steps=newest + 1)
     assert fourth.wait() == 0 and "taking over" not in fourth.text()

@@ -1,4 +1,4 @@
-"""The second stage: guided contrastive loss, batches of one source, sources drawn by distance, held-out texts, averages."""
+"""The second stage: guided contrastive loss, batches of one source, drawn by distance, held-out texts, averages."""
 import json
 import random
 from pathlib import Path
@@ -38,7 +38,8 @@ def naive_guided(sides, keys, guide, scale, smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_guided_loss_equals_a_naive_loop(smoothing):
     sides, guide = ([units(6, 5, seed=s), units(6, 5, seed=s + 1), units(2, 5, seed=s + 2)] for s in (0, 10))
-    keys = torch.tensor([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 2, 20, 10])  # positive 5 is anchor 2, negative 1 is positive 0
+    # Positive 5 is anchor 2, negative 1 is positive 0.
+    keys = torch.tensor([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 2, 20, 10])
     found = script.contrastive_loss(*sides, keys, 20.0, smoothing, tuple(guide))
     assert found.item() == pytest.approx(naive_guided(sides, keys, guide, 20.0, smoothing), rel=1e-5)
     assert abs(found - script.contrastive_loss(*sides, keys, 20.0, smoothing)) > 0.01
@@ -66,13 +67,15 @@ def test_planted_false_negative_is_left_out_and_gradients_are_right():
             script.contrastive_loss(others, p2, n, keys, 20.0, 0.0, guide), p2)[0][2]
 
     student_guide = (a.detach(), p.detach(), n)  # nothing planted
-    assert naive_guided([a, p, n], keys, teacher, 20.0, 0.0) == pytest.approx(loss(a, p, tuple(teacher)).item(), rel=1e-5)
+    expected = loss(a, p, tuple(teacher)).item()
+    assert naive_guided([a, p, n], keys, teacher, 20.0, 0.0) == pytest.approx(expected, rel=1e-5)
     assert pull(tuple(teacher)) @ a[0].detach() < 0.5 * (pull(student_guide) @ a[0].detach()).abs()
 
 
 def test_unguided_loss_is_what_it_was():
     """The loss before there was a guide, in its own words."""
-    a, p, n, keys = units(5, 7), units(5, 7, seed=1), units(3, 7, seed=2), torch.tensor([0, 1, 2, 3, 4, 5, 6, 1, 8, 9, 5, 11, 12])
+    a, p, n = units(5, 7), units(5, 7, seed=1), units(3, 7, seed=2)
+    keys = torch.tensor([0, 1, 2, 3, 4, 5, 6, 1, 8, 9, 5, 11, 12])
     own, (key_a, key_p, key_n) = torch.eye(5, dtype=torch.bool), keys.split([5, 5, 3])
 
     def direction(queries, candidates, candidate_keys):
@@ -108,7 +111,8 @@ def tiny(tmp_path_factory, few_sts_rows):
     cfg = kill_soak.make_tiny(tmp_path_factory.mktemp("tiny"))
     rng = random.Random(5)
     for name, count in (("other", 40), ("small", 3)):
-        rows = [json.dumps([f"{kill_soak.sentence(rng, 6)} {name} {i}", f"{kill_soak.sentence(rng, 9)} {name} {i}"]) for i in range(count)]
+        rows = [json.dumps([f"{kill_soak.sentence(rng, longest)} {name} {i}" for longest in (6, 9)])
+                for i in range(count)]
         kill_soak.write_lines(Path(cfg["data_dir"]) / "train" / f"{name}.jsonl.gz", rows)
     return cfg
 
@@ -131,12 +135,12 @@ def test_batches_of_one_source(tiny, monkeypatch):
         assert len(pairs) == 4 and len(sources) == 1 and {int(x) for m in batch for x in m.sources} == sources
         name = data.names[sources.pop()]
         seen[name] += 1
-        assert len(set(pairs)) == (3 if name == "small" else 4)  # a row is twice only where there are fewer than a batch's
+        assert len(set(pairs)) == (3 if name == "small" else 4)  # twice only where there are fewer than a batch's
     shares = np.sqrt([len(table) for table in data.tables])
     expected = dict(zip(data.names, shares / shares.sum()))
     assert all(abs(seen[name] / (6 * data.WINDOW) - share) < 0.04 for name, share in expected.items()), seen
     last = data.batch(150)
-    assert [m.keys.tolist() for m in last] == [m.keys.tolist() for m in again.batch(150)]  # asked for first, in a new object
+    assert [m.keys.tolist() for m in last] == [m.keys.tolist() for m in again.batch(150)]  # asked first of a new object
 
 
 def test_windows_are_split_exactly_in_the_mean():
@@ -164,7 +168,8 @@ def test_sources_far_from_the_teacher_are_drawn_more_often():
 def test_held_out_texts_are_in_no_pair(tiny):
     plain, kept = load(tiny), load(tiny, held_out_share=0.1)
     assert plain.leaks == kept.leaks
-    keys = [{k for t in data.tables for s in ("anchor", "positive", "negative") for k in t[:][f"key_{s}"].to_pylist() if k}
+    columns = [f"key_{side}" for side in ("anchor", "positive", "negative")]
+    keys = [{k for t in data.tables for column in columns for k in t[:][column].to_pylist() if k}
             for data in (plain, kept)]
     out = {k for k in keys[0] if script.is_held_out(k.to_bytes(8, "little", signed=True), 0.1)}
     assert 0.05 < len(out) / len(keys[0]) < 0.15 and not out & keys[1]
@@ -187,7 +192,8 @@ def run():
     server = forked.server()
 
     def start(cfg, output: Path, status: int = 0, **changes) -> str:
-        words = {key: str(value) if isinstance(value, Path) else value for key, value in (cfg | {"output_dir": output} | changes).items()}
+        words = {key: str(value) if isinstance(value, Path) else value
+                 for key, value in (cfg | {"output_dir": output} | changes).items()}
         log = output.with_name(f"{output.name}.log")
         found, text = server.wait(server.start(words, log, ["test_stage2", "small_windows"])), log.read_text()
         assert found == status and "Traceback" not in text, text
@@ -197,7 +203,7 @@ def run():
 
 
 def test_second_stage_from_a_student_and_resumed(tiny, run, tmp_path):
-    """Starts from the first stage's student; with every key on, a resumed run is the same as the whole, without that student."""
+    """Starts from the first stage's student; with every key on, a run resumed without it is the same as the whole."""
     first = tmp_path / "first"
     run(tiny, first, total_steps=4, warmup_steps=1, eval_interval=4, peak_learning_rate=1e-3)
     cfg = tiny | {"one_source_batches": True, "guided_contrastive": True, "source_focus": 1.0, "held_out_share": 0.05,
@@ -214,7 +220,8 @@ def test_second_stage_from_a_student_and_resumed(tiny, run, tmp_path):
     assert json.loads((whole / "run.json").read_text())["init"]["file"] == "checkpoint_4.pt"
     assert script.read_student(whole)[2]["init"]["step"] == 4
     distances = {k: v for line in lines for k, v in line.items() if k.startswith("distance/")}
-    assert set(distances) == {"distance/pairs", "distance/other", "distance/small"} and all(0 < v < 4 for v in distances.values())
+    assert set(distances) == {"distance/pairs", "distance/other", "distance/small"}
+    assert all(0 < v < 4 for v in distances.values())
     for step in (6, 24):  # inside the first window, and at the end of the third
         part = tmp_path / f"from-{step}"
         part.mkdir()
@@ -225,12 +232,13 @@ def test_second_stage_from_a_student_and_resumed(tiny, run, tmp_path):
         assert kill_soak.metrics(part) == kill_soak.metrics(whole)
         assert other["progress"] == end["progress"]
         assert all(torch.equal(other["student"][k], end["student"][k]) for k in end["student"])
-    assert "set --num_heads 2" in run(cfg, tmp_path / "bad", status=2, init_student=first / "checkpoint_4.pt", num_heads=4)
+    said = run(cfg, tmp_path / "bad", status=2, init_student=first / "checkpoint_4.pt", num_heads=4)
+    assert "set --num_heads 2" in said
     assert "no such file" in run(cfg, tmp_path / "bad", status=2, init_student=tmp_path / "nothing")
 
     averaged = tmp_path / "averaged"
-    assert save_best_checkpoint.main([str(whole / "checkpoint_30.pt"), "--average", str(first / "checkpoint_4.pt"), "--weights", "3", "1",
-                                      "--output_dir", str(averaged)]) == 0
+    parts = [str(whole / "checkpoint_30.pt"), "--average", str(first / "checkpoint_4.pt"), "--weights", "3", "1"]
+    assert save_best_checkpoint.main([*parts, "--output_dir", str(averaged)]) == 0
     mean = script.load_file(averaged / "pytorch_model.bin")
     name = "deltanet_ffns.0.up.weight"
     torch.testing.assert_close(mean[name], 0.75 * end["student"][name] + 0.25 * start[name])
@@ -241,7 +249,9 @@ def test_average_by_hand():
     states = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}]
     assert save_best_checkpoint.average_students(states, [1.0, 1.0])["w"].tolist() == [2.0, 4.0]
     assert save_best_checkpoint.average_students(states, [3.0, 1.0])["w"].tolist() == [1.5, 3.0]
-    for bad, weights in (([states[0], {"v": torch.ones(2)}], [1, 1]), (states, [1.0]), (states, [0.0, 0.0]), (states, [1, float("nan")])):
+    other, not_a_number = {"v": torch.ones(2)}, float("nan")
+    for bad, weights in (([states[0], other], [1, 1]), (states, [1.0]), (states, [0.0, 0.0]),
+                         (states, [1, not_a_number])):
         with pytest.raises(script.UserError, match="average"):
             save_best_checkpoint.average_students(bad, weights)
 
@@ -251,17 +261,20 @@ def test_average_by_hand():
 
 def test_ndcg_by_hand():
     candidates = np.eye(12)
-    queries = np.stack([candidates[3], 0.9 * candidates[5] + 0.4 * candidates[3], candidates[:11].T @ np.arange(11, 0, -1)])
+    mixed = 0.9 * candidates[5] + 0.4 * candidates[3]
+    queries = np.stack([candidates[3], mixed, candidates[:11].T @ np.arange(11, 0, -1)])
     found = generalise.ndcg(queries, candidates, [{3}, {3}, {1, 2, 10}])
     ideal = 1 + 1 / np.log2(3) + 1 / np.log2(4)
-    assert found == pytest.approx([1.0, 1 / np.log2(3), (1 / np.log2(3) + 1 / np.log2(4)) / ideal])  # place 11 is beyond 10
+    last = (1 / np.log2(3) + 1 / np.log2(4)) / ideal  # place 11 is beyond 10
+    assert found == pytest.approx([1.0, 1 / np.log2(3), last])
 
 
 def test_queries_and_their_answers_were_not_seen(tmp_path):
     passage = lambda i: f"passage {i} of many words that say what the answer to its question is"  # noqa: E731
     rows = [[f"what is question {i}", passage(i)] for i in range(90)] + [["what is question 0", passage(90)]]
     kill_soak.write_lines(tmp_path / "train" / "answers.jsonl.gz", list(map(json.dumps, rows)))
-    kill_soak.write_lines(tmp_path / "train" / "pairs.jsonl.gz", [json.dumps([f"this is sentence {i}", f"that is it {i}"]) for i in range(90)])
+    pairs = [json.dumps([f"this is sentence {i}", f"that is it {i}"]) for i in range(90)]
+    kill_soak.write_lines(tmp_path / "train" / "pairs.jsonl.gz", pairs)
     key = lambda text: int.from_bytes(script.text_key(text), "little", signed=True)  # noqa: E731
     seen = {key(rows[i][1]) for i in range(10, 30)} | {key(rows[i][0]) for i in range(30, 40)}
     sets = generalise.retrieval_sets(script.config | {"data_dir": str(tmp_path)}, seen, 50, 60)
@@ -270,4 +283,5 @@ def test_queries_and_their_answers_were_not_seen(tmp_path):
     assert not {*queries} & {rows[i][0] for i in range(10, 40)}
     for query, answers in zip(queries, right):
         assert {candidates[i] for i in answers} == {answer for other, answer in rows if other == query}
-    assert not generalise.retrieval_sets(script.config | {"data_dir": str(tmp_path)}, {key(row[1]) for row in rows[:70]}, 50, 60)
+    cfg, seen = script.config | {"data_dir": str(tmp_path)}, {key(row[1]) for row in rows[:70]}
+    assert not generalise.retrieval_sets(cfg, seen, 50, 60)

@@ -1,4 +1,4 @@
-"""One optimiser step: it waits for nothing, a bad one changes nothing, and it is as cheap in operators and memory as it says."""
+"""One optimiser step: it waits for nothing, a bad one changes nothing, its operators and memory are what it says."""
 from __future__ import annotations
 
 import copy
@@ -12,8 +12,8 @@ from transformers import BertConfig, BertModel
 import train_6layer_deltanet as script
 from detect_hardware import make_batch
 
-SYNCHRONISING = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::unique", "aten::_unique",
-                 "aten::masked_select", "aten::repeat_interleave.Tensor")
+SYNCHRONISING = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero",
+                 "aten::unique", "aten::_unique", "aten::masked_select", "aten::repeat_interleave.Tensor")
 
 
 class NoWaiting(TorchDispatchMode):
@@ -21,14 +21,16 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, indices = function.name(), args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
-        by_mask = name.startswith("aten::index") and any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
+        masks = [i for i in indices if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
+        by_mask = name.startswith("aten::index") and masks
         assert not name.startswith(SYNCHRONISING) and not by_mask, name
         return function(*args, **(kwargs or {}))
 
 
 def setting(device: str = "cpu", **changes: Any) -> tuple[script.Trainer, torch.optim.AdamW, list[script.MicroBatch]]:
-    """A trainer of a small student with dropout, its optimiser, and a batch with padding and hard negatives of its sources."""
-    cfg = script.check_config(script.config | {"d_model": 32, "num_heads": 2, "num_layers": 2, "batch_size": 6, "max_length": 12, **changes})
+    """A trainer of a small student with dropout, its optimiser, and a batch with padding and hard negatives."""
+    small = {"d_model": 32, "num_heads": 2, "num_layers": 2, "batch_size": 6, "max_length": 12}
+    cfg = script.check_config(script.config | small | changes)
     torch.manual_seed(0)
     shapes = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     teacher = script.Teacher(BertModel(shapes, add_pooling_layer=False)).to(device)
@@ -43,7 +45,8 @@ def setting(device: str = "cpu", **changes: Any) -> tuple[script.Trainer, torch.
     return trainer, script.build_optimizer(trainer.student, cfg), batch
 
 
-def step(trainer: script.Trainer, optimizer: torch.optim.AdamW, batch: list[script.MicroBatch], spoilt: bool = False, rate: float = 1e-3) -> torch.Tensor:
+def step(trainer: script.Trainer, optimizer: torch.optim.AdamW, batch: list[script.MicroBatch], spoilt: bool = False,
+         rate: float = 1e-3) -> torch.Tensor:
     optimizer.zero_grad(set_to_none=True)
     values = trainer.step_gradients(batch, 1)
     if spoilt:
@@ -66,7 +69,8 @@ def test_a_step_never_waits_for_the_device(changes):
             waits(row)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: that PyTorch sees no synchronisation is not tested")
+@pytest.mark.skipif(not torch.cuda.is_available(),
+                    reason="no CUDA GPU here: that PyTorch sees no synchronisation is not tested")
 @pytest.mark.parametrize("changes", CONFIGS)
 def test_a_step_never_waits_for_the_gpu(changes):
     trainer, optimizer, batch = setting("cuda", **changes)
@@ -89,7 +93,8 @@ def test_a_bad_step_changes_no_bit(first):
     assert row[:-1].isfinite().all() and row[-1].isnan()
     assert all(torch.equal(x, weights[name]) for name, x in trainer.student.state_dict().items())
     after = optimizer.state_dict()["state"]
-    assert all(torch.equal(x, state[i][key] if state else torch.zeros_like(x)) for i, of in after.items() for key, x in of.items())
+    entries = [(i, key, x) for i, of in after.items() for key, x in of.items()]
+    assert all(torch.equal(x, state[i][key] if state else torch.zeros_like(x)) for i, key, x in entries)
     step(trainer, optimizer, batch)
     assert all(of["step"] == (1 if first else 2) for of in optimizer.state_dict()["state"].values())
     assert not torch.equal(trainer.student.ffn_norms[0].weight, weights["ffn_norms.0.weight"])
@@ -133,16 +138,18 @@ def test_repeated_pairs_count_once():
 
 
 def test_a_whole_training_step_compiles_without_a_break_and_gives_the_same():
-    """Student and teacher as one graph each (`fullgraph`), forward and backward, by AOTAutograd without a code generator."""
+    """Student and teacher as one graph each (`fullgraph`), forward and backward, by AOTAutograd without a generator."""
     trainer, _, batch = setting(dropout=0.0, state_dropout=0.0, compile="true")
     found = []
     try:
         for compiled in (False, True):
             if compiled:
-                assert script.compile_models(trainer.student, trainer.teacher, trainer.cfg, trainer.device, backend="aot_eager")
+                assert script.compile_models(trainer.student, trainer.teacher, trainer.cfg, trainer.device,
+                                             backend="aot_eager")
             trainer.student.zero_grad(set_to_none=True)
             values = trainer.step_gradients(batch, 1)
-            found.append({**values, **{name: p.grad.clone() for name, p in trainer.student.named_parameters() if p.grad is not None}})
+            weights = trainer.student.named_parameters()
+            found.append({**values, **{name: p.grad.clone() for name, p in weights if p.grad is not None}})
     finally:
         torch._dynamo.reset()
     assert found[0].keys() == found[1].keys()

@@ -24,14 +24,14 @@ def small_config(**changes):
 
 
 def test_specification_defaults():
-    expected = dict(d_model=384, num_heads=12, num_layers=6, fast_decay_init=0.30, slow_decay_init=0.85, batch_size=256,
-                    gradient_accumulation_steps=4, max_length=128, total_steps=200000, warmup_steps=1000,
-                    peak_learning_rate=2e-5, weight_decay=0.1, gradient_clip=1.0, eval_interval=2000, save_interval=1000,
-                    log_interval=50, resume_from_step=0, contrastive_scale=20.0, label_smoothing=0.1,
-                    distillation_weight=1.0, layer_distill_weight=1.5, orthogonal_reg_weight=0.01,
-                    ortho_state_reg_weight=0.002, spearman_loss_weight=0.3, ranking_loss_weight=0.2, ranking_margin=0.05,
-                    state_dropout=0.10, dropout=0.15, seed=42, best_model_split="test",
-                    output_dir="deltanet_minilm_6layers_FIXED_FROM_SCRATCH")
+    expected = dict(
+        d_model=384, num_heads=12, num_layers=6, fast_decay_init=0.30, slow_decay_init=0.85, batch_size=256,
+        gradient_accumulation_steps=4, max_length=128, total_steps=200000, warmup_steps=1000, peak_learning_rate=2e-5,
+        weight_decay=0.1, gradient_clip=1.0, eval_interval=2000, save_interval=1000, log_interval=50,
+        resume_from_step=0, contrastive_scale=20.0, label_smoothing=0.1, distillation_weight=1.0,
+        layer_distill_weight=1.5, orthogonal_reg_weight=0.01, ortho_state_reg_weight=0.002, spearman_loss_weight=0.3,
+        ranking_loss_weight=0.2, ranking_margin=0.05, state_dropout=0.10, dropout=0.15, seed=42,
+        best_model_split="test", output_dir="deltanet_minilm_6layers_FIXED_FROM_SCRATCH")
     assert {key: script.config[key] for key in expected} == expected
 
 
@@ -45,7 +45,8 @@ def test_help_lists_every_key_with_its_comment(capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["--batchsize", "3"], "did you mean 'batch_size'"), (["--batch_size", "many"], "--batch_size: invalid int"),
-    (["--bidirectional", "maybe"], "true or false"), (["--preset", "none"], "match_teacher"), (["--seed"], "--seed.* expected one argument"),
+    (["--bidirectional", "maybe"], "true or false"), (["--preset", "none"], "match_teacher"),
+    (["--seed"], "--seed.* expected one argument"),
     (["--dropout", "nan"], "finite"), (["--precision", "fp8"], "bf16"), (["surplus"], "unknown argument .surplus")])
 def test_bad_arguments_are_one_line(argv, message):
     with pytest.raises(script.UserError, match=message) as error:
@@ -54,7 +55,8 @@ def test_bad_arguments_are_one_line(argv, message):
 
 
 def test_command_line_overrides_the_preset():
-    cfg = script.parse_config(["--batch_size=8", "--preset", "match_teacher", "--bidirectional", "false", "--resume", "latest"])
+    cfg = script.parse_config(["--batch_size=8", "--preset", "match_teacher", "--bidirectional", "false",
+                               "--resume", "latest"])
     assert (cfg["batch_size"], cfg["bidirectional"], cfg["resume_from_step"]) == (8, False, -1)
     assert cfg["projection_init"] == "teacher" and all(set(p) <= set(script.config) for p in script.PRESETS.values())
 
@@ -75,7 +77,8 @@ def test_size_and_no_attention():
     assert abs(count - 22.7e6) <= 0.15e6, count
     names = [type(m).__name__.lower() for m in student.modules()]
     assert not any("attention" in name for name in names)
-    assert [name for name, _ in student.named_children()][-4:] == ["deltanet_layers", "deltanet_norms", "deltanet_ffns", "ffn_norms"]
+    parts = [name for name, _ in student.named_children()]
+    assert parts[-4:] == ["deltanet_layers", "deltanet_norms", "deltanet_ffns", "ffn_norms"]
 
 
 def test_initial_projections_are_orthogonal_and_retentions_at_their_start():
@@ -120,7 +123,8 @@ def test_embeddings_do_not_depend_on_padding_or_batch_mates(teacher_and_tokenize
         for p in student.deltanet_layers.parameters():
             p.add_(0.02 * torch.randn_like(p))
     ids = tokenizer("A man is playing a large flute.")["input_ids"]
-    others = tokenizer(["Short.", "The weather in the mountains was colder than anyone expected it to be in May."])["input_ids"]
+    others = tokenizer(["Short.", "The weather in the mountains was colder than anyone expected it to be in May."])
+    others = others["input_ids"]
     results = []
     with torch.inference_mode():
         for length, mates in ((len(ids), []), (16, []), (128, []), (40, others)):
@@ -141,7 +145,8 @@ def compilable():
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64), add_pooling_layer=False))
     cfg = small_config(d_model=32, num_heads=4, num_layers=3, compile="true")
     student = script.build_student(cfg, teacher).train()
-    batches = [(torch.randint(1000, 2000, (n, t)), torch.ones(n, t, dtype=torch.long)) for n, t in ((3, 9), (5, 24), (2, 100), (1, 9))]
+    sizes = (3, 9), (5, 24), (2, 100), (1, 9)
+    batches = [(torch.randint(1000, 2000, size), torch.ones(size, dtype=torch.long)) for size in sizes]
     batches[1][1][:, 20:] = 0
 
     def step(ids, mask):
@@ -162,7 +167,7 @@ def test_compiled_parts_give_the_same_with_few_graphs(compilable, monkeypatch):
     from torch._dynamo.testing import CompileCounter
     student, teacher, cfg, batches, step = compilable
     lines, counter, cpu = [], CompileCounter(), torch.device("cpu")
-    with monkeypatch.context() as patch:  # a compiled FFN is PyTorch's own, which rounds its GELU otherwise than the kernel
+    with monkeypatch.context() as patch:  # a compiled FFN is PyTorch's own, which rounds otherwise than the kernel
         patch.setattr(script.FeedForward, "forward", lambda self, x: self.down(torch.nn.functional.gelu(self.up(x))))
         expected = [step(*batch) for batch in batches]
     assert not script.compile_models(student, teacher, cfg | {"compile": "auto"}, cpu, lines.append, counter)
@@ -189,7 +194,8 @@ def test_without_a_compiler_one_line_says_so(compilable, monkeypatch):
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
         assert not script.compile_models(student, teacher, cfg, torch.device("cpu"), lines.append)
     assert len(lines) == 1 and "running without" in lines[0] and "\n" not in lines[0], lines
-    wrong = lambda graph, inputs: lambda *a: [x if x is None or not x.is_floating_point() else x + 0.01 for x in graph(*a)]  # noqa: E731
+    off = lambda x: x if x is None or not x.is_floating_point() else x + 0.01  # noqa: E731
+    wrong = lambda graph, inputs: lambda *a: [off(x) for x in graph(*a)]  # noqa: E731
     torch._dynamo.reset()
     assert not script.compile_models(student, teacher, cfg, torch.device("cpu"), lines.append, wrong)
     assert len(lines) == 2 and "off by" in lines[1]
@@ -260,9 +266,10 @@ def test_distillation_losses_by_hand():
 
 
 def test_orthogonal_losses_by_hand():
-    student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=4, num_heads=2, num_layers=1, vocab_size=9, ffn_size=8))
+    cfg = script.DeltaNetConfig(d_model=4, num_heads=2, num_layers=1, vocab_size=9, ffn_size=8)
+    student = script.DeltaNetStudent(cfg)
     with torch.no_grad():
-        student.deltanet_layers[0].o_proj.weight.copy_(2 * torch.eye(4))  # ||4 I - I||^2 = 36, the others are orthogonal
+        student.deltanet_layers[0].o_proj.weight.copy_(2 * torch.eye(4))  # ||4 I - I||^2 = 36, others are orthogonal
     assert script.orthogonal_regularisation_loss(student).item() == pytest.approx(36 / 4, abs=1e-4)
     fast = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     slow = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
@@ -310,7 +317,8 @@ def write_rows(path: Path, lines: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("line", ["not json", '["one"]', '["a", 3]', '["a", null]', '{"a": "b"}', '["a", " "]', '["a","b","c","d"]'])
+@pytest.mark.parametrize("line", ["not json", '["one"]', '["a", 3]', '["a", null]', '{"a": "b"}', '["a", " "]',
+                                  '["a","b","c","d"]'])
 def test_broken_line_names_file_and_line(tmp_path, line):
     path = write_rows(tmp_path / "x.jsonl.gz", ['["a", "b"]', line])
     with pytest.raises(script.UserError, match=r"x\.jsonl\.gz, line 2"):
@@ -319,7 +327,8 @@ def test_broken_line_names_file_and_line(tmp_path, line):
 
 @pytest.fixture(scope="module")
 def generated(corpus, teacher_and_tokenizer, tmp_path_factory):
-    cfg = small_config(data_dir=str(corpus), sts_name="generated", batch_size=16, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    cfg = small_config(data_dir=str(corpus), sts_name="generated", batch_size=16,
+                       cache_dir=str(tmp_path_factory.mktemp("cache")))
     return cfg, script.load_training_data(cfg, teacher_and_tokenizer[1])
 
 
@@ -370,7 +379,9 @@ def test_every_pair_is_drawn_equally_often_and_padding_is_little(generated):
 
 def test_joined_texts_are_whole_neighbours_cut_at_a_length(generated):
     cfg, data = generated
-    plain, joined = data.build_window(3)[0], script.PairData(list(zip(data.names, data.tables)), cfg | {"joined_share": 0.25}).build_window(3)[0]
+    plain = data.build_window(3)[0]
+    other = script.PairData(list(zip(data.names, data.tables)), cfg | {"joined_share": 0.25})
+    joined = other.build_window(3)[0]
     sides = {side: [[text.tolist() for text in rows[side]] for rows in (plain, joined)]
              for side in ("anchor", "positive")}
     changed, lengths, free = 0, [], 0
@@ -426,7 +437,8 @@ def test_hub_rows_keep_only_the_same_meaning():
     assert rows("qqp", {"question1": "a", "question2": "b", "label": 0}) == []
     assert rows("qqp", {"question1": "a", "question2": "b", "label": 1}) == [("a", "b", None)]
     assert rows("snli", {"premise": "a", "hypothesis": "b", "label": 1}) == []
-    assert rows("msmarco", {"query": "q", "passages": {"passage_text": ["x", "y"], "is_selected": [0, 1]}}) == [("q", "y", "x")]
+    passages = {"passage_text": ["x", "y"], "is_selected": [0, 1]}
+    assert rows("msmarco", {"query": "q", "passages": passages}) == [("q", "y", "x")]
 
 
 # ---- gradients, evaluation, resume
@@ -439,7 +451,8 @@ def test_cached_gradients_equal_one_backward_with_dropout(generated, teacher_and
     gradients = {}
     for cached in (True, False):
         student.zero_grad()
-        values = {n: x.item() for n, x in script.Trainer(student, teacher, cfg).step_gradients(data.batch(1), 1, cached).items()}
+        losses = script.Trainer(student, teacher, cfg).step_gradients(data.batch(1), 1, cached)
+        values = {n: x.item() for n, x in losses.items()}
         gradients[cached] = ({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}, values)
     assert set(gradients[True][0]) == set(script.trainable_state(student))
     for name, expected in gradients[False][0].items():
@@ -448,7 +461,8 @@ def test_cached_gradients_equal_one_backward_with_dropout(generated, teacher_and
 
 
 def test_teacher_scores_on_sts_b(data_dir, teacher_and_tokenizer):
-    scores = script.evaluate_sts(*teacher_and_tokenizer, script.load_sts(small_config(data_dir=str(data_dir), sts_name="stsb"), "test"))
+    cfg = small_config(data_dir=str(data_dir), sts_name="stsb")
+    scores = script.evaluate_sts(*teacher_and_tokenizer, script.load_sts(cfg, "test"))
     assert scores["spearman"] == pytest.approx(0.8203, abs=5e-5)
 
 
@@ -476,15 +490,17 @@ def tiny_run(corpus, tiny_teacher, output: Path, *extra: str) -> forked.Done:
     return forked.run(ROOT / "train_6layer_deltanet.py", "--teacher_model", tiny_teacher, "--data_dir", corpus,
                       "--d_model", "32", "--num_heads", "2", "--num_layers", "2", "--batch_size", "8", "--threads", "1",
                       "--gradient_accumulation_steps", "2", "--total_steps", "12", "--warmup_steps", "3",
-                      "--log_interval", "4", "--eval_interval", "6", "--save_interval", "3", "--peak_learning_rate", "1e-3",
-                      "--cache_dir", output.parent / "cache", "--output_dir", output, *extra, cwd=output.parent)
+                      "--log_interval", "4", "--eval_interval", "6", "--save_interval", "3",
+                      "--peak_learning_rate", "1e-3", "--cache_dir", output.parent / "cache", "--output_dir", output,
+                      *extra, cwd=output.parent)
 
 
 def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
     whole = tiny_run(corpus, tiny_teacher, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    for name in ("pytorch_model.bin", "config.json", "final_model/pytorch_model.bin", "metrics.jsonl", "training_curves.png",
-                 "run.json", "results.json", "checkpoint_3.pt", "checkpoint_3.json", "tokenizer.json"):
+    for name in ("pytorch_model.bin", "config.json", "final_model/pytorch_model.bin", "metrics.jsonl",
+                 "training_curves.png", "run.json", "results.json", "checkpoint_3.pt", "checkpoint_3.json",
+                 "tokenizer.json"):
         assert (tmp_path / "whole" / name).stat().st_size > 0, name
     assert "negatives per anchor: 7" in whole.stdout and "teacher: local folder" in whole.stdout
 
@@ -496,7 +512,8 @@ def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
     a, b = (torch.load(tmp_path / d / "checkpoint_12.pt", weights_only=True) for d in ("whole", "parts"))
     assert all(torch.equal(a["student"][k], b["student"][k]) for k in a["student"])
     states = [c["optimizer"]["state"] for c in (a, b)]
-    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in ("step", "exp_avg", "exp_avg_sq"))
+    entries = [(i, k) for i in states[0] for k in ("step", "exp_avg", "exp_avg_sq")]
+    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i, k in entries)
     assert a["best"] == b["best"]
     lines = [[{k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in
               (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("whole", "parts")]
@@ -512,7 +529,8 @@ def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
 
 
 def test_bf16_autocast_trains_and_keeps_the_core_in_float32(corpus, tiny_teacher, tmp_path):
-    run = tiny_run(corpus, tiny_teacher, tmp_path / "bf16", "--precision", "bf16", "--total_steps", "2", "--warmup_steps", "0")
+    run = tiny_run(corpus, tiny_teacher, tmp_path / "bf16", "--precision", "bf16", "--total_steps", "2",
+                   "--warmup_steps", "0")
     assert run.returncode == 0, run.stderr
     last = json.loads((tmp_path / "bf16" / "checkpoint_2.json").read_text())
     assert last["step"] == 2 and all(np.isfinite(v) for v in last["losses"].values())
@@ -529,7 +547,7 @@ def test_bf16_autocast_trains_and_keeps_the_core_in_float32(corpus, tiny_teacher
 
 
 def tiny_trainer(generated, tiny_teacher, **changes):
-    """A trainer of two small layers with dropout, and the first batch of the generated corpus in three micro-batches."""
+    """A trainer of two small layers with dropout, and the generated corpus's first batch in three micro-batches."""
     cfg = small_config(teacher_model=tiny_teacher, d_model=32, num_heads=2, num_layers=2, gradient_accumulation_steps=3,
                        batch_size=12, **changes)
     teacher, _, _ = script.load_teacher(cfg)
@@ -544,11 +562,13 @@ def test_a_batch_in_one_go_or_in_fewer_groups_has_the_same_gradients(generated, 
     trainer, data = tiny_trainer(generated, tiny_teacher, dropout=0.0, state_dropout=0.0, pad_lengths=lengths)
     expected, parts = gradients(trainer, data), data.batch(1)
     tokens = sum(len(m.restore) for m in parts) * max(ids.shape[1] for m in parts for ids, _ in m.groups)
-    for data.at_once, data.group_tokens, micro_batches in ((tokens - 1, 0, 3), (tokens, 0, 1), (0, 10 ** 6, 3), (tokens, 10 ** 6, 1)):
+    limits = (tokens - 1, 0, 3), (tokens, 0, 1), (0, 10 ** 6, 3), (tokens, 10 ** 6, 1)
+    for data.at_once, data.group_tokens, micro_batches in limits:
         batch = data.batch(1)
         assert len(batch) == micro_batches and sum(m.pairs for m in batch) == 12
         assert {len(m.groups) for m in batch} == {1} if data.group_tokens else max(len(m.groups) for m in batch) > 1
-        assert sorted(torch.cat([m.keys for m in batch]).tolist()) == sorted(torch.cat([m.keys for m in parts]).tolist())
+        keys = [sorted(torch.cat([m.keys for m in x]).tolist()) for x in (batch, parts)]
+        assert keys[0] == keys[1]
         for name, gradient in gradients(trainer, data).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert script.tokens_at_once(used=100, tokens=10, free=1000) == 90
