@@ -1355,8 +1355,8 @@ def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[
                   held_out: float = 0.0) -> tuple[Any, int]:
     """Token ids and text keys of `rows` as an Arrow table, and how many were dropped for a text whose key is `banned`.
 
-    Rows with a text of the share `held_out` (see `is_held_out`) are dropped, too. Columns: SIDES, lists of ids, of a
-    negative that is not there empty; key_anchor, key_positive, key_negative.
+    Rows with a text that `is_held_out` are dropped, too. Columns: SIDES, lists of ids, empty without a negative;
+    key_anchor, key_positive, key_negative.
     """
     import pyarrow as pa
     from datasets import Features, List, Value
@@ -1412,9 +1412,8 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
                     held_out: float = 0.0) -> tuple[Any, dict[str, Any]]:
     """The rows of a source as a memory-mapped `datasets.Dataset`, and counts; tokenises what `folder` does not hold.
 
-    Shards of SHARD_ROWS rows are built by `pool`. Whole ones that an interrupted build left are kept, and one whose
-    sha256 differs is built again, which the library's own cache would not notice. meta.json, written last, says how
-    many there are.
+    Shards of SHARD_ROWS rows are built by `pool`. Whole ones that an interrupted build left are kept; one whose sha256
+    differs, which the library's own cache would not notice, is built again. meta.json, written last, has their number.
     """
     from datasets import Dataset, concatenate_datasets
     folder.mkdir(parents=True, exist_ok=True)
@@ -1491,10 +1490,9 @@ def token_ids(column: Any) -> list[np.ndarray]:
 def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.random.Generator) -> None:
     """Make a share of a window's pairs longer in place: each is joined with those that follow it, on both sides alike.
 
-    The longer side reaches a length drawn log-uniformly from 32 to `longest` tokens, and both are cut there; nothing of
-    a pair itself is cut. Most neighbours are of one source, so a joined pair is a short document and its rewording. No
-    text is in two joined ones: a pair that an earlier one reaches is passed over. A joined pair keeps its first pair's
-    keys and loses its hard negative.
+    Both sides are cut at a length drawn log-uniformly from 32 to `longest` tokens, which the longer one reaches; the
+    pair itself is not cut. Most neighbours are of one source, so this is a short document and its rewording. No text is
+    in two joined ones: a pair that an earlier one reaches is passed over. The keys stay, the hard negative goes.
     """
     lengths = [rows[f"{side}_length"] for side in SIDES[:2]]
     chosen = np.sort(rng.permutation(len(lengths[0]))[:round(share * len(lengths[0]))])
@@ -1552,8 +1550,7 @@ class MicroBatch:
 class PairStream:
     """A data set read in order with `datasets` streaming, tokenised as it comes, in windows of rows.
 
-    Columns anchor and positive (and negative), else the first two or three columns of text. A read that fails is a
-    UserError.
+    Columns anchor, positive (and negative), else the first two or three of text. A read that fails is a UserError.
     """
 
     def __init__(self, name: str, tokenizer: Any, *recipe: Any):
@@ -1615,9 +1612,9 @@ class PairData:
     """Memory-mapped sources, and the batch of step n as a pure function of (seed, n).
 
     Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted
-    by the lengths of both sides and cut into batches of similar lengths, whose order is shuffled. With
-    `one_source_batches` each source's pairs are sorted and cut by themselves. With `source_focus` a window's shares
-    depend on the distances to the teacher that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
+    by the lengths of both sides (with `one_source_batches` each source's by themselves) and cut into batches, whose
+    order is shuffled. With `source_focus` a window's shares depend on the distances that `plan` was given, too; a
+    checkpoint keeps the numbers drawn until then.
     """
 
     WINDOW = 256
@@ -1648,8 +1645,7 @@ class PairData:
     def split(self, number: int, weights: np.ndarray | float = 1.0) -> np.ndarray:
         """How many rows window `number` takes from each source, (S,), in proportion to its share times its weight.
 
-        Systematic sampling with a seeded start: right to one unit in every window and exact in the mean, so that a
-        source whose share is less than a batch has its turn.
+        Systematic sampling with a seeded start, exact in the mean: a source that has less than a batch has its turn.
         """
         ends = np.cumsum(self.shares * weights)
         ends *= self.WINDOW * self.cfg["batch_size"] // self.unit / ends[-1]
@@ -1787,9 +1783,9 @@ def kept_aside(keys: np.ndarray) -> np.ndarray:
 class LongData:
     """Long documents with a query each, and the batch of the n-th step of such as a pure function of (seed, n).
 
-    An epoch is each source's seeded permutation, cut into batches of `long_tokens` tokens, all in a seeded order. A
-    batch is of one source, whose documents are the hardest negatives of one another. In half of the batches the
-    documents are cut at a length drawn log-uniformly from 256 to `long_length`. Those `kept_aside` are never drawn.
+    An epoch is each source's seeded permutation but for those `kept_aside`, cut into batches of `long_tokens` tokens,
+    in a seeded order. A batch is of one source, whose documents are the hardest negatives of one another; in half of
+    the batches they are cut at a length drawn log-uniformly from 256 to `long_length`.
     """
 
     def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], banned: set[bytes],
