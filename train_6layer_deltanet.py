@@ -206,8 +206,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quickstart": {
         "data_dir": "data/generated", "output_dir": "runs/quickstart", "best_model_split": "validation",
-        "batch_size": 16, "gradient_accumulation_steps": 1, "total_steps": 200, "warmup_steps": 20,
-        "eval_interval": 100, "save_interval": 100, "log_interval": 10,
+        "batch_size": 16, "gradient_accumulation_steps": 1, "total_steps": 140, "warmup_steps": 15,
+        "eval_interval": 70, "save_interval": 70, "log_interval": 10,
         "peak_learning_rate": 1e-4, "mixer_lr_multiplier": 10.0, "dropout": 0.0, "state_dropout": 0.0,
     },
 }
