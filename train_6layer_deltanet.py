@@ -44,13 +44,13 @@ import warnings
 import zipfile
 import zlib
 from collections import defaultdict
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import MethodType, ModuleType
@@ -1243,16 +1243,13 @@ LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillati
 # Data
 
 SIDES = ("anchor", "positive", "negative")
-HUB_SOURCES = {  # name: hub id, configuration, split, rows taken (all for None), streamed
-    "allnli": ("sentence-transformers/all-nli", "triplet", "train", None, False),
-    "qqp": ("nyu-mll/glue", "qqp", "train", 200_000, False),
-    "msmarco": ("microsoft/ms_marco", "v1.1", "train", 100_000, False),
-    "wikianswers": ("sentence-transformers/wikianswers-duplicates", "pair", "train", 1_000_000, True),
-    "snli": ("stanfordnlp/snli", None, "train", 100_000, False),
+HUB_SOURCES = {  # name: hub id, configuration, split, rows taken (None: all), streamed; columns, label of paraphrases
+    "allnli": ("sentence-transformers/all-nli", "triplet", "train", None, False, SIDES, None),
+    "qqp": ("nyu-mll/glue", "qqp", "train", 200_000, False, ("question1", "question2"), 1),
+    "msmarco": ("microsoft/ms_marco", "v1.1", "train", 100_000, False, (), None),
+    "wikianswers": ("sentence-transformers/wikianswers-duplicates", "pair", "train", 1_000_000, True, SIDES[:2], None),
+    "snli": ("stanfordnlp/snli", None, "train", 100_000, False, ("premise", "hypothesis"), 0),
 }
-HUB_COLUMNS = {"allnli": SIDES, "qqp": ("question1", "question2"), "snli": ("premise", "hypothesis"),
-               "wikianswers": SIDES[:2]}
-HUB_LABELS = {"qqp": 1, "snli": 0}  # of pairs of the same meaning
 HUB_FILES = {"allnli": "AllNLI.jsonl.gz", "wikianswers": "WikiAnswers.jsonl.gz"}  # read from data_dir if they are there
 DEFAULT_HUB_SOURCES = "allnli,qqp,msmarco,snli"  # wikianswers is optional
 CACHE_FORMAT = 2
@@ -1278,19 +1275,20 @@ def is_text(value: Any) -> bool:
 
 def hub_rows(name: str, item: dict[str, Any]) -> Iterator[Row]:
     """The (anchor, positive, hard negative) rows of one hub record; only pairs labelled as the same meaning."""
+    *_, columns, label = HUB_SOURCES[name]
     if name == "msmarco":
         passages = list(zip(item["passages"]["passage_text"], item["passages"]["is_selected"]))
         chosen, others = ([text for text, selected in passages if bool(selected) is wanted] for wanted in (True, False))
         if chosen:
             yield item["query"], chosen[0], (*others, None)[0]
-    elif item.get("label") == HUB_LABELS.get(name):
-        yield (*(item[column] for column in HUB_COLUMNS[name]), None)[:3]
+    elif item.get("label") == label:
+        yield (*(item[column] for column in columns), None)[:3]
 
 
 def read_hub(name: str) -> Iterator[Row]:
     """Rows of a hub data set, as many as HUB_SOURCES says. Raises UserError when it cannot be loaded."""
     from datasets import load_dataset
-    path, subset, split, limit, streamed = HUB_SOURCES[name]
+    path, subset, split, limit, streamed, *_ = HUB_SOURCES[name]
     try:
         records = load_dataset(path, subset, split=split, streaming=streamed)
         if name == "qqp":  # the limit counts records read, duplicates or not
@@ -1319,27 +1317,38 @@ def read_pairs(path: Path) -> Iterator[Row]:
     """Rows of a .jsonl.gz file, one JSON list of 2 or 3 strings a line. Raises UserError naming file and line."""
     row = None
     for where, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: not JSON in UTF-8; expected a list of 2 or 3 strings") from None
-        if not (isinstance(row, list) and 2 <= len(row) <= 3 and all(map(is_text, row))):
-            raise UserError(f"{where}: expected a list of 2 or 3 texts that are not empty")
-        yield row[0], row[1], row[2] if len(row) == 3 else None
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not (isinstance(row, list) and 2 <= len(row) <= 3 and all(map(is_text, row))):
+                raise UserError(f"{where}: expected a JSON list of 2 or 3 texts that are not empty, in UTF-8")
+            yield (*row, None)[:3]
     if row is None:
         raise UserError(f"{path}: holds no pairs; remove it")
 
 
-def kept_aside(keys: np.ndarray) -> np.ndarray:
-    """Which documents of a source training leaves for development: of the smallest keys of their queries. (N,) -> bool.
-
-    Keys are hashes (`text_key`), so this is a random tenth, at least 64 and at most a third, and the same everywhere.
-    """
-    aside = np.zeros(len(keys), bool)
-    aside[np.argsort(keys, kind="stable")[:min(max(64, len(keys) // 10), len(keys) // 3)]] = True
-    return aside
+def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
+    """(name, local file or None for the hub) of every training source that the config asks for."""
+    folder, names = Path(cfg["data_dir"]), cfg["sources"].split(",")
+    if cfg["data_dir"] and not folder.is_dir():
+        raise UserError(f"data_dir {folder}: no such folder")
+    files = sorted([*folder.glob("train/*.jsonl.gz"), *folder.glob("*.jsonl.gz")]) if cfg["data_dir"] else []
+    if names == ["auto"]:
+        names = ["local"] if files else DEFAULT_HUB_SOURCES.split(",")
+    copies = {folder / HUB_FILES[name]: name for name in names if name in HUB_FILES}
+    found: list[tuple[str, Path | None]] = []
+    for name in names if names != ["none"] else ():
+        if name in HUB_SOURCES:
+            found.append((name, next((file for file in files if copies.get(file) == name), None)))
+        elif name != "local":
+            raise UserError(f"sources: no source {name!r}; there are local, {', '.join(HUB_SOURCES)}")
+        elif not files:
+            raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(folder)!r}")
+        else:
+            found += [(file.name.removesuffix(".jsonl.gz"), file) for file in files if file not in copies]
+    return found
 
 
 def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[bytes],
@@ -1350,47 +1359,46 @@ def tokenise_rows(rows: list[Row], tokenizer: Any, max_length: int, banned: set[
     negative that is not there empty; key_anchor, key_positive, key_negative.
     """
     import pyarrow as pa
-    backend, columns = tokenizer.backend_tokenizer, {}
+    from datasets import Features, List, Value
+    backend, kept, kept_keys, leaks = tokenizer.backend_tokenizer, [], [], 0
     backend.enable_truncation(max_length)
     backend.no_padding()
-    keyed = [(row, [text_key(t) if t is not None else bytes(8) for t in row]) for row in rows]
-    clean = [(row, keys) for row, keys in keyed if not banned.intersection(keys)]
-    kept = [(row, keys) for row, keys in clean
-            if not any(is_held_out(key, held_out) for text, key in zip(row, keys) if text is not None)]
+    for row in rows:
+        keys = [text_key(text) for text in row if text is not None]
+        if not banned.isdisjoint(keys):
+            leaks += 1
+        elif not any(is_held_out(key, held_out) for key in keys):
+            kept.append(row)
+            kept_keys += [*keys, bytes(8)][:3]
+    columns, numbers = {}, np.frombuffer(b"".join(kept_keys), "<i8").reshape(-1, 3)
     for side, name in enumerate(SIDES):
-        found = backend.encode_batch_fast([row[side] or "" for row, _ in kept])
-        ids = [e.ids if row[side] is not None else [] for e, (row, _) in zip(found, kept)]
-        columns[name] = pa.array(ids, pa.list_(pa.uint16()))
-    for side, name in enumerate(SIDES):
-        numbers = [int.from_bytes(keys[side], "little", signed=True) for _, keys in kept]
-        columns[f"key_{name}"] = pa.array(numbers, pa.int64())
-    return pa.table(columns), len(rows) - len(clean)
+        found = backend.encode_batch_fast([row[side] or "" for row in kept])
+        columns[name] = [e.ids if row[side] is not None else [] for e, row in zip(found, kept)]
+        columns[f"key_{name}"] = numbers[:, side]
+    schema = Features({s: List(Value("uint16")) for s in SIDES} | {f"key_{s}": Value("int64") for s in SIDES})
+    return pa.table(columns, schema.arrow_schema), leaks
 
 
 def tokenise_shard(path: Path, rows: list[Row], *recipe: Any) -> dict[str, Any]:
-    """Write `tokenise_rows` of `rows` to `path`, then counts and sha256 to the .json beside it, which commits it."""
+    """The `shard_record` of the shard of `rows` at `path`, which is written (`tokenise_rows`) unless it is whole."""
     import pyarrow as pa
-    from datasets import Features, List, Value
-    schema = Features({**{s: List(Value("uint16")) for s in SIDES},
-                       **{f"key_{s}": Value("int64") for s in SIDES}}).arrow_schema
-    record = {"rows": len(rows), "pairs": 0, "leaks": 0}
+    if record := shard_record(path):
+        return record
+    tables, leaks = zip(*(tokenise_rows(rows[start:start + 8192], *recipe) for start in range(0, len(rows), 8192)))
 
     def write(file: Any) -> None:
-        with pa.ipc.new_stream(file, schema) as stream:
-            for start in range(0, len(rows), 8192):
-                table, leaks = tokenise_rows(rows[start:start + 8192], *recipe)
-                record["pairs"], record["leaks"] = record["pairs"] + len(table), record["leaks"] + leaks
-                if len(table):
-                    stream.write_table(table.cast(schema))
+        with pa.ipc.new_stream(file, tables[0].schema) as stream:
+            for table in filter(len, tables):
+                stream.write_table(table)
 
     write_atomic(path, write)
-    record["sha256"] = file_sha256(path)
-    write_json(path.with_suffix(".json"), record)
+    record = {"rows": len(rows), "pairs": sum(map(len, tables)), "leaks": sum(leaks), "sha256": file_sha256(path)}
+    write_json(path.with_suffix(".json"), record)  # commits it
     return record
 
 
 def shard_record(path: Path) -> dict[str, Any] | None:
-    """What the .json beside a shard holds, or None if the shard is not whole."""
+    """Counts and sha256 of a shard, from the .json beside it, or None if the shard is not whole."""
     try:
         record = json.loads(path.with_suffix(".json").read_text())
         whole = isinstance(record["pairs"] + record["leaks"], int) and file_sha256(path) == record["sha256"]
@@ -1400,18 +1408,17 @@ def shard_record(path: Path) -> dict[str, Any] | None:
 
 
 def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_length: int, banned: set[bytes],
-                    folder: Path, pool: ProcessPoolExecutor | None = None, log: Callable[[str], None] = print,
+                    folder: Path, pool: Executor | None = None, log: Callable[[str], None] = print,
                     held_out: float = 0.0) -> tuple[Any, dict[str, Any]]:
     """The rows of a source as a memory-mapped `datasets.Dataset`, and counts; tokenises what `folder` does not hold.
 
-    Shards of SHARD_ROWS rows are built one by one, or by the processes of `pool`. Whole ones that an interrupted build
-    left are kept, and one whose sha256 differs is built again, which the library's own cache would not notice.
-    meta.json, written last, says how many there are.
+    Shards of SHARD_ROWS rows are built by `pool`. Whole ones that an interrupted build left are kept, and one whose
+    sha256 differs is built again, which the library's own cache would not notice. meta.json, written last, says how
+    many there are.
     """
     from datasets import Dataset, concatenate_datasets
     folder.mkdir(parents=True, exist_ok=True)
     meta, shard, records = folder / "meta.json", lambda number: folder / f"shard-{number:05}.arrow", []
-    settled = lambda record: record.result() if isinstance(record, Future) else record  # noqa: E731
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same
         for stale in folder.glob(".*.tmp-*"):
@@ -1423,13 +1430,13 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
         if None in records:
             log(f"warning: {shard(records.index(None))}: its sha256 differs from what was written; tokenised again")
         if not records or None in records:
-            records, source = [], iter(rows())
+            pool, jobs, source = pool or ThreadPoolExecutor(1), [], iter(rows())
             while block := list(islice(source, SHARD_ROWS)):
-                path = shard(len(records))
-                job = (tokenise_shard, path, block, tokenizer, max_length, banned, held_out)
-                records.append(shard_record(path) or (pool.submit(*job) if pool else job[0](*job[1:])))
-                records[:-4] = map(settled, records[:-4])  # so that few blocks are in memory
-            records = list(map(settled, records))
+                job = (tokenise_shard, shard(len(jobs)), block, tokenizer, max_length, banned, held_out)
+                jobs.append(pool.submit(*job))
+                if len(jobs) > 4:
+                    jobs[-5].result()  # so that few blocks are in memory
+            records = [job.result() for job in jobs]
             write_json(meta, {"shards": len(records)})
     shards = [Dataset.from_file(str(shard(i))) for i, record in enumerate(records) if record["pairs"]]
     return concatenate_datasets(shards) if shards else None, {
@@ -1437,81 +1444,10 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
         "sha256": hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()}
 
 
-def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
-    """(name, local file or None for the hub) of every training source that the config asks for."""
-    data_dir = Path(cfg["data_dir"])
-    if cfg["data_dir"] and not data_dir.is_dir():
-        raise UserError(f"data_dir {data_dir}: no such folder")
-    files = sorted([*data_dir.glob("train/*.jsonl.gz"), *data_dir.glob("*.jsonl.gz")]) if cfg["data_dir"] else []
-    names = [] if cfg["sources"] == "none" else cfg["sources"].split(",")
-    if names == ["auto"]:
-        names = ["local"] if files else DEFAULT_HUB_SOURCES.split(",")
-    kept = {name: data_dir / HUB_FILES[name] for name in names if name in HUB_FILES}
-    found: list[tuple[str, Path | None]] = []
-    for name in names:
-        if name in HUB_SOURCES:
-            found.append((name, kept[name] if kept.get(name) in files else None))
-        elif name != "local":
-            raise UserError(f"sources: no source {name!r}; there are local, {', '.join(HUB_SOURCES)}")
-        elif not files:
-            raise UserError(f"source local: no train/*.jsonl.gz or *.jsonl.gz under data_dir {str(data_dir)!r}")
-        else:
-            found += [(f.name.removesuffix(".jsonl.gz"), f) for f in files if f not in kept.values()]
-    return found
-
-
 def end_with_parent() -> None:
     """In a tokenising process: ignore Ctrl-C, which is the parent's to handle, and do not outlive the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> "PairData":
-    """Tokenise what is not in the cache yet, in `num_proc` processes, and open every source memory-mapped."""
-    found, streamed = find_sources(cfg), list(filter(None, cfg["streams"].split(",")))
-    names = [*(name for name, _ in found), *streamed]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; "
-                        "rename or leave out one")
-    banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
-    tokenizer.backend_tokenizer.no_truncation()  # earlier calls leave traces
-    tokenizer.backend_tokenizer.no_padding()
-    recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
-                         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-                         *filter(None, [cfg["held_out_share"]])])
-    sources, fingerprints, left_out, leaks = [], {}, [], 0
-    pool = ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent) \
-        if cfg["num_proc"] > 1 else None  # it starts no process before there is work
-    with pool or nullcontext():
-        for name, file in tqdm(found, desc="data", unit="source", leave=False, disable=None):
-            try:
-                content = file_sha256(file) if file else repr(HUB_SOURCES[name])
-                folder = f"{name}-{hashlib.sha256((recipe + content).encode()).hexdigest()[:16]}"
-                data, meta = tokenise_source(partial(read_pairs, file) if file else partial(read_hub, name), tokenizer,
-                                             cfg["max_length"], banned, Path(cfg["cache_dir"]) / folder, pool, log,
-                                             cfg["held_out_share"])
-            except UserError as error:
-                if not cfg["allow_missing_sources"]:
-                    raise
-                left_out.append(name)
-                log(f"left out: {error}")
-                continue
-            leaks += meta["leaks"]
-            if data is not None:
-                sources.append((name, data))
-                fingerprints[name] = meta["sha256"][:16]
-    if not sources and not streamed:
-        raise UserError("no training pairs: every source is empty or left out")
-    data = PairData(sources, cfg, [PairStream(name, tokenizer, cfg["max_length"], banned, cfg["held_out_share"])
-                                   for name in streamed])
-    fingerprints |= dict.fromkeys(streamed, "streamed")
-    if cfg["long_share"]:
-        data.documents = LongData(cfg, tokenizer, recipe, banned, log)
-        fingerprints |= data.documents.fingerprints
-    data.fingerprints, data.left_out, data.leaks = fingerprints, left_out, leaks
-    log(f"data: {data.size:,} pairs from {len(sources)} sources; {leaks:,} dropped because a text is in the STS "
-        "evaluation sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
-    return data
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -1548,6 +1484,13 @@ def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+def token_ids(column: Any) -> list[np.ndarray]:
+    """The ids of each text of an Arrow column, without a copy."""
+    lists = column.combine_chunks()
+    ids, lengths = lists.flatten().to_numpy(), lists.value_lengths().to_numpy()
+    return [ids[end - length:end] for end, length in zip(np.cumsum(lengths).tolist(), lengths.tolist())]
+
+
 def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.random.Generator) -> None:
     """Make a share of a window's pairs longer in place: each is joined with those that follow it, on both sides alike.
 
@@ -1556,30 +1499,22 @@ def join_pairs(rows: dict[str, np.ndarray], share: float, longest: int, rng: np.
     text is in two joined ones: a pair that an earlier one reaches is passed over. A joined pair keeps its first pair's
     keys and loses its hard negative.
     """
-    sides, count = SIDES[:2], len(rows["anchor_length"])
-    chosen = np.sort(rng.permutation(count)[:round(share * count)])
-    own = np.maximum(rows["anchor_length"], rows["positive_length"])[chosen]
+    lengths = [rows[f"{side}_length"] for side in SIDES[:2]]
+    chosen = np.sort(rng.permutation(len(lengths[0]))[:round(share * len(lengths[0]))])
     drawn = np.exp(rng.uniform(math.log(min(32, longest)), math.log(longest), len(chosen))).astype(np.int64)
-    limit = np.maximum(drawn, own) - 2
-    ends = {side: np.cumsum(rows[f"{side}_length"] - 2) for side in sides}  # in all rows' tokens but [CLS] and [SEP]
-    begin = {side: (ends[side] - rows[f"{side}_length"] + 2)[chosen] for side in sides}
-    last = np.minimum.reduce([np.searchsorted(ends[s], begin[s] + limit) for s in sides]).clip(max=count - 1)
-    joined, reached = [], -1
-    for i, row in enumerate(chosen):
-        if reached < row < last[i]:
-            joined.append(i)
-            reached = last[i]
-    chosen, limit, last = chosen[joined], limit[joined], last[joined]
-    rows["negative_length"][chosen] = 0
-    for side in sides:
-        start, length, first = rows[f"{side}_start"], rows[f"{side}_length"], begin[side][joined]
-        inner = np.delete(rows[side], np.concatenate([start, start + length - 1]))
-        cls, sep = rows[side][start[chosen]], rows[side][start[chosen] + length[chosen] - 1]
-        made = [np.concatenate([cls[[i]], inner[a:b], sep[[i]]])
-                for i, (a, b) in enumerate(zip(first, np.minimum(ends[side][last], first + limit)))]
-        length[chosen] = [len(x) for x in made]
-        start[chosen] = len(rows[side]) + np.cumsum(length[chosen]) - length[chosen]
-        rows[side] = np.concatenate([rows[side], *made])
+    limits = np.maximum(drawn, np.maximum(*lengths)[chosen]) - 2  # tokens without [CLS] and [SEP], as are the ends
+    ends = [np.cumsum(length - 2) for length in lengths]
+    lasts = [np.searchsorted(end, (end - length + 2)[chosen] + limits) for end, length in zip(ends, lengths)]
+    reached = -1
+    for row, last, limit in zip(chosen, np.minimum(*lasts).clip(max=len(lengths[0]) - 1), limits):
+        if reached < row < last:
+            reached = last
+            rows["negative_length"][row] = 0
+            for side, length in zip(SIDES, lengths):
+                first, *others = rows[side][row:last + 1]
+                inner = np.concatenate([first[1:-1], *(text[1:-1] for text in others)])[:limit]
+                rows[side][row] = np.concatenate([first[:1], inner, first[-1:]])
+                length[row] = len(inner) + 2
 
 
 @dataclass
@@ -1626,8 +1561,8 @@ class PairStream:
 
     def __init__(self, name: str, tokenizer: Any, *recipe: Any):
         self.name, self.recipe = name, (copy.deepcopy(tokenizer), *recipe)  # another thread uses the tokenizer
-        self.window, self.passes, self.leaks, self.rows = 0, 0, 0, None
         self.starts: dict[int, Any] = {0: None}  # where a window begins: (passes, datasets' state), None at the start
+        self.window, self.passes, self.leaks = -1, 0, 0  # the window that `rows` comes to next
 
     def open(self, state: Any = None) -> None:
         """Read from the start on, or from where `state` was."""
@@ -1645,7 +1580,7 @@ class PairStream:
             raise UserError(f"stream {self.name}: has no two columns of text")
         if state:
             self.data.load_state_dict(state)
-        self.rows = (tuple(item[c] for c in columns) + (None,) * (3 - len(columns)) for item in self.data)
+        self.rows = ((*(item[c] for c in columns), None)[:3] for item in self.data)
 
     def take(self, window: int, count: int) -> Any:
         """`count` rows as an Arrow table (see `tokenise_rows`): the ones of window `window`."""
@@ -1653,10 +1588,10 @@ class PairStream:
         if window not in self.starts:
             raise UserError(f"stream {self.name}: window {window} was asked for before those ahead of it; "
                             "a stream is read in order")
-        if self.window != window or self.rows is None:
+        if self.window != window:
             self.passes, state = self.starts[window] or (0, None)
             self.open(state)
-        parts, found, idle = [tokenise_rows([], *self.recipe)[0]], 0, False  # idle: nothing since the stream's start
+        tables, found, idle = [tokenise_rows([], *self.recipe)[0]], 0, False  # idle: nothing since the stream's start
         while found < count:
             try:
                 rows = [(*row[:2], row[2] or None) for row in islice(self.rows, count - found)]
@@ -1665,19 +1600,17 @@ class PairStream:
                                 "continue with --resume latest") from None
             if bad := [row for row in rows if not all(is_text(t) for t in row[:2 if row[2] is None else 3])]:
                 raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad[0])[:80]}")
-            if rows:
-                table, leaks = tokenise_rows(rows, *self.recipe)
-                parts.append(table)
-                found, self.leaks, idle = found + len(table), self.leaks + leaks, idle and not len(table)
-            elif idle:
-                raise UserError(f"stream {self.name}: holds no pairs")
-            else:  # the end: from the start again
-                self.passes, idle = self.passes + 1, True
+            if not rows:  # the end: from the start again
+                if idle:
+                    raise UserError(f"stream {self.name}: holds no pairs")
                 self.open()
+            table, leaks = tokenise_rows(rows, *self.recipe)
+            tables.append(table)
+            found, self.leaks, self.passes = found + len(table), self.leaks + leaks, self.passes + (not rows)
+            idle = (idle or not rows) and not len(table)
         self.window = window + 1
-        self.starts = {w: s for w, s in self.starts.items() if w >= window - 1}
-        self.starts[window + 1] = (self.passes, self.data.state_dict())
-        return pa.concat_tables(parts)
+        self.starts[self.window] = (self.passes, self.data.state_dict())
+        return pa.concat_tables(tables)
 
 
 class PairData:
@@ -1749,13 +1682,13 @@ class PairData:
         return counts
 
     def window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-        """The rows of window `number` as columns, and the row indices of each of its batches."""
-        wanted, build = (number, number + 1), partial(self.builder.submit, self.build_window)
-        self.windows = {i: self.windows.get(i) or build(i) for i in wanted}
+        """`build_window`, in a thread, which builds the next one, too."""
+        build = partial(self.builder.submit, self.build_window)
+        self.windows = {i: self.windows.get(i) or build(i) for i in (number, number + 1)}
         return self.windows[number].result()
 
     def read_window(self, number: int) -> dict[str, np.ndarray]:
-        """The rows of window `number`: each side's ids one after the other, where every text begins, and its length."""
+        """The rows of window `number` as columns: of each side the texts' ids, lengths and keys; source and epoch."""
         tables, origins = [], []
         first, last = self.drawn_before(number), self.drawn_before(number + 1)
         for i, table in enumerate(self.tables):
@@ -1773,15 +1706,13 @@ class PairData:
         source, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
         rows: dict[str, np.ndarray] = {"source": source, "epoch": epoch}
         for side in SIDES:
-            lists = [table[side].combine_chunks() for table in tables]
-            length = np.concatenate([x.value_lengths().to_numpy() for x in lists])
-            rows |= {side: np.concatenate([x.flatten().to_numpy() for x in lists]), f"{side}_length": length,
-                     f"{side}_start": np.cumsum(length) - length,
+            texts = [text for table in tables for text in token_ids(table[side])]
+            rows |= {side: np.fromiter(texts, object, len(texts)), f"{side}_length": np.array([len(x) for x in texts]),
                      f"key_{side}": np.concatenate([table[f"key_{side}"].to_numpy() for table in tables])}
         return rows
 
     def build_window(self, number: int) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-        """`window`, anew."""
+        """The rows of window `number`, joined if that is asked for, and the row indices of each of its batches."""
         cfg, rows = self.cfg, self.read_window(number)
         if cfg["joined_share"]:
             join_pairs(rows, cfg["joined_share"], cfg["joined_length"], seeded(cfg["seed"], "joined", number))
@@ -1789,13 +1720,12 @@ class PairData:
         second = np.maximum(rows["positive_length"], rows["negative_length"])
         noise = rng.random(len(first))  # rows of equal length keep no trace of their source's order
         if cfg["one_source_batches"]:
-            order = np.lexsort((noise, first + second, rows["epoch"], rows["source"]))
-            batches = np.split(order, self.WINDOW)
+            batches = np.split(np.lexsort((noise, first + second, rows["epoch"], rows["source"])), self.WINDOW)
         else:
-            slices = math.isqrt(self.WINDOW)
-            pieces = np.array_split(np.lexsort((noise, first)), slices)
-            batches = [batch for piece in pieces for batch in np.array_split(
-                piece[np.lexsort((noise[piece], second[piece]))], self.WINDOW // slices)]
+            slices, batches = math.isqrt(self.WINDOW), []
+            for piece in np.array_split(np.lexsort((noise, first)), slices):
+                order = piece[np.lexsort((noise[piece], second[piece]))]
+                batches += np.array_split(order, self.WINDOW // slices)
         return rows, [np.sort(batches[i]) for i in rng.permutation(self.WINDOW)]
 
     def positions(self, step: int) -> dict[str, Any]:
@@ -1830,22 +1760,31 @@ class PairData:
             return self.documents.batch(until, self.at_once)
         rows, batches = self.window((step - 1) // self.WINDOW)
         chosen, padded = batches[(step - 1) % self.WINDOW], np.array(pad_lengths(cfg))
-        second = np.maximum(rows["positive_length"][chosen], rows["negative_length"][chosen])
-        found, real = [], np.stack([rows[f"{side}_length"][chosen] for side in SIDES])
+        first, *others = (rows[f"{side}_length"][chosen] for side in SIDES)
+        second, real = np.maximum(*others), np.concatenate([first, *others])
         whole = (real > 0).sum() * padded[np.searchsorted(padded, real.max())] <= self.at_once
-        parts = 1 if whole else cfg["gradient_accumulation_steps"]
+        parts, found = 1 if whole else cfg["gradient_accumulation_steps"], []
         for part in np.array_split(chosen[np.argsort(second, kind="stable")], parts):
-            sides = dict(zip(SIDES, (part, part, part[rows["negative_length"][part] > 0])))
-            ids = [rows[s][i:i + n] for s, r in sides.items()
-                   for i, n in zip(rows[f"{s}_start"][r], rows[f"{s}_length"][r])]
+            sides = list(zip(SIDES, (part, part, part[rows["negative_length"][part] > 0])))
+            ids = [text for side, members in sides for text in rows[side][members]]
             lengths = padded[np.searchsorted(padded, np.sort([len(x) for x in ids]))]
             limits = np.unique([x[-1] for x in np.array_split(lengths, cfg["length_groups"]) if len(x)])
             for low, high in zip(limits[:-1], limits[1:]):  # a group that spares fewer tokens joins the next one
                 members = (lengths <= low) & (lengths > max(limits[limits < low], default=0))
                 limits = limits[(limits != low) | (members.sum() * (high - low) >= self.group_tokens)]
-            found.append(MicroBatch.of(ids, [rows[f"key_{s}"][r] for s, r in sides.items()], zip(limits, limits),
-                                       sources=torch.from_numpy(rows["source"][part])))
+            found.append(MicroBatch.of(ids, [rows[f"key_{side}"][members] for side, members in sides],
+                                       zip(limits, limits), sources=torch.from_numpy(rows["source"][part])))
         return found
+
+
+def kept_aside(keys: np.ndarray) -> np.ndarray:
+    """Which documents of a source training leaves for development: of the smallest keys of their queries. (N,) -> bool.
+
+    Keys are hashes (`text_key`), so this is a random tenth, at least 64 and at most a third, and the same everywhere.
+    """
+    aside = np.zeros(len(keys), bool)
+    aside[np.argsort(keys, kind="stable")[:min(max(64, len(keys) // 10), len(keys) // 3)]] = True
+    return aside
 
 
 class LongData:
@@ -1856,54 +1795,42 @@ class LongData:
     documents are cut at a length drawn log-uniformly from 256 to `long_length`. Those `kept_aside` are never drawn.
     """
 
-    def __init__(self, cfg: dict[str, Any], tokenizer: Any, recipe: str, banned: set[bytes],
+    def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], banned: set[bytes],
                  log: Callable[[str], None] = print):
         import pyarrow.compute as pc
-        self.cfg, self.tables, self.rows, self.lengths, self.fingerprints = cfg, [], [], [], {}
-        self.ends, self.cached = [0], (-1, [])  # batches until the end of each epoch; the newest epoch
+        self.cfg, self.tables, self.rows, self.lengths = cfg, [], [], []
         self.least = max(2, cfg["gradient_accumulation_steps"])  # documents of a batch
-        forbidden = [int.from_bytes(key, "little", signed=True) for key in banned]
-        files = sorted(Path(cfg["data_dir"]).glob("long/*.jsonl.gz"))
-        for file in tqdm(files, desc="documents", unit="source", leave=False, disable=None):
-            name = file.name.removesuffix(".jsonl.gz")
-            digest = hashlib.sha256(f"{recipe} {cfg['long_length']} {file_sha256(file)}".encode()).hexdigest()[:16]
-            data, meta = tokenise_source(partial(read_pairs, file), tokenizer, cfg["long_length"], set(),
-                                         Path(cfg["cache_dir"]) / f"long-{name}-{digest}", log=log)
+        self.epoch, self.epoch_end = lru_cache(1)(self.epoch), cache(self.epoch_end)
+        for name, data in sources:
             keys = data.data["key_anchor"].to_numpy()
-            rows = np.flatnonzero(~kept_aside(keys) & ~np.isin(keys, forbidden))
+            rows = np.flatnonzero(~kept_aside(keys) & ~np.isin(keys, np.frombuffer(b"".join(banned), "<i8")))
             if len(rows) < self.least:
-                raise UserError(f"{file}: has {len(rows)} documents to train on, a batch {self.least}; remove it")
+                raise UserError(f"{cfg['data_dir']}/{name}.jsonl.gz: has {len(rows)} documents to train on, a batch "
+                                f"{self.least}; remove it")
             self.tables.append(data.with_format("arrow"))
             self.rows.append(rows)
             self.lengths.append(pc.list_value_length(data.data["positive"]).to_numpy()[rows])
-            self.fingerprints[f"long/{name}"] = meta["sha256"][:16]
-        if not files:
-            raise UserError(f"long_share is {cfg['long_share']}, but there is no {cfg['data_dir']}/long/*.jsonl.gz")
         kept, every = (sum(map(len, x)) for x in (self.rows, self.tables))
-        log(f"long documents: {kept:,} from {len(files)} sources, {sum(x.sum() for x in self.lengths):,} tokens, "
+        log(f"long documents: {kept:,} from {len(sources)} sources, {sum(x.sum() for x in self.lengths):,} tokens, "
             f"{self.epoch_end(0):,} batches; {every - kept:,} documents are kept aside")
 
     def epoch(self, number: int) -> list[tuple[int, np.ndarray, int]]:
         """The batches of epoch `number`: source, rows, and the length their documents are cut at."""
-        if self.cached[0] != number:
-            rng, batches, longest = seeded(self.cfg["seed"], "long", number), [], self.cfg["long_length"]
-            for source, (rows, lengths) in enumerate(zip(self.rows, self.lengths)):
-                order = rng.permutation(len(rows))
-                while len(order) >= self.least:
-                    drawn = round(math.exp(rng.uniform(math.log(min(256, longest)), math.log(longest))))
-                    limit = longest if rng.random() < 0.5 else drawn
-                    ends = np.cumsum(np.minimum(lengths[order], limit))
-                    count = max(self.least, int(np.searchsorted(ends, self.cfg["long_tokens"], side="right")))
-                    batches.append((source, rows[order[:count]], limit))
-                    order = order[count:]
-            self.cached = (number, [batches[i] for i in rng.permutation(len(batches))])
-        return self.cached[1]
+        rng, batches, longest = seeded(self.cfg["seed"], "long", number), [], self.cfg["long_length"]
+        for source, (rows, lengths) in enumerate(zip(self.rows, self.lengths)):
+            order = rng.permutation(len(rows))
+            while len(order) >= self.least:
+                drawn = round(math.exp(rng.uniform(math.log(min(256, longest)), math.log(longest))))
+                limit = longest if rng.random() < 0.5 else drawn
+                ends = np.cumsum(np.minimum(lengths[order], limit))
+                size = max(self.least, int(np.searchsorted(ends, self.cfg["long_tokens"], side="right")))
+                batches.append((source, rows[order[:size]], limit))
+                order = order[size:]
+        return [batches[i] for i in rng.permutation(len(batches))]
 
     def epoch_end(self, number: int) -> int:
         """Batches of all epochs up to and with `number`."""
-        while len(self.ends) < number + 2:
-            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
-        return self.ends[number + 1]
+        return len(self.epoch(number)) + (self.epoch_end(number - 1) if number else 0)
 
     def batch(self, number: int, at_once: int = 0) -> list[MicroBatch]:
         """The micro-batches of the `number`-th batch (counted from 1), whose positives are documents, anchors queries.
@@ -1911,23 +1838,18 @@ class LongData:
         Micro-batches have about equally many tokens, and memory is that of one: `long_tokens` over
         `gradient_accumulation_steps`, or the longest document's. Groups are of similar lengths.
         """
-        epoch = 0
-        while self.epoch_end(epoch) < number:
-            epoch += 1
-        source, rows, limit = self.epoch(epoch)[number - 1 - self.ends[epoch]]
-        table, texts = self.tables[source][np.sort(rows)], []
-        for side in SIDES[:2]:
-            lists = table[side].combine_chunks()
-            ids = np.split(lists.flatten().to_numpy(), np.cumsum(lists.value_lengths().to_numpy())[:-1])
-            texts.append([x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in ids])
+        epoch = next(i for i in count() if self.epoch_end(i) >= number)
+        source, rows, limit = self.epoch(epoch)[number - 1 - self.epoch_end(epoch)]  # counted from the end
+        table = self.tables[source][np.sort(rows)]
+        texts = [[x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in token_ids(table[side])]
+                 for side in SIDES[:2]]
         lengths = np.array([len(x) for x in texts[1]])
         whole = 1.25 * sum(len(x) for side in texts for x in side) <= at_once  # padding is a fifth at most
         order, parts = np.argsort(lengths, kind="stable"), 1 if whole else self.cfg["gradient_accumulation_steps"]
-        ends = np.searchsorted(np.cumsum(lengths[order]), lengths.sum() * np.arange(1, parts) / parts)
-        ends = np.maximum(ends, np.arange(1, parts))  # none is empty
-        ends = np.minimum(ends, len(order) - parts + np.arange(1, parts))
+        cuts = np.arange(1, parts)
+        ends = np.searchsorted(np.cumsum(lengths[order]), lengths.sum() * cuts / parts)
         found = []
-        for part in np.split(order, np.maximum.accumulate(ends)):
+        for part in np.split(order, np.clip(ends, cuts, len(order) - parts + cuts)):  # none is empty
             ids, groups = [text[i] for text in texts for i in part], []
             left = np.sort([len(x) for x in ids])
             while len(left):
@@ -1938,6 +1860,55 @@ class LongData:
             keys = [table[f"key_{side}"].to_numpy()[part] for side in SIDES[:2]]
             found.append(MicroBatch.of(ids, keys, groups, long=True))
         return found
+
+
+def load_training_data(cfg: dict[str, Any], tokenizer: Any, log: Callable[[str], None] = print) -> PairData:
+    """Tokenise what is not in the cache yet, in `num_proc` processes, and open every source memory-mapped."""
+    streamed = list(filter(None, cfg["streams"].split(",")))
+    files = sorted(Path(cfg["data_dir"]).glob("long/*.jsonl.gz")) if cfg["long_share"] else []
+    found = find_sources(cfg) + [(f"long/{file.name.removesuffix('.jsonl.gz')}", file) for file in files]
+    names = [*(name for name, _ in found), *streamed]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"source {twice[0]}: is there twice, among the files of data_dir, sources and streams; "
+                        "rename or leave out one")
+    if cfg["long_share"] and not files:
+        raise UserError(f"long_share is {cfg['long_share']}, but there is no {cfg['data_dir']}/long/*.jsonl.gz")
+    banned = {text_key(t) for split in ("dev", "test") for row in load_sts(cfg, split) for t in row[:2]}
+    backend, limits = tokenizer.backend_tokenizer, (cfg["max_length"], banned, cfg["held_out_share"])
+    backend.no_truncation()  # earlier calls leave traces
+    backend.no_padding()
+    recipe = json.dumps([CACHE_FORMAT, cfg["max_length"], sorted(k.hex() for k in banned),
+                         hashlib.sha256(backend.to_str().encode()).hexdigest(), *filter(None, [cfg["held_out_share"]])])
+    pairs, documents, fingerprints, left_out, leaks = [], [], {}, [], 0
+    with (ProcessPoolExecutor(cfg["num_proc"], get_context("spawn"), initializer=end_with_parent)
+          if cfg["num_proc"] > 1 else ThreadPoolExecutor(1)) as pool:  # it starts nothing before there is work
+        for name, file in tqdm(found, desc="data", unit="source", leave=False, disable=None):
+            long = file in files
+            max_length, drop, held_out = (cfg["long_length"], set(), 0.0) if long else limits
+            try:
+                content = f" {max_length} " * long + (file_sha256(file) if file else repr(HUB_SOURCES[name][:5]))
+                digest = hashlib.sha256((recipe + content).encode()).hexdigest()[:16]
+                folder = Path(cfg["cache_dir"]) / f"{name.replace('/', '-')}-{digest}"
+                rows = partial(read_pairs, file) if file else partial(read_hub, name)
+                data, meta = tokenise_source(rows, tokenizer, max_length, drop, folder, pool, log, held_out)
+            except UserError as error:
+                if long or not cfg["allow_missing_sources"]:
+                    raise
+                left_out.append(name)
+                log(f"left out: {error}")
+                continue
+            leaks += meta["leaks"]
+            if data is not None:
+                (documents if long else pairs).append((name, data))
+                fingerprints[name] = meta["sha256"][:16]
+    if not pairs and not streamed:
+        raise UserError("no training pairs: every source is empty or left out")
+    data = PairData(pairs, cfg, [PairStream(name, tokenizer, *limits) for name in streamed])
+    data.documents = LongData(documents, cfg, banned, log) if documents else None
+    data.fingerprints, data.left_out, data.leaks = fingerprints | dict.fromkeys(streamed, "streamed"), left_out, leaks
+    log(f"data: {data.size:,} pairs from {len(pairs)} sources; {leaks:,} dropped because a text is in the STS "
+        "evaluation sets" + (f"; LEFT OUT: {', '.join(left_out)}" if left_out else ""))
+    return data
 
 
 # ----------------------------------------------------------------------------------------------------------------------

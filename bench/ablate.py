@@ -108,8 +108,8 @@ def without_pairs(build: Callable) -> Callable:
     """PairData.build_window with a window's positives moved by half of it: most pairs are then two single sentences."""
     def built(number: int) -> Any:
         rows, batches = build(number)
-        half = len(rows["positive_start"]) // 2
-        moved = ("positive_start", "positive_length", "key_positive")
+        half = len(rows["positive"]) // 2
+        moved = ("positive", "positive_length", "key_positive")
         return {k: np.roll(v, half) if k in moved else v for k, v in rows.items()}, batches
     return built
 
