@@ -567,7 +567,7 @@ class StudentGraph(OnnxGraph):
         return self.Mul(beta, self.real), transition, [self.Mul(g_fast, line(0.3, 0.5)), read_slow]
 
     def decay_products(self, m: list[str], r: list[str]) -> tuple[str, str, str, str]:
-        """`decay_products` (delta_mixer.py) of a block, by doubling; nothing here is reduced over an axis, which is slow.
+        """`decay_products` (delta_mixer.py) of a block, by doubling; nothing is reduced over an axis, which is slow.
 
         m: the 4 entries of M by rows, r: both reads, (BLOCK, N) each.
         Returns c (C, C, N), left (2, C, N), right (2, C, N), whole (2, 2, N).

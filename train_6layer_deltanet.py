@@ -206,8 +206,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "quickstart": {
         "data_dir": "data/generated", "output_dir": "runs/quickstart", "best_model_split": "validation",
-        "batch_size": 16, "gradient_accumulation_steps": 1, "total_steps": 200, "warmup_steps": 20,
-        "eval_interval": 100, "save_interval": 100, "log_interval": 10,
+        "batch_size": 16, "gradient_accumulation_steps": 1, "total_steps": 140, "warmup_steps": 15,
+        "eval_interval": 70, "save_interval": 70, "log_interval": 10,
         "peak_learning_rate": 1e-4, "mixer_lr_multiplier": 10.0, "dropout": 0.0, "state_dropout": 0.0,
     },
 }
@@ -2240,9 +2240,9 @@ SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="ut
 def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model, and the imports that it uses."""
     parts = {"KERNEL_FILES", "load_kernel", "kernel", "chunk_hierarchical_delta_rule", "DeltaNetConfig",
-             "parallel_mixer", "has_kernel", "slow_retentions", "PIECE", "frugal", "EnhancedHierarchicalDeltaNet", "mean_pool", "encode",
-             "encode_tokens", "tokenise", "pad_batch", "RecomputedFeedForward", "FeedForward", "DeltaNetStudent",
-             "state_overlap"}
+             "parallel_mixer", "has_kernel", "slow_retentions", "PIECE", "frugal", "EnhancedHierarchicalDeltaNet",
+             "mean_pool", "encode", "encode_tokens", "tokenise", "pad_batch", "RecomputedFeedForward", "FeedForward",
+             "DeltaNetStudent", "state_overlap"}
     body = ast.parse(SOURCE).body
     imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = [node.targets[0] if isinstance(node, ast.Assign) else node for node in body]
@@ -2327,17 +2327,16 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   speed/slowest_rank_excess   by how much longer than the average of the others, as a share
 #   data/padding             share of padding among the tokens of a step
 #   long/NAME                of the steps of long documents: total and the losses as above, grad_norm, padding
-#   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with the gold scores) or teacher_agreement
-#                            (Spearman with the teacher's cosines); the set's own name instead of sts where it is not STS-B
+#   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with gold scores), teacher_agreement
+#                            (Spearman with the teacher's cosines); the set's own name instead of sts if not STS-B
 #   distance/SOURCE          squared distance of a source's embeddings from the teacher's; each window halves older ones
-#   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss's name, the batch's text keys
+#   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss, the batch's text keys
 
 
 def learning_rate(step: int, cfg: dict[str, Any]) -> float:
     """Learning rate of step `step` (1 to total_steps): linear from 0 to the peak, then linear to 0 at total_steps."""
-    if step < cfg["warmup_steps"]:
-        return cfg["peak_learning_rate"] * step / cfg["warmup_steps"]
-    return cfg["peak_learning_rate"] * max(0, cfg["total_steps"] - step) / max(1, cfg["total_steps"] - cfg["warmup_steps"])
+    peak, warmup, total = cfg["peak_learning_rate"], cfg["warmup_steps"], cfg["total_steps"]
+    return peak * (step / warmup if step < warmup else max(0, total - step) / max(1, total - warmup))
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
@@ -2354,14 +2353,17 @@ def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.opti
 
 
 @torch.no_grad()
-def update(optimizer: torch.optim.AdamW, values: Iterable[Tensor], rate: float, limit: float, processes: "Processes", check: int = 0) -> Tensor:
-    """A step of the fused `optimizer` at learning rate `rate`, gradients clipped to the global norm `limit`; nothing waits for the device.
+def update(optimizer: torch.optim.AdamW, values: Iterable[Tensor], rate: float, limit: float, processes: "Processes",
+           check: int = 0) -> Tensor:
+    """A step of the fused `optimizer` at learning rate `rate`, gradients clipped to the global norm `limit`.
 
-    Where one of the losses `values` (scalars) or the norm is not finite, on any process, the optimiser's kernel leaves weights and
-    averages as they are (`found_inf`, which AMP's gradient scaling has it for); clipping is its division by `grad_scale`.
-    Returns: on the device (N + 1 + 2 processes,), losses and norm; of several processes each one's doubt, and its `check`.
+    Nothing waits for the device. Where one of the losses `values` (scalars) or the norm is not finite, on any process,
+    the optimiser's kernel leaves weights and averages as they are (`found_inf`, which AMP's gradient scaling has it
+    for); clipping is its division by `grad_scale`. Returns, on the device, losses and norm; of several processes also
+    each one's doubt, and its `check`.
     """
-    norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], foreach=True)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
     row = torch.stack([*values, norm])
     bad = (~row.isfinite()).any().float()
     if processes.count > 1:  # one process's doubt is all's, or their weights would part
@@ -2376,7 +2378,7 @@ def update(optimizer: torch.optim.AdamW, values: Iterable[Tensor], rate: float, 
 
 
 class Processes:
-    """This process among those that torchrun started: number `rank` of `count`. One alone never uses torch.distributed."""
+    """This process among those that torchrun started: number `rank` of `count`. One alone uses no torch.distributed."""
 
     def __init__(self, rank: int = 0, count: int = 1):
         self.rank, self.count, self.busy, self.since = rank, count, 0.0, time.perf_counter()
@@ -2386,8 +2388,8 @@ class Processes:
         if self.count > 1:
             store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timedelta(days=1)))
             self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, rank=self.rank,
-                                    world_size=self.count, timeout=timedelta(days=1))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store,
+                                    rank=self.rank, world_size=self.count, timeout=timedelta(days=1))
             self.group = dist.new_group(timeout=timedelta(seconds=seconds))
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -2416,8 +2418,8 @@ class Processes:
         """`encode`, each process a share of the sentences."""
         if self.count == 1:
             return encode(model, tokenizer, sentences, **kwargs)
-        out = torch.zeros(len(sentences), model.config.hidden_size)
-        out[self.rank::self.count] = torch.from_numpy(encode(model, tokenizer, sentences[self.rank::self.count], **kwargs))
+        out, own = torch.zeros(len(sentences), model.config.hidden_size), slice(self.rank, None, self.count)
+        out[own] = torch.from_numpy(encode(model, tokenizer, sentences[own], **kwargs))
         return self.sum(out).numpy()
 
     def absent(self) -> str:
@@ -2456,9 +2458,10 @@ class Trainer:
         # Of the steps of long documents:
         self.long_cfg = cfg | {"contrastive_weight": cfg["long_contrastive_weight"], "guided_contrastive": True}
         self.device = next(student.parameters()).device
-        self.autocast = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=cfg["precision"] == "bf16")
+        bf16, cuda = cfg["precision"] == "bf16", self.device.type == "cuda"
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
-        self.teacher_autocast = (lambda: torch.autocast("cuda", torch.float16)) if self.device.type == "cuda" else self.autocast
+        self.teacher_autocast = partial(torch.autocast, "cuda", torch.float16) if cuda else self.autocast
         self.distances: Tensor | None = None  # (2, S): a source's squared distances to the teacher, and pairs
         self.kept_weights: dict[tuple, Tensor] = {}
         self.cache, self.full = None, False
@@ -2478,12 +2481,13 @@ class Trainer:
             self.replica = DistributedDataParallel(Replica(student, self.forward), process_group=self.processes.group,
                                                    find_unused_parameters=unused)
             self.replica.register_comm_hook(self.processes.group, sum_gradients)
-        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.copies = torch.cuda.Stream(self.device) if cuda else None
 
     def upload(self, batch: list[MicroBatch]) -> list[MicroBatch]:
-        """`batch` on the device, and what of it the host needs to know: `host_keys`, its `tokens` and what they are `padded` to.
+        """`batch` on the device, and what the host needs of it: `host_keys`, `tokens` and what they are `padded` to.
 
-        On CUDA from pinned memory and by a stream of its own: in a thread, while the step before runs. A batch that has been here stays.
+        On CUDA from pinned memory and by a stream of its own: in a thread, while the step before runs. A batch that has
+        been here stays.
         """
         def moved(x: Tensor) -> Tensor:
             return x.pin_memory().to(self.device, non_blocking=True) if self.copies else x.to(self.device)
@@ -2506,7 +2510,7 @@ class Trainer:
         return found
 
     def arrive(self, batch: list[MicroBatch]) -> None:
-        """On CUDA, let this stream wait for the copies of `upload`, whose memory must not be used again before it is done with them."""
+        """On CUDA, let this stream wait for the copies of `upload`, and keep their memory until it has used them."""
         if self.copies:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(batch[0].copied)
@@ -2515,7 +2519,7 @@ class Trainer:
                     x.record_stream(stream)
 
     def teach(self, micro: MicroBatch) -> None:
-        """Put the teacher's hidden states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
+        """Put the teacher's states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
         path = micro.path
         micro.states = self.recall(path) if path else None
         if micro.states is None:
@@ -2566,7 +2570,8 @@ class Trainer:
                     layer_distillation_loss([widen(x) for x in states], target, mask, tokens))
             if overlap is not None:
                 local["ortho_state_reg"].append(overlap * (len(ids) / sentences))
-        return torch.cat(vectors).index_select(0, micro.restore), {name: sum(parts[1:], parts[0]) for name, parts in local.items()}
+        summed = {name: sum(parts[1:], parts[0]) for name, parts in local.items()}
+        return torch.cat(vectors).index_select(0, micro.restore), summed
 
     def weights(self, names: Iterable[str], cfg: dict[str, Any]) -> Tensor:
         """The weights of the losses `names`, on the device; copied there once."""
@@ -2576,15 +2581,16 @@ class Trainer:
         return self.kept_weights[wanted]
 
     def exchange(self, passes: list[Any], own: list[int], batch: list[MicroBatch]) -> list[Any]:
-        """The forward passes of the whole batch from those of its micro-batches `own`; gives every micro-batch its target.
+        """The forward passes of the whole batch from those of its micro-batches `own`; gives each its target.
 
-        A sum to which each process adds zeros for the micro-batches of the others: nothing is rounded, sizes may differ.
+        A sum to which each process adds zeros for the others' micro-batches: nothing is rounded, sizes may differ.
         """
         names = [n for n in ("layer_distill", "ortho_state_reg") if self.cfg[LOSS_WEIGHTS[n]]]
         dim = self.teacher.config.hidden_size
         rows = [2 * dim * len(micro.restore) for micro in batch]
         whole = torch.zeros(sum(rows) + len(rows) * len(names), device=self.device)
-        parts = [part.split([n, *[1] * len(names)]) for part, n in zip(whole.split([n + len(names) for n in rows]), rows)]
+        wholes = whole.split([n + len(names) for n in rows])
+        parts = [part.split([n, *[1] * len(names)]) for part, n in zip(wholes, rows)]
         for i, (vectors, local) in zip(own, passes):
             torch.cat([vectors.detach(), batch[i].target], out=parts[i][0].view(-1, dim))
             for name, part in zip(names, parts[i][1:]):
@@ -2598,19 +2604,20 @@ class Trainer:
         return [(part[0].view(2, -1, dim)[0], {name: x[0] for name, x in zip(names, part[1:])}) for part in parts]
 
     def step_gradients(self, batch: list[MicroBatch], step: int, cached: bool | None = None) -> dict[str, Tensor]:
-        """Add the gradients of step `step` to the student's parameters; returns each loss, `total` is weighted; all on the device.
+        """Add the gradients of step `step` to the student's parameters; returns each loss, and the weighted `total`.
 
         `cached` (default: when there are several micro-batches) keeps no graph between the forward passes and the
         losses: embeddings of all micro-batches first, their gradients from the losses of the whole batch, then each
         micro-batch forward again with the same dropout masks (GradCache, Gao et al. 2021, arXiv:2101.06983).
 
-        Of several processes, each takes the micro-batches `own`. All of them compute the losses of the whole batch from the
-        exchanged embeddings, so each has the exact gradients of its own embeddings without differentiating the exchange;
+        Of several processes, each takes the micro-batches `own`. All of them compute the losses of the whole batch from
+        the exchanged embeddings, so each has the exact gradients of its own ones without differentiating the exchange;
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
         cfg, processes = self.long_cfg if batch[0].long else self.cfg, self.processes
         cached = len(batch) > 1 if cached is None or self.replica else cached
-        own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]  # the longest are not always one's
+        # By turns, as the longest micro-batches come last.
+        own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]
         batch = [replace(micro) for micro in self.upload(batch)]
         self.arrive(batch)
         tokens, sentences = sum(m.tokens for m in batch), sum(len(m.restore) for m in batch)
@@ -2639,7 +2646,9 @@ class Trainer:
         for i in own:
             micro, leaf = batch[i], leaves[i]
             with self.replica.no_sync() if self.replica and i != own[-1] else nullcontext():
-                vectors, local = (self.replica or self.forward)(micro, seeds[i], tokens, sentences) if cached else passes[i]
+                if cached:
+                    passes[i] = (self.replica or self.forward)(micro, seeds[i], tokens, sentences)
+                vectors, local = passes[i]
                 ends = [(vectors, leaf.grad)] if leaf.grad is not None else []
                 ends += [(torch.stack([*local.values()]), self.weights(local, cfg))] if local else []
                 torch.autograd.backward(*zip(*((x, grad) for x, grad in ends if x.requires_grad)))
@@ -2734,7 +2743,7 @@ def time_mixer(form: Callable, layer: EnhancedHierarchicalDeltaNet, cfg: dict[st
 def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device,
                  forms: dict[str, Callable] | None = None, log: Callable[[str], None] = print,
                  slowest: Callable[..., list[float]] = lambda *seconds: [*seconds], seconds: float = 0.5) -> str:
-    """Give the student's layers the fastest form of the mixer that is right on `device`; its name. UserError if none is.
+    """Give the student's layers the fastest mixer that is right on `device`; its name. UserError if none is.
 
     Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and
     one what was taken. `slowest`: from this process's times those of the slowest one, so that all take the same form.
@@ -2988,8 +2997,8 @@ def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: Teacher
             "config": theirs | {key: config[key] for key in FOLDER_KEYS}}
 
 
-# Padded tokens that a group of one length must spare on a GPU. Its 550 operators take as long to launch (5 us each) as the products of
-# 1,500 tokens on an L40 to 8,000 on an H100, at half of their TF32 rates (bench/launches.py).
+# Padded tokens that a group of one length must spare on a GPU. Its 550 operators take as long to launch (5 us each) as
+# the products of 1,500 tokens on an L40 to 8,000 on an H100, at half of their TF32 rates (bench/launches.py).
 GROUP_TOKENS = 4096
 
 
@@ -3047,7 +3056,8 @@ class Run:
         self.student = build_student(cfg, self.teacher).to(self.device)
         self.teacher.to(self.device)
         if self.device.type == "cuda":
-            choose_mixer(self.student, cfg, self.device, slowest=lambda *seconds: processes.table(*seconds).amax(0).tolist())
+            choose_mixer(self.student, cfg, self.device,
+                         slowest=lambda *seconds: processes.table(*seconds).amax(0).tolist())
         if compile_models(self.student, self.teacher, cfg, self.device):
             print("compile: student and teacher, at their first steps")
         self.optimizer = build_optimizer(self.student, cfg)
@@ -3116,7 +3126,7 @@ class Run:
                 raise ValueError
         except (TypeError, ValueError, RuntimeError):
             raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
-        self.fitted = self.progress.get("fitted")  # on a GPU: padded tokens of one micro-batch, device's memory in bytes
+        self.fitted = self.progress.get("fitted")  # on a GPU: padded tokens of a micro-batch, device's memory in bytes
         if self.fitted is not None and not (isinstance(self.fitted, list) and [*map(type, self.fitted)] == [int, int]):
             raise UserError(f"checkpoint_{self.step}: its progress.fitted is no pair of numbers")
         self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
@@ -3313,16 +3323,17 @@ class Run:
             self.save(str(stop))
         self.signals.training = False
         if self.failed_saves:
-            raise UserError(f"{self.folder}: the last checkpoint, of step {self.step}, could not be written; free some space and "
-                            "--resume latest")
+            raise UserError(f"{self.folder}: the last checkpoint, of step {self.step}, could not be written; free some "
+                            "space and --resume latest")
         if stop:
             raise stop
 
     def fit(self, trainer: Trainer) -> None:
-        """On one GPU, let batches that fit in its memory be one micro-batch, so that none goes forward twice, and groups be worth their launches.
+        """On one GPU, let batches that fit in its memory be one micro-batch, and groups be worth their launches.
 
-        Measured before the first step by its largest micro-batch, gradients thrown away, and kept in the checkpoints. On a CPU, in several
-        processes and in a deterministic run all is as configured: dropout's draws must not depend on how much memory is free.
+        So none goes forward twice. Measured before the first step by its largest micro-batch, gradients thrown away,
+        and kept in the checkpoints. On a CPU, in several processes and in a deterministic run all is as configured:
+        dropout's draws must not depend on how much memory is free.
         """
         if self.device.type != "cuda":
             return
@@ -3341,8 +3352,9 @@ class Run:
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             self.fitted = [tokens_at_once(used, sum(ids.numel() for ids, _ in micro.groups), free), memory]
         self.data.at_once, batch = self.fitted[0], 2 * self.cfg["batch_size"] * longest_text(self.cfg, documents=False)
-        print(f"memory: batches of up to {self.data.at_once:,} padded tokens (two texts a pair at their longest: {batch:,}) go forward once, in one "
-              f"micro-batch, which draws other dropout masks than {parts}; larger ones are {parts} micro-batches")
+        print(f"memory: batches of up to {self.data.at_once:,} padded tokens (two texts a pair at their longest: "
+              f"{batch:,}) go forward once, in one micro-batch, which draws other dropout masks than {parts}; larger "
+              f"ones are {parts} micro-batches")
 
     def next_window(self) -> None:
         """Before a window's last step: draw the window after the next by the distances so far, which then count half.
@@ -3369,29 +3381,31 @@ class Run:
             busy = self.processes.table(self.processes.busy).flatten()
             slowest, self.processes.busy = int(busy.argmax()), 0.0
             others = (busy.sum() - busy[slowest]) / (len(busy) - 1)
-            pace |= {"speed/slowest_rank": slowest, "speed/slowest_rank_excess": round((busy[slowest] / others - 1).item(), 4)}
-            named = f"; slowest: rank {slowest}, {busy[slowest] / others - 1:+.0%}"
+            excess = (busy[slowest] / others - 1).item()
+            pace |= {"speed/slowest_rank": slowest, "speed/slowest_rank_excess": round(excess, 4)}
+            named = f"; slowest: rank {slowest}, {excess:+.0%}"
         self.write_metrics({**means, "lr": learning_rate(self.step, cfg), **pace})
-        best = self.best.get("validation", {})
+        best, loss = self.best.get("validation", {}), f"{means.get('loss/total', math.nan):.4f}"
         if bar.disable:
-            print(f"step {self.step}/{cfg['total_steps']}: loss {means.get('loss/total', math.nan):.4f}, {speed:.1f} pairs/s, "
-                  f"{(cfg['total_steps'] - self.step) * seconds / done / 3600:.2f} h left"
+            hours = (cfg["total_steps"] - self.step) * seconds / done / 3600
+            print(f"step {self.step}/{cfg['total_steps']}: loss {loss}, {speed:.1f} pairs/s, {hours:.2f} h left"
                   + (named if self.processes.count > 1 else ""))
-        bar.set_postfix(loss=f"{means.get('loss/total', math.nan):.4f}", pairs_s=f"{speed:.0f}",
-                        dev=f"{best.get('validation_spearman', math.nan):.4f}", test=f"{best.get('test_spearman', math.nan):.4f}")
+        scores = {name: f"{best.get(f'{split}_spearman', math.nan):.4f}"
+                  for name, split in (("dev", "validation"), ("test", "test"))}
+        bar.set_postfix(loss=loss, pairs_s=f"{speed:.0f}", **scores)
 
     def optimise(self, trainer: Trainer, batch: list[MicroBatch]) -> None:
         """One optimiser step. What came of it stays on the device until `settle` reads it."""
         self.optimizer.zero_grad(set_to_none=True)
         values = trainer.step_gradients(batch, self.step)
         keys = torch.cat([micro.host_keys for micro in batch])
-        row = update(self.optimizer, values.values(), learning_rate(self.step, self.cfg), self.cfg["gradient_clip"], self.processes,
-                     int((keys % 2**31).sum()))
+        row = update(self.optimizer, values.values(), learning_rate(self.step, self.cfg), self.cfg["gradient_clip"],
+                     self.processes, int((keys % 2**31).sum()))
         padding = 1 - sum(micro.tokens for micro in batch) / sum(micro.padded for micro in batch)
         self.unsettled.append((self.step, [*values, "gradient norm"], row, keys, padding, bool(batch[0].long)))
 
     def settle(self) -> None:
-        """Read what the steps since the last time gave, by one copy: sums for the next line in metrics.jsonl, and the steps that were skipped.
+        """Read what the steps since the last time gave, by one copy: sums for metrics.jsonl, and which were skipped.
 
         Raises UserError after `max_bad_steps` skipped in a row, or where a process had another batch than the first.
         """
@@ -3401,20 +3415,24 @@ class Run:
             values = dict(zip(names, islice(numbers, len(names))))
             doubts, batches = ([*islice(numbers, count)] if count > 1 else [0.0] for _ in range(2))
             if batches != batches[:1] * len(batches):
-                raise UserError(f"step {step}: rank {[x != batches[0] for x in batches].index(True)} has another batch than rank 0: the "
-                                "data must be the same on every machine")
-            wrong = next((name for name, value in values.items() if not math.isfinite(value)), "a number of another process" if any(doubts) else None)
+                other = [x != batches[0] for x in batches].index(True)
+                raise UserError(f"step {step}: rank {other} has another batch than rank 0: the data must be the same "
+                                "on every machine")
+            wrong = next((name for name, value in values.items() if not math.isfinite(value)),
+                         "a number of another process" if any(doubts) else None)
             self.bad_steps = self.bad_steps + 1 if wrong else 0
             if wrong:
                 self.write_metrics({"step": step, "bad/step": step, "bad/loss": wrong, "bad/batch": keys.tolist()})
                 print(f"warning: step {step} skipped: {wrong} is not finite; its batch is PairData.batch({step})")
                 if self.bad_steps >= self.cfg["max_bad_steps"]:
-                    raise UserError(f"step {step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing more was "
-                                    "saved. Resume from the newest checkpoint with a lower peak_learning_rate or precision float32")
+                    raise UserError(f"step {step}: {wrong} was not finite in {self.bad_steps} steps in a row; nothing "
+                                    "more was saved. Resume from the newest checkpoint with a lower "
+                                    "peak_learning_rate or precision float32")
                 continue
             norm, prefix = values.pop("gradient norm"), "long/" if long else ""
             found = {**{f"{prefix or 'loss/'}{name}": value for name, value in values.items()},
-                     f"{prefix}grad_norm": norm, f"{prefix or 'data/'}padding": padding, "long_steps" if long else "steps": 1}
+                     f"{prefix}grad_norm": norm, f"{prefix or 'data/'}padding": padding,
+                     "long_steps" if long else "steps": 1}
             for key, value in found.items():
                 self.sums[key] = self.sums.get(key, 0) + value
 
