@@ -1337,7 +1337,7 @@ def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
     files = sorted([*folder.glob("train/*.jsonl.gz"), *folder.glob("*.jsonl.gz")]) if cfg["data_dir"] else []
     if names == ["auto"]:
         names = ["local"] if files else DEFAULT_HUB_SOURCES.split(",")
-    copies = {folder / HUB_FILES[name]: name for name in names if name in HUB_FILES}
+    copies = {folder / HUB_FILES[name]: name for name in names if name in HUB_FILES}  # of hub data, read in its place
     found: list[tuple[str, Path | None]] = []
     for name in names if names != ["none"] else ():
         if name in HUB_SOURCES:
@@ -1450,13 +1450,6 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def mix64(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, uint64 -> uint64 (Steele et al. 2014, doi:10.1145/2714064.2660195)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def stable_seed(*parts: Any) -> int:
     """A 63-bit number that depends on `parts` alone, the same in every process and Python."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
@@ -1470,7 +1463,8 @@ def seeded(*parts: Any) -> np.random.Generator:
 def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
     """A seeded permutation of range(size), evaluated at `index` alone: a Feistel network, walked until inside.
 
-    Memory does not grow with `size`, unlike a shuffled array. Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
+    Memory does not grow with `size`, unlike a shuffled array. Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9; a
+    round is splitmix64's finaliser, Steele et al. 2014, doi:10.1145/2714064.2660195.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -1478,7 +1472,10 @@ def permuted(index: np.ndarray, size: int, seed: int) -> np.ndarray:
     while todo.any():
         left, right = out[todo] >> half, out[todo] & low
         for turn in range(4):
-            left, right = right, left ^ (mix64(right + np.uint64(stable_seed(seed, turn))) & low)
+            x = right + np.uint64(stable_seed(seed, turn))
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+            left, right = right, left ^ ((x ^ (x >> np.uint64(31))) & low)
         out[todo] = (left << half) | right
         todo = out >= size
     return out.astype(np.int64)
@@ -1591,7 +1588,7 @@ class PairStream:
         if self.window != window:
             self.passes, state = self.starts[window] or (0, None)
             self.open(state)
-        tables, found, idle = [tokenise_rows([], *self.recipe)[0]], 0, False  # idle: nothing since the stream's start
+        tables, found, begun = [tokenise_rows([], *self.recipe)[0]], 0, -1  # begun: what was found by its last start
         while found < count:
             try:
                 rows = [(*row[:2], row[2] or None) for row in islice(self.rows, count - found)]
@@ -1600,14 +1597,15 @@ class PairStream:
                                 "continue with --resume latest") from None
             if bad := [row for row in rows if not all(is_text(t) for t in row[:2 if row[2] is None else 3])]:
                 raise UserError(f"stream {self.name}: a row is not of texts that are not empty: {str(bad[0])[:80]}")
-            if not rows:  # the end: from the start again
-                if idle:
-                    raise UserError(f"stream {self.name}: holds no pairs")
+            if rows:
+                table, leaks = tokenise_rows(rows, *self.recipe)
+                tables.append(table)
+                found, self.leaks = found + len(table), self.leaks + leaks
+            elif begun == found:
+                raise UserError(f"stream {self.name}: holds no pairs")
+            else:  # the end: from the start again
                 self.open()
-            table, leaks = tokenise_rows(rows, *self.recipe)
-            tables.append(table)
-            found, self.leaks, self.passes = found + len(table), self.leaks + leaks, self.passes + (not rows)
-            idle = (idle or not rows) and not len(table)
+                self.passes, begun = self.passes + 1, found
         self.window = window + 1
         self.starts[self.window] = (self.passes, self.data.state_dict())
         return pa.concat_tables(tables)
@@ -1640,10 +1638,9 @@ class PairData:
         self.begins = {0: np.zeros(len(self.names), np.int64)}  # by window: how many rows each source gave before it
         if not self.planned and self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
-        self.left_out: list[str] = []
-        self.documents: LongData | None = None
-        self.fingerprints: dict[str, str] = {}  # of every source's token ids
-        self.leaks, self.builder = 0, ThreadPoolExecutor(1)
+        # What `load_training_data` finds: a LongData, each source's digest of its token ids, sources left out, leaks.
+        self.documents, self.fingerprints, self.left_out, self.leaks = None, {}, [], 0
+        self.builder = ThreadPoolExecutor(1)
         self.windows: dict[int, Future] = {}  # this one and the next, which is built while this one is used
         # Padded tokens that are one micro-batch whatever is configured, and that a group of one length must spare.
         self.at_once = self.group_tokens = 0
