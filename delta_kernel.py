@@ -3,7 +3,7 @@
 For each sentence and head the kernel reads the input projection's own rows and does the convolution, SiLU,
 normalisation, resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x
 32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. The formulas are those of
-`EnhancedHierarchicalDeltaNet` in the training script, its twin in PyTorch; the tests compare the two.
+`parallel_mixer` in the training script, its twin in PyTorch; the tests compare the two.
 
 The backward pass keeps the states at the starts of blocks of BLOCK tokens and computes all else anew, block by block
 from the end. Parameters' gradients are summed per group of sentences, then over the groups: the order does not depend
@@ -39,8 +39,8 @@ WIDTH = 16
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
 VECTOR, WHOLE = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH)
 JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
-# Of functions that others call. Called instead, what has just been compiled would be linked otherwise than what is
-# saved of it: its results' last bits would not be those of all later processes.
+# Of functions that kernels call, which are inlined: if they were called, a process that has just compiled them would
+# link them otherwise than one that reads the cache, and the last bits of the two's results would differ.
 PART = JIT | {"forceinline": True}
 f32 = np.float32
 ZERO, ONE = f32(0), f32(1)
@@ -836,7 +836,8 @@ def gelu_backward_rows(first, stride, rows, width, x, bias, grad, out):
 # their next task in a loop, for milliseconds, so that threads of our own would have to share the cores with them.
 
 GROUPS = 8  # sentences are summed in at most as many groups, however many threads there are
-openmp = getattr(ctypes.CDLL(None), "GOMP_parallel", None)  # of the library that PyTorch has loaded, GNU's or LLVM's
+# Normally that of the library which PyTorch has loaded, GNU's or LLVM's; None: threads are made for each call.
+openmp = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
 
 
 def forget_openmp() -> None:
@@ -856,8 +857,7 @@ def ready(kernel: Any, *args: Any) -> None:
                            {"file": sys.stderr})
     note.daemon = True
     note.start()
-    signature = tuple(map(typeof, args))
-    kernel.compile(signature)
+    kernel.compile(tuple(map(typeof, args)))
     note.cancel()
 
 
@@ -876,7 +876,8 @@ def in_threads(count: int, kernel: Callable, *args: Any) -> None:
     if count == 1:
         work()
     elif openmp:
-        openmp(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work), None, count, 0)
+        # As many as PyTorch's operators use, as a smaller team would end the threads that the next operator needs.
+        openmp(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work), None, max(count, torch.get_num_threads()), 0)
     else:
         others = [threading.Thread(target=work) for _ in range(1, count)]
         for thread in others:
@@ -884,8 +885,8 @@ def in_threads(count: int, kernel: Callable, *args: Any) -> None:
         work()
         for thread in others:
             thread.join()
-    for error in errors:
-        raise error
+    if errors:
+        raise errors.pop()
 
 
 def share_heads(kernel: Callable, batch: int, heads: int, *args: Any) -> None:

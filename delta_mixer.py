@@ -141,7 +141,7 @@ def l2_normalise(x: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The operator
+# The operator, named after the package and so after its content: a process may hold the kernels of several versions
 
 BLOCK = 32  # tokens between two kept states
 HIDDEN = 16  # units of the flux's MLP
@@ -172,7 +172,7 @@ def outputs(proj: Tensor, conv_weight: Tensor, output_final_state: bool, save_st
             new((batch, heads, blocks - 1, 2, K, -(-K // 16) * 16) if save_states else (0,), dtype=torch.float32))
 
 
-@torch.library.custom_op("deltanet::mixer", mutates_args=())
+@torch.library.custom_op(f"{__package__}::mixer", mutates_args=())
 def mixer(proj: Tensor, mask: Tensor, keep: Optional[Tensor], conv_weight: Tensor, flux_bilinear: Tensor,
           flux_scale: Tensor, flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor,
           flux_out_bias: Tensor, o_norm: Tensor, initial_state: Optional[Tensor], reverse_heads: int, convolution: bool,
@@ -186,7 +186,7 @@ def mixer(proj: Tensor, mask: Tensor, keep: Optional[Tensor], conv_weight: Tenso
     return found
 
 
-@torch.library.custom_op("deltanet::mixer_backward", mutates_args=())
+@torch.library.custom_op(f"{__package__}::mixer_backward", mutates_args=())
 def mixer_backward(grad_o: Tensor, grad_final: Optional[Tensor], saved: Tensor, proj: Tensor, mask: Tensor,
                    keep: Optional[Tensor], conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
                    flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor,

@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 8 train_6layer_deltanet.py              the same run on 8 GPUs (docs/scaling.md)
     python train_6layer_deltanet.py --help                            every config key, its default, its comment
 
-Importing this file only defines things; the helper scripts import from it.
+Importing this file only defines things (and keeps a copy of the kernels' files in the user's cache folder); the helper
+scripts import from it.
 """
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
-from itertools import count, islice
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import MethodType, ModuleType
@@ -357,7 +358,8 @@ def recurrent_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Ten
     return torch.stack(outputs, -2), state if output_final_state else None
 
 
-KERNEL_FILES = ("delta_mixer.py", "delta_kernel.py", "delta_kernel_cuda.py")
+KERNEL_FILES = {name: Path(__file__).with_name(name).read_bytes()
+                for name in ("delta_mixer.py", "delta_kernel.py", "delta_kernel_cuda.py")}
 
 
 def load_kernel() -> ModuleType:
@@ -367,20 +369,19 @@ def load_kernel() -> ModuleType:
     compiled once for all saved models that hold the same ones, and one module in a process that opens several. A folder
     that cannot be written is replaced by a temporary one.
     """
-    files = {name: Path(__file__).with_name(name).read_bytes() for name in KERNEL_FILES}
-    name = f"deltanet_{hashlib.sha256(b''.join(files.values())).hexdigest()[:12]}"
+    name = f"deltanet_{hashlib.sha256(b''.join(KERNEL_FILES.values())).hexdigest()[:12]}"
     if name not in sys.modules:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet" / name
         try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltanet" / name
             folder.mkdir(parents=True, exist_ok=True)
-            for path, source in ((folder / file, source) for file, source in files.items()):
+            for path, source in ((folder / file, source) for file, source in KERNEL_FILES.items()):
                 if not path.is_file() or path.read_bytes() != source:
                     own = path.with_name(f".{path.name}.{os.getpid()}")
                     own.write_bytes(source)
                     os.replace(own, path)
-        except OSError:
+        except (OSError, RuntimeError):  # not to be written, or a user without a home
             folder = Path(tempfile.mkdtemp())
-            for file, source in files.items():
+            for file, source in KERNEL_FILES.items():
                 (folder / file).write_bytes(source)
         package = ModuleType(name)
         package.__path__, sys.modules[name] = [str(folder)], package
@@ -701,7 +702,7 @@ class FeedForward(nn.Module):
 
 
 class DeltaNetStudent(PreTrainedModel):
-    """Six post-norm blocks of delta-rule mixer and FFN on the teacher's embeddings; reads texts of any length."""
+    """Post-norm blocks of delta-rule mixer and FFN on the teacher's embeddings; reads texts of any length."""
 
     config_class = DeltaNetConfig
     base_model_prefix = ""
@@ -1429,13 +1430,14 @@ def tokenise_source(rows: Callable[[], Iterable[Row]], tokenizer: Any, max_lengt
         if None in records:
             log(f"warning: {shard(records.index(None))}: its sha256 differs from what was written; tokenised again")
         if not records or None in records:
-            pool, jobs, source = pool or ThreadPoolExecutor(1), [], iter(rows())
-            while block := list(islice(source, SHARD_ROWS)):
-                job = (tokenise_shard, shard(len(jobs)), block, tokenizer, max_length, banned, held_out)
-                jobs.append(pool.submit(*job))
-                if len(jobs) > 4:
-                    jobs[-5].result()  # so that few blocks are in memory
-            records = [job.result() for job in jobs]
+            jobs, source = [], iter(rows())
+            with nullcontext(pool) if pool else ThreadPoolExecutor(1) as workers:
+                while block := list(islice(source, SHARD_ROWS)):
+                    job = (tokenise_shard, shard(len(jobs)), block, tokenizer, max_length, banned, held_out)
+                    jobs.append(workers.submit(*job))
+                    if len(jobs) > 4:
+                        jobs[-5].result()  # so that few blocks are in memory
+                records = [job.result() for job in jobs]
             write_json(meta, {"shards": len(records)})
     shards = [Dataset.from_file(str(shard(i))) for i, record in enumerate(records) if record["pairs"]]
     return concatenate_datasets(shards) if shards else None, {
@@ -1604,6 +1606,7 @@ class PairStream:
                 self.open()
                 self.passes, begun = self.passes + 1, found
         self.window = window + 1
+        self.starts = {w: start for w, start in self.starts.items() if w >= window - 1}
         self.starts[self.window] = (self.passes, self.data.state_dict())
         return pa.concat_tables(tables)
 
@@ -1831,7 +1834,9 @@ class LongData:
         Micro-batches have about equally many tokens, and memory is that of one: `long_tokens` over
         `gradient_accumulation_steps`, or the longest document's. Groups are of similar lengths.
         """
-        epoch = next(i for i in count() if self.epoch_end(i) >= number)
+        epoch = 0
+        while self.epoch_end(epoch) < number:
+            epoch += 1
         source, rows, limit = self.epoch(epoch)[number - 1 - self.epoch_end(epoch)]  # counted from the end
         table = self.tables[source][np.sort(rows)]
         texts = [[x if len(x) <= limit else np.append(x[:limit - 1], x[-1]) for x in token_ids(table[side])]
@@ -2233,20 +2238,20 @@ def student_from(state: dict[str, Tensor], cfg: dict[str, Any], where: str, teac
 
 
 # Read with the code that it is the source of: `inspect.getsource` reads the file again, which a run's user may edit.
-SOURCE, *KERNEL_SOURCES = (Path(__file__).with_name(name).read_text(encoding="utf-8")
-                           for name in (Path(__file__).name, *KERNEL_FILES))
+SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 
 def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model, and the imports that it uses."""
-    parts = {"KERNEL_FILES", "load_kernel", "kernel", "chunk_hierarchical_delta_rule", "DeltaNetConfig",
+    parts = ("KERNEL_FILES", "load_kernel", "kernel", "chunk_hierarchical_delta_rule", "DeltaNetConfig",
              "parallel_mixer", "has_kernel", "slow_retentions", "PIECE", "frugal", "EnhancedHierarchicalDeltaNet",
              "mean_pool", "encode", "encode_tokens", "tokenise", "pad_batch", "RecomputedFeedForward", "FeedForward",
-             "DeltaNetStudent", "state_overlap"}
+             "DeltaNetStudent", "state_overlap")
     body = ast.parse(SOURCE).body
     imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = [node.targets[0] if isinstance(node, ast.Assign) else node for node in body]
-    own = [node for node, name in zip(body, names) if getattr(name, "id", getattr(name, "name", None)) in parts]
+    nodes = {getattr(name, "id", getattr(name, "name", None)): node for node, name in zip(body, names)}
+    own = [nodes[part] for part in parts]
     used = {node.id for part in own for node in ast.walk(part) if isinstance(node, ast.Name)} | {"annotations"}
     kept = [ast.unparse(node) for node in imports
             if used & {(name.asname or name.name).split(".")[0] for name in node.names}]
@@ -2289,7 +2294,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
         "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None,
                                               "similarity_fn_name": "cosine"}}
     content = {"modeling_deltanet.py": modelling_source().encode(),
-               **{name: code.encode() for name, code in zip(KERNEL_FILES, KERNEL_SOURCES)},
+               **KERNEL_FILES,
                **{name: (json.dumps(value, indent=2) + "\n").encode() for name, value in values.items()}}
     if wide:
         matrix = widening(student)(torch.eye(cfg["d_model"], device=student.device)).detach().T.cpu().contiguous()
@@ -2340,7 +2345,7 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """Fused AdamW; no decay on biases, norms, gates and projection; `mixer_lr_multiplier` on mixers and pooling."""
+    """Fused AdamW; decay on matrices, not of gates, flux, projection; `mixer_lr_multiplier` on mixers and pooling."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -2725,7 +2730,7 @@ def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None
 def time_mixer(form: Callable, layer: EnhancedHierarchicalDeltaNet, cfg: dict[str, Any], device: torch.device,
                sentences: int, seconds: float) -> float:
     """Seconds that `form` takes, forward and backward, on `sentences` of max_length: the median over `seconds`."""
-    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
+    heads, channels = layer.cfg.num_heads, layer.o_norm.shape[-1]
     *inputs, _ = mixer_example(device, heads, channels, sentences, cfg["max_length"])
     if cfg["precision"] == "bf16":
         inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
@@ -3288,7 +3293,7 @@ class Run:
         if self.step == 0 and not self.kept_metrics:
             self.evaluate()
         begun_at = since = self.step
-        pairs, seconds, waited, started = 0, 0.0, 0.0, time.perf_counter()
+        pairs, waited, started = 0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
             prepare = lambda step: trainer.upload(self.data.batch(step))  # noqa: E731
@@ -3375,7 +3380,7 @@ class Run:
         self.means = means = {key: value / (long_steps if key.startswith("long/") else steps)
                               for key, value in self.sums.items()}
         self.sums = {}
-        speed = pairs / seconds
+        speed, named = pairs / seconds, ""
         pace = {"speed/pairs_per_s": round(speed, 2), "speed/data_wait": round(waited / seconds, 4)}
         if self.processes.count > 1:
             busy = self.processes.table(self.processes.busy).flatten()
@@ -3388,11 +3393,9 @@ class Run:
         best, loss = self.best.get("validation", {}), f"{means.get('loss/total', math.nan):.4f}"
         if bar.disable:
             hours = (cfg["total_steps"] - self.step) * seconds / done / 3600
-            print(f"step {self.step}/{cfg['total_steps']}: loss {loss}, {speed:.1f} pairs/s, {hours:.2f} h left"
-                  + (named if self.processes.count > 1 else ""))
-        scores = {name: f"{best.get(f'{split}_spearman', math.nan):.4f}"
-                  for name, split in (("dev", "validation"), ("test", "test"))}
-        bar.set_postfix(loss=loss, pairs_s=f"{speed:.0f}", **scores)
+            print(f"step {self.step}/{cfg['total_steps']}: loss {loss}, {speed:.1f} pairs/s, {hours:.2f} h left{named}")
+        dev, test = (f"{best.get(f'{split}_spearman', math.nan):.4f}" for split in ("validation", "test"))
+        bar.set_postfix(loss=loss, pairs_s=f"{speed:.0f}", dev=dev, test=test)
 
     def optimise(self, trainer: Trainer, batch: list[MicroBatch]) -> None:
         """One optimiser step. What came of it stays on the device until `settle` reads it."""
@@ -3402,7 +3405,7 @@ class Run:
         row = update(self.optimizer, values.values(), learning_rate(self.step, self.cfg), self.cfg["gradient_clip"],
                      self.processes, int((keys % 2**31).sum()))
         padding = 1 - sum(micro.tokens for micro in batch) / sum(micro.padded for micro in batch)
-        self.unsettled.append((self.step, [*values, "gradient norm"], row, keys, padding, bool(batch[0].long)))
+        self.unsettled.append((self.step, [*values, "gradient norm"], row, keys, padding, batch[0].long))
 
     def settle(self) -> None:
         """Read what the steps since the last time gave, by one copy: sums for metrics.jsonl, and which were skipped.

@@ -43,8 +43,8 @@ from detect_hardware import make_batch, random_teacher
 PARTS = ("teacher", "forward", "losses", "backward", "optimiser")
 MICROSECONDS = (3, 5, 8)
 TFLOPS = {"L40 TF32": 90.5, "L40 bf16": 181.0, "H100 TF32": 495.0, "H100 bf16": 989.0}  # dense, by NVIDIA's data sheets
-NOTHING = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach",  # those that launch no kernel
-           "aten::dropout", "profiler::")  # dropout of none
+# Those that launch no kernel; dropout at rate 0 is one of them.
+NOTHING = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::dropout", "profiler::")
 
 
 class Operators(TorchDispatchMode):

@@ -7,7 +7,7 @@ Measured on the same steps of `PairData` at 1 and at 2 processes, a mean over th
 - compute: teacher, student forward, losses of the whole batch, student forward and backward, clipping, AdamW
 - waiting for the process whose micro-batches are longer or whose core is slower
 - gather: the sum of `Trainer.exchange` and the two small sums of `Run`, after all processes have met
-- reduction: a step less the same step without DistributedDataParallel's all-reduce: what the backward pass hides not
+- reduction: a step less the same step without DistributedDataParallel's all-reduce: what backward does not hide
 - data: `PairData.batch`, which training calls a step ahead in a thread; here it stands before the step
 Predicted without a step of 2 processes, from tokens, sentences, pairs and 4 bytes a trained parameter, by constants for
 - a step, a micro-batch and a padded token (fitted to one process's steps on other batches), and a pair of data
@@ -146,7 +146,7 @@ def calibrate(ranks: list[dict[str, Any]], hidden: float) -> dict[str, float]:
 
 
 def reduction(latency: float, byte: float, size: int, hidden: float) -> float:
-    """Seconds by which all-reduces of `size` bytes of gradients outlast the backward pass; the last bucket's always."""
+    """Seconds by which all-reduces of `size` bytes of gradients outlast the backward pass, as the last bucket's do."""
     buckets = 1 + max(0, -(-(size - 2**20) // (25 * 2**20)))  # DistributedDataParallel's, in MiB: 1, the others 25
     return max(buckets * latency + size * byte - hidden, latency + size * byte / buckets)
 

@@ -204,6 +204,17 @@ def test_operator_is_whole_for_autograd_and_compilers():
     assert_equal(results(form, inputs), results(script.kernel.hierarchical_mixer, inputs), 0)
 
 
+def test_two_versions_in_one_process(monkeypatch):
+    """As when an older saved folder is opened beside this script: neither takes the other's operator away."""
+    newer = script.KERNEL_FILES["delta_mixer.py"] + b"# another version\n"
+    monkeypatch.setitem(script.KERNEL_FILES, "delta_mixer.py", newer)
+    other = script.load_kernel()
+    assert other is not script.kernel and other is script.load_kernel()
+    inputs = [x.detach().to("meta") for x in example(9)]
+    for module in (script.kernel, other, script.kernel):
+        assert module.hierarchical_mixer(*inputs)[0].shape == (3, 9, 64), module
+
+
 def test_strided_inputs():
     inputs = example(9, "padded")
     strided = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x for x in inputs]

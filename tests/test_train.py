@@ -1,6 +1,7 @@
 """The training script: config, model, losses, data, gradient caching, resume, evaluation."""
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -63,8 +64,10 @@ def test_command_line_overrides_the_preset():
 
 def test_import_starts_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_6layer_deltanet"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert not result.stdout and not list(tmp_path.iterdir())
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+                            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
+    assert not result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["deltanet"]  # the kernels' files
 
 
 # ---- model
