@@ -216,6 +216,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 CHOICES = {"projection_init": ("orthogonal", "teacher"), "best_model_split": ("test", "validation"),
            "precision": ("float32", "bf16"), "device": ("auto", "cpu", "cuda"), "compile": ("auto", "true", "false"),
            "report_to": ("", "tensorboard", "wandb", "trackio")}
+LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillation_weight",
+                "layer_distill": "layer_distill_weight", "orthogonal_reg": "orthogonal_reg_weight",
+                "ortho_state_reg": "ortho_state_reg_weight", "spearman": "spearman_loss_weight",
+                "ranking": "ranking_loss_weight"}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
                      "learned_pooling", "learned_positions")
@@ -237,6 +241,47 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], None] = lambda: None) -> None:
+    """Give `path` new content all at once: `write(file)` to a temporary name, flush, fsync, `before()`, rename."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        before()
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save's word for a full disk
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8, atomically."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return record
+
+
 def config_comments() -> dict[str, str]:
     """The trailing comment of every config key, read from this file's own source."""
     lines = Path(__file__).read_text(encoding="utf-8").split("STAGE =")[0].splitlines()
@@ -254,6 +299,13 @@ def boolean(text: str) -> bool:
 def step_number(text: str) -> int:
     """`text`, a step or `latest`, as a value of `resume_from_step`."""
     return -1 if text == "latest" else int(text)
+
+
+def evaluation_name(cfg: dict[str, Any]) -> str:
+    """`sts_name`, or what auto means: generated if data_dir holds that set and not STS-B, else stsb."""
+    sts = Path(cfg["data_dir"]) / "sts"
+    held = [name for name in ("stsb", "generated") if cfg["data_dir"] and (sts / f"{name}-dev.tsv.gz").is_file()]
+    return cfg["sts_name"] if cfg["sts_name"] != "auto" else (held or ["stsb"])[0]
 
 
 def parse_config(argv: list[str]) -> dict[str, Any]:
@@ -844,6 +896,7 @@ def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, 
     return True
 
 
+READING_FILES = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")  # sentence-transformers'
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # the official model.safetensors
 
 
@@ -892,7 +945,6 @@ def find_teacher(name: str) -> tuple[Path, str]:
     return folder, f"packaged copy, sha256 {PACKAGED_SHA256[:12]}"
 
 
-READING_FILES = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")  # sentence-transformers'
 BERT_LIKE = ("bert", "roberta", "xlm-roberta")  # model types of one structure, whose parts have the same names
 TEACHER_WHOLE, TEACHER_WINDOW = 512, 256  # tokens that the teacher reads whole, and of its windows on longer texts
 
@@ -1234,12 +1286,6 @@ def batch_losses(student: Tensor, teacher: Tensor, pairs: int, keys: Tensor, cfg
     return losses
 
 
-LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillation_weight",
-                "layer_distill": "layer_distill_weight", "orthogonal_reg": "orthogonal_reg_weight",
-                "ortho_state_reg": "ortho_state_reg_weight", "spearman": "spearman_loss_weight",
-                "ranking": "ranking_loss_weight"}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -1252,7 +1298,6 @@ HUB_SOURCES = {  # name: hub id, configuration, split, rows taken (None: all), s
     "snli": ("stanfordnlp/snli", None, "train", 100_000, False, ("premise", "hypothesis"), 0),
 }
 HUB_FILES = {"allnli": "AllNLI.jsonl.gz", "wikianswers": "WikiAnswers.jsonl.gz"}  # read from data_dir if they are there
-DEFAULT_HUB_SOURCES = "allnli,qqp,msmarco,snli"  # wikianswers is optional
 CACHE_FORMAT = 2
 SHARD_ROWS = 1 << 16
 Row = tuple[str, str, "str | None"]
@@ -1337,7 +1382,7 @@ def find_sources(cfg: dict[str, Any]) -> list[tuple[str, Path | None]]:
         raise UserError(f"data_dir {folder}: no such folder")
     files = sorted([*folder.glob("train/*.jsonl.gz"), *folder.glob("*.jsonl.gz")]) if cfg["data_dir"] else []
     if names == ["auto"]:
-        names = ["local"] if files else DEFAULT_HUB_SOURCES.split(",")
+        names = ["local"] if files else ["allnli", "qqp", "msmarco", "snli"]  # wikianswers is optional
     copies = {folder / HUB_FILES[name]: name for name in names if name in HUB_FILES}  # of hub data, read in its place
     found: list[tuple[str, Path | None]] = []
     for name in names if names != ["none"] else ():
@@ -1916,13 +1961,6 @@ STS_ROWS = {"dev": 1500, "test": 1379}
 StsRow = tuple[str, str, float]  # two sentences and a score from 0 to 5
 
 
-def evaluation_name(cfg: dict[str, Any]) -> str:
-    """`sts_name`, or what auto means: generated if data_dir holds that set and not STS-B, else stsb."""
-    sts = Path(cfg["data_dir"]) / "sts"
-    held = [name for name in ("stsb", "generated") if cfg["data_dir"] and (sts / f"{name}-dev.tsv.gz").is_file()]
-    return cfg["sts_name"] if cfg["sts_name"] != "auto" else (held or ["stsb"])[0]
-
-
 def load_sts(cfg: dict[str, Any], split: str) -> list[StsRow]:
     """The rows of `split` (dev or test), from data_dir/sts, else from the hub.
 
@@ -1996,47 +2034,6 @@ def evaluate_sts(model: PreTrainedModel, tokenizer: Any, rows: list[StsRow], max
 #   checkpoint_N.pt       trained tensors, optimiser, config, progress; checkpoint_N.json, run.json and scores.json
 #   pytorch_model.bin     all tensors, in a folder that two libraries open; training_config.json and scores.json
 #   student.safetensors   trained tensors in float16: a compact export; config.json (the training's) and metrics.json
-
-
-def write_atomic(path: Path, write: Callable[[Any], None], before: Callable[[], None] = lambda: None) -> None:
-    """Give `path` new content all at once: `write(file)` to a temporary name, flush, fsync, `before()`, rename."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        before()
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch.save's word for a full disk
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`text` in UTF-8, atomically."""
-    write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} if there is no such file. UserError if it is anything else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return record
 
 
 def config_hash(cfg: dict[str, Any]) -> str:
