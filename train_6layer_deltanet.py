@@ -854,6 +854,126 @@ def relative_difference(expected: Tensor, found: Tensor) -> float:
     return float((expected - found).detach().abs().max() / (1 + expected.detach().abs().max()))
 
 
+def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batch: int = 2, length: int = 70,
+                  ) -> list[Tensor]:
+    """Random inputs of a mixer, `proj` to `initial_state`, with padding and dropped writes; floats want gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    keep = torch.rand(batch, length, heads, generator=generator) > 0.1
+    mask[0, length - length // 4:], mask[-1, length // 3:length // 2] = False, False
+    floats = [rand(batch, length, -(-heads * (3 * channels + 5) // 16) * 16), rand(4, 3, heads, channels, scale=0.5),
+              rand(heads, channels, channels, scale=channels ** -0.5), torch.rand(heads, generator=generator),
+              rand(16, 2 * channels + 1, scale=0.25), rand(16, scale=0.25), rand(16), rand(1), rand(heads, channels),
+              rand(batch, heads, 2, channels, channels, scale=0.25)]
+    proj, *parameters = (x.to(device).requires_grad_() for x in floats)
+    return [proj, mask.to(device), keep.to(device), *parameters]
+
+
+TF32_LIMIT = 0.03  # of a mixer's difference where products have TF32's 10 bits: 0.008, emulated on a CPU
+
+
+def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None, heads: int = 4, channels: int = 32,
+                 precision: str = "highest", limit: float = 1e-3) -> float:
+    """Largest difference of the mixers that `device` has from the sequential reference; UserError above `limit`.
+
+    Outputs, final states and all gradients, see `relative_difference`. The reference is computed in float32, the mixers
+    with products of `precision`: by default that too, as TF32's rounding would hide a wrong result.
+    """
+    if mixers is None:
+        mixers = {"parallel form": parallel_mixer}
+        if device.type == "cpu" and "cpu" in kernel.DEVICES:
+            mixers["kernel"] = kernel.hierarchical_mixer
+    inputs, worst, before = mixer_example(device, heads, channels), 0.0, torch.get_float32_matmul_precision()
+
+    def results(form: Callable, precision: str = "highest", **options: Any) -> list[Tensor]:
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found = form(*inputs, reverse_heads=heads // 2, output_final_state=True, **options)
+            total = sum(x.square().sum() for x in found)
+            return [*found, *torch.autograd.grad(total, [x for x in inputs if x.requires_grad])]
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
+    for name, form in mixers.items():
+        difference = max(map(relative_difference, expected, results(form, precision)))
+        if not difference < limit:
+            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: "
+                            "this build of PyTorch, Numba or Triton, or this device computes wrongly; try --device "
+                            "cpu, or other versions")
+        worst = max(worst, difference)
+    return worst
+
+
+def time_mixer(form: Callable, layer: EnhancedHierarchicalDeltaNet, cfg: dict[str, Any], device: torch.device,
+               sentences: int, seconds: float) -> float:
+    """Seconds that `form` takes, forward and backward, on `sentences` of max_length: the median over `seconds`."""
+    heads, channels = layer.cfg.num_heads, layer.o_norm.shape[-1]
+    *inputs, _ = mixer_example(device, heads, channels, sentences, cfg["max_length"])
+    if cfg["precision"] == "bf16":
+        inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
+    wanted = [x for x in inputs if x.requires_grad]
+
+    def once() -> None:
+        o, _ = form(*inputs, reverse_heads=heads // 2 if cfg["bidirectional"] else 0, **layer.switches())
+        torch.autograd.grad(o.sum(), wanted, allow_unused=True)
+
+    once()  # compiles
+    timer = Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median
+
+
+def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device,
+                 forms: dict[str, Callable] | None = None, log: Callable[[str], None] = print,
+                 slowest: Callable[..., list[float]] = lambda *seconds: [*seconds], seconds: float = 0.5) -> str:
+    """Give the student's layers the fastest mixer that is right on `device`; its name. UserError if none is.
+
+    Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and
+    one what was taken. `slowest`: from this process's times those of the slowest one, so that all take the same form.
+    Deterministic runs take the first that is right, as times differ from run to run.
+    """
+    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
+    if forms is None:
+        forms = {"parallel form": parallel_mixer}
+        if device.type in kernel.DEVICES:
+            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": kernel.hierarchical_mixer} | forms
+        elif device.type in kernel.PACKAGES:
+            log(f"mixer: its kernel is left out: the package {kernel.PACKAGES[device.type]} is not installed")
+    sentences, times = 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"]), []
+    precision = torch.get_float32_matmul_precision()
+    for name, form in forms.items():
+        try:
+            check_mixers(device, {name: form}, heads, channels)
+            if precision != "highest" and device.type == "cuda":
+                check_mixers(device, {name: form}, heads, channels, precision, TF32_LIMIT)
+            times.append(0.0 if cfg["deterministic"] else
+                         time_mixer(form, student.deltanet_layers[0], cfg, device, sentences, seconds))
+        except Exception as error:  # UserError, or a compiler's or the driver's: each has a type of its own
+            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+            log(f"mixer: the {name} is left out: {type(error).__name__}: {said[-1][:250]}")
+            times.append(math.inf)
+    ranking = sorted((x for x in zip(slowest(*times), forms) if x[0] < math.inf), key=lambda x: x[0])
+    if not ranking:
+        raise UserError(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other "
+                        "versions")
+    (time_taken, taken), *others = ranking
+    for layer in student.deltanet_layers:
+        layer.mixer = forms[taken]
+    if not others:
+        why = "the only one left"
+    elif cfg["deterministic"]:
+        why = "not timed, as the run is deterministic"
+    else:
+        why = ", ".join(f"{other / time_taken:.1f} times the {name}'s speed" for other, name in others)
+        why += f" at {sentences} x {cfg['max_length']} tokens, forward and backward"
+    log(f"mixer: {taken}, {why}")
+    return taken
+
+
 def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, Any], device: torch.device,
                    log: Callable[[str], None] = print, backend: str | Callable = "inductor") -> bool:
     """torch.compile of the whole student and teacher, as the config's `compile` says; True if it was done.
@@ -2667,126 +2787,6 @@ def gather_sides(parts: list[Tensor], batch: list[MicroBatch]) -> Tensor:
     """Rows of all micro-batches as one tensor: all anchors, all positives, all hard negatives."""
     sides = [part.split([m.pairs, m.pairs, len(part) - 2 * m.pairs]) for part, m in zip(parts, batch)]
     return torch.cat([side[i] for i in range(3) for side in sides])
-
-
-def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batch: int = 2, length: int = 70,
-                  ) -> list[Tensor]:
-    """Random inputs of a mixer, `proj` to `initial_state`, with padding and dropped writes; floats want gradients."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * scale
-
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    keep = torch.rand(batch, length, heads, generator=generator) > 0.1
-    mask[0, length - length // 4:], mask[-1, length // 3:length // 2] = False, False
-    floats = [rand(batch, length, -(-heads * (3 * channels + 5) // 16) * 16), rand(4, 3, heads, channels, scale=0.5),
-              rand(heads, channels, channels, scale=channels ** -0.5), torch.rand(heads, generator=generator),
-              rand(16, 2 * channels + 1, scale=0.25), rand(16, scale=0.25), rand(16), rand(1), rand(heads, channels),
-              rand(batch, heads, 2, channels, channels, scale=0.25)]
-    proj, *parameters = (x.to(device).requires_grad_() for x in floats)
-    return [proj, mask.to(device), keep.to(device), *parameters]
-
-
-TF32_LIMIT = 0.03  # of a mixer's difference where products have TF32's 10 bits: 0.008, emulated on a CPU
-
-
-def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None, heads: int = 4, channels: int = 32,
-                 precision: str = "highest", limit: float = 1e-3) -> float:
-    """Largest difference of the mixers that `device` has from the sequential reference; UserError above `limit`.
-
-    Outputs, final states and all gradients, see `relative_difference`. The reference is computed in float32, the mixers
-    with products of `precision`: by default that too, as TF32's rounding would hide a wrong result.
-    """
-    if mixers is None:
-        mixers = {"parallel form": parallel_mixer}
-        if device.type == "cpu" and "cpu" in kernel.DEVICES:
-            mixers["kernel"] = kernel.hierarchical_mixer
-    inputs, worst, before = mixer_example(device, heads, channels), 0.0, torch.get_float32_matmul_precision()
-
-    def results(form: Callable, precision: str = "highest", **options: Any) -> list[Tensor]:
-        torch.set_float32_matmul_precision(precision)
-        try:
-            found = form(*inputs, reverse_heads=heads // 2, output_final_state=True, **options)
-            total = sum(x.square().sum() for x in found)
-            return [*found, *torch.autograd.grad(total, [x for x in inputs if x.requires_grad])]
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
-    for name, form in mixers.items():
-        difference = max(map(relative_difference, expected, results(form, precision)))
-        if not difference < limit:
-            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: "
-                            "this build of PyTorch, Numba or Triton, or this device computes wrongly; try --device "
-                            "cpu, or other versions")
-        worst = max(worst, difference)
-    return worst
-
-
-def time_mixer(form: Callable, layer: EnhancedHierarchicalDeltaNet, cfg: dict[str, Any], device: torch.device,
-               sentences: int, seconds: float) -> float:
-    """Seconds that `form` takes, forward and backward, on `sentences` of max_length: the median over `seconds`."""
-    heads, channels = layer.cfg.num_heads, layer.o_norm.shape[-1]
-    *inputs, _ = mixer_example(device, heads, channels, sentences, cfg["max_length"])
-    if cfg["precision"] == "bf16":
-        inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
-    wanted = [x for x in inputs if x.requires_grad]
-
-    def once() -> None:
-        o, _ = form(*inputs, reverse_heads=heads // 2 if cfg["bidirectional"] else 0, **layer.switches())
-        torch.autograd.grad(o.sum(), wanted, allow_unused=True)
-
-    once()  # compiles
-    timer = Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=seconds).median
-
-
-def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device,
-                 forms: dict[str, Callable] | None = None, log: Callable[[str], None] = print,
-                 slowest: Callable[..., list[float]] = lambda *seconds: [*seconds], seconds: float = 0.5) -> str:
-    """Give the student's layers the fastest mixer that is right on `device`; its name. UserError if none is.
-
-    Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and
-    one what was taken. `slowest`: from this process's times those of the slowest one, so that all take the same form.
-    Deterministic runs take the first that is right, as times differ from run to run.
-    """
-    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
-    if forms is None:
-        forms = {"parallel form": parallel_mixer}
-        if device.type in kernel.DEVICES:
-            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": kernel.hierarchical_mixer} | forms
-        elif device.type in kernel.PACKAGES:
-            log(f"mixer: its kernel is left out: the package {kernel.PACKAGES[device.type]} is not installed")
-    sentences, times = 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"]), []
-    precision = torch.get_float32_matmul_precision()
-    for name, form in forms.items():
-        try:
-            check_mixers(device, {name: form}, heads, channels)
-            if precision != "highest" and device.type == "cuda":
-                check_mixers(device, {name: form}, heads, channels, precision, TF32_LIMIT)
-            times.append(0.0 if cfg["deterministic"] else
-                         time_mixer(form, student.deltanet_layers[0], cfg, device, sentences, seconds))
-        except Exception as error:  # UserError, or a compiler's or the driver's: each has a type of its own
-            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-            log(f"mixer: the {name} is left out: {type(error).__name__}: {said[-1][:250]}")
-            times.append(math.inf)
-    ranking = sorted((x for x in zip(slowest(*times), forms) if x[0] < math.inf), key=lambda x: x[0])
-    if not ranking:
-        raise UserError(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other "
-                        "versions")
-    (time_taken, taken), *others = ranking
-    for layer in student.deltanet_layers:
-        layer.mixer = forms[taken]
-    if not others:
-        why = "the only one left"
-    elif cfg["deterministic"]:
-        why = "not timed, as the run is deterministic"
-    else:
-        why = ", ".join(f"{other / time_taken:.1f} times the {name}'s speed" for other, name in others)
-        why += f" at {sentences} x {cfg['max_length']} tokens, forward and backward"
-    log(f"mixer: {taken}, {why}")
-    return taken
 
 
 class RunLock:
