@@ -3,7 +3,7 @@
 For each sentence and head the kernel reads the input projection's own rows and does the convolution, SiLU,
 normalisation, resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x
 32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. The formulas are those of
-`parallel_mixer` in the training script, its twin in PyTorch; the tests compare the two.
+`parallel_mixer`, its twin in PyTorch; the tests compare the two.
 
 The backward pass keeps the states at the starts of blocks of BLOCK tokens and computes all else anew, block by block
 from the end. Parameters' gradients are summed per group of sentences, then over the groups: the order does not depend

@@ -1,7 +1,8 @@
-"""What computes the delta rule fast: a parallel form in PyTorch, and the layer's whole mixer as one operator.
+"""What computes the delta rule fast, and the check that it computes the same as its definition.
 
     o, state = chunk_hierarchical_delta_rule(q, k, v, ...)  # the training script's `recurrent_...`, in chunks
-    o, state = hierarchical_mixer(proj, mask, ...)  # its `parallel_mixer`: (B, T, (3 K + 5) H) -> (B, T, H K)
+    o, state = parallel_mixer(proj, mask, ...)  # all between a layer's projections, with that rule, in PyTorch
+    o, state = hierarchical_mixer(proj, mask, ...)  # the same as one operator: (B, T, (3 K + 5) H) -> (B, T, H K)
 
 The operator's kernels are Numba's on a CPU (delta_kernel.py) and Triton's on CUDA (delta_kernel_cuda.py), imported by
 the first call there, so that neither needs the other's package. Both keep the same for the backward pass: the inputs,
@@ -9,12 +10,15 @@ and the states every BLOCK tokens.
 """
 from __future__ import annotations
 
+import math
+import warnings
 from importlib.util import find_spec
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The parallel form
@@ -138,6 +142,68 @@ def chunk_hierarchical_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
 def l2_normalise(x: Tensor) -> Tensor:
     """x * rsqrt(sum(x^2) + 1e-6) over the last axis."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor,
+                   flux_scale: Tensor, flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor,
+                   flux_out_bias: Tensor, o_norm: Tensor, initial_state: Tensor | None = None, *,
+                   reverse_heads: int = 0, convolution: bool = True, flux: bool = True, coupling: bool = True,
+                   hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
+                   delta_rule: Callable = chunk_hierarchical_delta_rule) -> tuple[Tensor, Tensor | None]:
+    """All between a layer's input and output projections, in PyTorch: the twin of `hierarchical_mixer`.
+
+    Args:
+        proj: (B, T, R), for each token q (H, K), k (H, K), v (H, K), the logits of beta, a_fast, a_slow, g_fast, g_slow
+            (H each), and what fills the row.
+        mask: (B, T) bool, False at padding: the convolution reads zeros there, nothing is written, and o is 0.
+        keep: (B, T, H) bool or None, False where state dropout drops the write: the states pass, and are read.
+        conv_weight: (4, 3, H, K), tap i looks i tokens back. o_norm: (H, K).
+        flux_bilinear: (H, K, K), flux_scale: (H); flux_in_weight (16, 2 K + 1) and the others: the MLP of psi.
+        initial_state: (B, H, 2, K, K) or None for zeros. reverse_heads: the last heads, which read right to left.
+    Returns: o (B, T, H K), and the final states (B, H, 2, K, K), of each head in its own direction, or None.
+    """
+    (batch, length, _), (_, _, heads, channels) = proj.shape, conv_weight.shape
+
+    def orient(x: Tensor) -> Tensor:
+        """Turn time around for the last heads, x (H, B, T, ...) or (..., H, B, T, K); its own inverse."""
+        if not reverse_heads:
+            return x
+        at = x.dim() - 4 if x.dim() > 4 else 0
+        left, right = x.split([heads - reverse_heads, reverse_heads], at)
+        return torch.cat([left, right.flip(at + 2)], at)
+
+    width = 3 * heads * channels
+    qkv, gates = proj[..., :width].float(), proj[..., width:width + 5 * heads].float()
+    qkv = (qkv * mask.unsqueeze(-1)).view(batch, length, 3, heads, channels)
+    qkv = orient(qkv.permute(2, 3, 0, 1, 4))  # (3, H, B, T, K)
+    gates = torch.sigmoid(gates.view(batch, length, 5, heads).permute(3, 0, 1, 2))  # (H, B, T, 5)
+    beta, a_fast, a_slow, g_fast, g_slow = orient(gates).unbind(-1)
+    update = mask.expand(heads, -1, -1) if keep is None else (keep & mask.unsqueeze(-1)).permute(2, 0, 1)
+    update, real = orient(update), orient(mask.expand(heads, -1, -1))
+    if convolution:
+        padded = F.pad(qkv, (0, 0, 3, 0))
+        qkv = sum(padded[..., 3 - i:3 - i + length, :] * conv_weight[i, :, :, None, None] for i in range(4))
+    q, k, v = F.silu(qkv).unbind(0)
+    q, k = l2_normalise(q), l2_normalise(k)
+    psi = torch.full_like(beta, 0.5)
+    if flux:
+        form = ((k.flatten(1, 2) @ flux_bilinear).view_as(k) * v).sum(-1) * flux_scale[:, None, None]
+        hidden = F.silu(F.linear(torch.cat([k, v, form.unsqueeze(-1)], -1), flux_in_weight, flux_in_bias))
+        psi = torch.sigmoid(hidden @ flux_out_weight + flux_out_bias).clamp(0.01, 0.99)
+    if not read_gates:
+        g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
+    kappa = 0.05 + 0.10 * psi if coupling and hierarchical else 0.0 * psi
+    f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
+    out_fast, out_slow = kappa * psi, kappa * (1 - psi)
+    transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)], -1)
+    transition = transition.unflatten(-1, (2, 2))
+    transition = torch.where(update[..., None, None], transition, torch.eye(2, device=proj.device))
+    read = torch.stack([alpha * g_fast, (1 - alpha) * g_slow if hierarchical else torch.zeros_like(alpha)], -1)
+    state = None if initial_state is None else initial_state.float().transpose(0, 1)
+    o, state = delta_rule(q, k, v, beta * update, transition, read, initial_state=state,
+                          output_final_state=output_final_state)
+    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * o_norm[:, None, None] * real.unsqueeze(-1)
+    return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,7 +336,7 @@ def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_wei
                        reverse_heads: int = 0, convolution: bool = True, flux: bool = True, coupling: bool = True,
                        hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
                        ) -> tuple[Tensor, Tensor | None]:
-    """The mixer of a layer, arguments and results as of `parallel_mixer` in the training script.
+    """The mixer of a layer, arguments and results as of `parallel_mixer`.
 
     Computed in float32; products on CUDA as torch.set_float32_matmul_precision says. Raises ValueError naming the first
     argument whose shape, type or device does not fit.
@@ -284,11 +350,177 @@ def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_wei
     return o, final if output_final_state else None
 
 
-def gelu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """Exact GELU of x + bias into `out`, which may be x, on a CPU. x, out (N, F) float32, bias (F); F = 0 mod 16."""
-    return kernels("cpu").gelu(x, bias, out)
+def has_kernel(x: Tensor, channels: int = 32) -> bool:
+    """Whether kernels for heads of `channels` run where `x` is; warns once if a package for them is missing."""
+    device = x.device.type
+    if device in PACKAGES and device not in DEVICES and not torch.compiler.is_compiling():
+        package = PACKAGES[device]
+        warnings.warn(f"without the package {package} this model is several times slower on {device}: "
+                      f"pip install {package}", stacklevel=1)
+    return device in DEVICES and (device == "cpu" or channels in CUDA_CHANNELS)
 
 
-def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    """gelu(x + bias) anew, on a CPU; `grad`, of that, becomes the gradient of x in place. x, grad (N, F)."""
-    return kernels("cpu").gelu_backward(x, bias, grad)
+def fastest_mixer(x: Tensor, channels: int) -> Callable:
+    """The mixer for heads of `channels` where `x` is."""
+    return hierarchical_mixer if has_kernel(x, channels) else parallel_mixer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The feed-forward layer on a CPU
+
+ROWS = 1024  # tokens in work at once where no gradient is wanted: what a CPU's caches hold
+
+
+class RecomputedFeedForward(torch.autograd.Function):
+    """`feed_forward` on a CPU, x (N, D) -> (N, D); keeps half of what autograd would, (N, F) numbers."""
+
+    @staticmethod
+    def forward(ctx, x, up, up_bias, down, down_bias):
+        hidden = x @ up.T
+        ctx.save_for_backward(x, hidden, up, up_bias, down)
+        return F.linear(kernels("cpu").gelu(hidden, up_bias, torch.empty_like(hidden)), down, down_bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, hidden, up, up_bias, down = ctx.saved_tensors
+        grad_hidden = grad @ down
+        activated = kernels("cpu").gelu_backward(hidden, up_bias, grad_hidden)  # grad_hidden becomes that of `hidden`
+        return grad_hidden @ up, grad_hidden.T @ x, grad_hidden.sum(0), grad.T @ activated, grad.sum(0)
+
+
+def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
+    """down(gelu(up(x))), with the exact GELU; by the CPU's kernel in float32. x (..., D) -> (..., D)."""
+    plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and up.out_features % 16 == 0
+    if x.is_cuda or not plain or torch.compiler.is_compiling() or not has_kernel(x):
+        return down(F.gelu(up(x)))
+    if torch.is_grad_enabled():
+        return RecomputedFeedForward.apply(x.flatten(0, -2), up.weight, up.bias, down.weight, down.bias).view_as(x)
+    rows, out = x.flatten(0, -2), torch.empty_like(x).flatten(0, -2)
+    hidden = x.new_empty(min(len(rows), ROWS), up.out_features)
+    for piece, result in zip(rows.split(ROWS), out.split(ROWS)):
+        part = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
+        torch.addmm(down.bias, kernels("cpu").gelu(part, up.bias, part), down.weight.T, out=result)
+    return out.view_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which form: each is checked against the definition, then timed
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference over 1 + the largest expected entry."""
+    return float((expected - found).detach().abs().max() / (1 + expected.detach().abs().max()))
+
+
+def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batch: int = 2, length: int = 70,
+                  ) -> list[Tensor]:
+    """Random inputs of a mixer, `proj` to `initial_state`, with padding and dropped writes; floats want gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    keep = torch.rand(batch, length, heads, generator=generator) > 0.1
+    mask[0, length - length // 4:], mask[-1, length // 3:length // 2] = False, False
+    floats = [rand(batch, length, -(-heads * (3 * channels + 5) // 16) * 16), rand(4, 3, heads, channels, scale=0.5),
+              rand(heads, channels, channels, scale=channels ** -0.5), torch.rand(heads, generator=generator),
+              rand(16, 2 * channels + 1, scale=0.25), rand(16, scale=0.25), rand(16), rand(1), rand(heads, channels),
+              rand(batch, heads, 2, channels, channels, scale=0.25)]
+    proj, *parameters = (x.to(device).requires_grad_() for x in floats)
+    return [proj, mask.to(device), keep.to(device), *parameters]
+
+
+class WrongMixer(ArithmeticError):
+    """A form of the mixer differs from the definition, said in one line."""
+
+
+TF32_LIMIT = 0.03  # of a mixer's difference where products have TF32's 10 bits: 0.008, emulated on a CPU
+
+
+def check_mixers(definition: Callable, device: torch.device, mixers: dict[str, Callable] | None = None,
+                 heads: int = 4, channels: int = 32, precision: str = "highest", limit: float = 1e-3) -> float:
+    """Largest difference of the mixers that `device` has from `parallel_mixer` with the delta rule's `definition`.
+
+    Outputs, final states and all gradients, see `relative_difference`; WrongMixer above `limit`. The definition is
+    computed in float32, the mixers with products of `precision`: by default that too, as TF32's rounding would hide a
+    wrong result.
+    """
+    if mixers is None:
+        mixers = {"parallel form": parallel_mixer}
+        if device.type == "cpu" and "cpu" in DEVICES:
+            mixers["kernel"] = hierarchical_mixer
+    inputs, worst, before = mixer_example(device, heads, channels), 0.0, torch.get_float32_matmul_precision()
+
+    def results(form: Callable, precision: str = "highest", **options: Any) -> list[Tensor]:
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found = form(*inputs, reverse_heads=heads // 2, output_final_state=True, **options)
+            total = sum(x.square().sum() for x in found)
+            return [*found, *torch.autograd.grad(total, [x for x in inputs if x.requires_grad])]
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    expected = results(parallel_mixer, delta_rule=definition)
+    for name, form in mixers.items():
+        difference = max(map(relative_difference, expected, results(form, precision)))
+        if not difference < limit:
+            raise WrongMixer(
+                f"the {name} of the delta rule differs from its definition by {difference:.1e} on {device}: this build "
+                "of PyTorch, Numba or Triton, or this device computes wrongly; try --device cpu, or other versions")
+        worst = max(worst, difference)
+    return worst
+
+
+def time_mixer(form: Callable, inputs: list[Tensor], options: dict[str, Any], seconds: float) -> float:
+    """Seconds that `form` takes, forward and backward: the median over `seconds`."""
+    wanted = [x for x in inputs if x.requires_grad]
+
+    def once() -> None:
+        o, _ = form(*inputs, **options)
+        torch.autograd.grad(o.sum(), wanted, allow_unused=True)
+
+    once()  # compiles
+    timer = Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=seconds).median
+
+
+def choose_mixer(definition: Callable, device: torch.device, shape: tuple[int, int, int, int], options: dict[str, Any],
+                 bf16: bool = False, timed: bool = True, forms: dict[str, Callable] | None = None,
+                 log: Callable[[str], None] = print, seconds: float = 0.5,
+                 slowest: Callable[..., list[float]] = lambda *seconds: [*seconds]) -> Callable:
+    """The fastest mixer that is right on `device`, on inputs of `shape` (heads, channels, texts, tokens).
+
+    Each is checked against the `definition`, then timed with `options`; one line says why one is left out, and one what
+    was taken. Without `timed`, the first that is right: times differ from run to run. `slowest`: from this process's
+    times those of the slowest one, so that all take the same form. Raises WrongMixer if none is right.
+    """
+    heads, channels, texts, tokens = shape
+    if forms is None:
+        forms = {"parallel form": parallel_mixer}
+        if device.type in DEVICES:
+            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": hierarchical_mixer} | forms
+        elif device.type in PACKAGES:
+            log(f"mixer: its kernel is left out: the package {PACKAGES[device.type]} is not installed")
+    *inputs, _ = mixer_example(device, heads, channels, texts, tokens)
+    if bf16:
+        inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
+    precision, times = torch.get_float32_matmul_precision(), []
+    for name, form in forms.items():
+        try:
+            check_mixers(definition, device, {name: form}, heads, channels)
+            if precision != "highest" and device.type == "cuda":
+                check_mixers(definition, device, {name: form}, heads, channels, precision, TF32_LIMIT)
+            times.append(time_mixer(form, inputs, options, seconds) if timed else 0.0)
+        except Exception as error:  # a wrong result, or a compiler's or the driver's error: each has a type of its own
+            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+            log(f"mixer: the {name} is left out: {type(error).__name__}: {said[-1][:250]}")
+            times.append(math.inf)
+    ranking = sorted((x for x in zip(slowest(*times), forms) if x[0] < math.inf), key=lambda x: x[0])
+    if not ranking:
+        raise WrongMixer(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other "
+                         "versions")
+    (best, taken), *others = ranking
+    why = ", ".join(f"{seconds / best:.1f} times the {name}'s speed" for seconds, name in others if timed)
+    why += f" at {texts} x {tokens} tokens, forward and backward" if why else ""
+    log(f"mixer: {taken}, {why or ('the only one left' if timed or not others else 'not timed')}")
+    return forms[taken]

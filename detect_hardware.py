@@ -121,9 +121,9 @@ def make_batch(cfg: dict[str, Any]) -> list[MicroBatch]:
     parts = cfg["gradient_accumulation_steps"]
     for part in range(parts):
         pairs = cfg["batch_size"] // parts + (part < cfg["batch_size"] % parts)
-        ids = torch.randint(1000, 30000, (2 * pairs, cfg["max_length"]), generator=generator)
-        batch.append(MicroBatch(pairs, keys=torch.randint(2**60, (2 * pairs,), generator=generator),
-                                groups=[(ids, torch.ones_like(ids))], restore=torch.arange(2 * pairs)))
+        ids = torch.randint(1000, 30000, (2 * pairs, cfg["max_length"]), generator=generator).numpy()
+        keys = torch.randint(2**60, (2, pairs), generator=generator).numpy()
+        batch.append(MicroBatch.of([*ids], [*keys], [(cfg["max_length"], cfg["max_length"])]))
     return batch
 
 

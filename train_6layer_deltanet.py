@@ -41,7 +41,6 @@ import tempfile
 import threading
 import time
 import unicodedata
-import warnings
 import zipfile
 import zlib
 from collections import defaultdict
@@ -65,12 +64,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors, save as dump_safetensors
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -151,7 +148,6 @@ config: dict[str, Any] = {
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
     "num_proc": 0,  # processes that tokenise; 0: this one, with the tokenizer's own threads
-    "teacher_cache": "",  # folder to keep the teacher's results in, for runs on the same batches; about 5 KB a token
     "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
     "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128,160,192,256,320,384,448",  # of batches, in tokens
     # evaluation and output
@@ -229,7 +225,7 @@ FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "dat
              "save_interval", "keep_checkpoints", "max_bad_steps", "threads", "device", "deterministic", "compile",
              "best_model_split", "total_steps", "warmup_steps", "allow_missing_sources", "num_proc", "peer_timeout",
              "report_to", "keep_projection")
-FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "teacher_cache", "init_student")  # mean nothing elsewhere
+FOLDER_KEYS = ("data_dir", "cache_dir", "output_dir", "init_student")  # mean nothing elsewhere
 
 
 class UserError(Exception):
@@ -441,7 +437,6 @@ def load_kernel() -> ModuleType:
 
 
 kernel = load_kernel()
-chunk_hierarchical_delta_rule = kernel.chunk_hierarchical_delta_rule
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,78 +463,6 @@ class DeltaNetConfig(PretrainedConfig):
         self.slow_decay_max, self.learned_pooling = slow_decay_max, learned_pooling
         self.hidden_size, self.num_hidden_layers = d_model, num_layers
         super().__init__(**kwargs)
-
-
-def parallel_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_weight: Tensor, flux_bilinear: Tensor,
-                   flux_scale: Tensor, flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor,
-                   flux_out_bias: Tensor, o_norm: Tensor, initial_state: Tensor | None = None, *,
-                   reverse_heads: int = 0, convolution: bool = True, flux: bool = True, coupling: bool = True,
-                   hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
-                   delta_rule: Callable = chunk_hierarchical_delta_rule) -> tuple[Tensor, Tensor | None]:
-    """All between a layer's input and output projections, in PyTorch: the twin of the kernels' `hierarchical_mixer`.
-
-    Args:
-        proj: (B, T, R), for each token q (H, K), k (H, K), v (H, K), the logits of beta, a_fast, a_slow, g_fast, g_slow
-            (H each), and what fills the row.
-        mask: (B, T) bool, False at padding: the convolution reads zeros there, nothing is written, and o is 0.
-        keep: (B, T, H) bool or None, False where state dropout drops the write: the states pass, and are read.
-        conv_weight: (4, 3, H, K), tap i looks i tokens back. o_norm: (H, K).
-        flux_bilinear: (H, K, K), flux_scale: (H); flux_in_weight (16, 2 K + 1) and the others: the MLP of psi.
-        initial_state: (B, H, 2, K, K) or None for zeros. reverse_heads: the last heads, which read right to left.
-    Returns: o (B, T, H K), and the final states (B, H, 2, K, K), of each head in its own direction, or None.
-    """
-    (batch, length, _), (_, _, heads, channels) = proj.shape, conv_weight.shape
-
-    def orient(x: Tensor) -> Tensor:
-        """Turn time around for the last heads, x (H, B, T, ...) or (..., H, B, T, K); its own inverse."""
-        if not reverse_heads:
-            return x
-        at = x.dim() - 4 if x.dim() > 4 else 0
-        left, right = x.split([heads - reverse_heads, reverse_heads], at)
-        return torch.cat([left, right.flip(at + 2)], at)
-
-    width = 3 * heads * channels
-    qkv, gates = proj[..., :width].float(), proj[..., width:width + 5 * heads].float()
-    qkv = (qkv * mask.unsqueeze(-1)).view(batch, length, 3, heads, channels)
-    qkv = orient(qkv.permute(2, 3, 0, 1, 4))  # (3, H, B, T, K)
-    gates = torch.sigmoid(gates.view(batch, length, 5, heads).permute(3, 0, 1, 2))  # (H, B, T, 5)
-    beta, a_fast, a_slow, g_fast, g_slow = orient(gates).unbind(-1)
-    update = mask.expand(heads, -1, -1) if keep is None else (keep & mask.unsqueeze(-1)).permute(2, 0, 1)
-    update, real = orient(update), orient(mask.expand(heads, -1, -1))
-    if convolution:
-        padded = F.pad(qkv, (0, 0, 3, 0))
-        qkv = sum(padded[..., 3 - i:3 - i + length, :] * conv_weight[i, :, :, None, None] for i in range(4))
-    q, k, v = F.silu(qkv).unbind(0)
-    q, k = kernel.l2_normalise(q), kernel.l2_normalise(k)
-    psi = torch.full_like(beta, 0.5)
-    if flux:
-        form = ((k.flatten(1, 2) @ flux_bilinear).view_as(k) * v).sum(-1) * flux_scale[:, None, None]
-        hidden = F.silu(F.linear(torch.cat([k, v, form.unsqueeze(-1)], -1), flux_in_weight, flux_in_bias))
-        psi = torch.sigmoid(hidden @ flux_out_weight + flux_out_bias).clamp(0.01, 0.99)
-    if not read_gates:
-        g_fast, g_slow = torch.ones_like(g_fast), torch.ones_like(g_slow)
-    kappa = 0.05 + 0.10 * psi if coupling and hierarchical else 0.0 * psi
-    f, s, alpha = a_fast * (1 - 0.10 * psi), a_slow * (1 - 0.05 * psi), 0.5 + 0.3 * psi
-    out_fast, out_slow = kappa * psi, kappa * (1 - psi)
-    transition = torch.stack([f * (1 - out_fast), f * out_fast, s * out_slow, s * (1 - out_slow)], -1)
-    transition = transition.unflatten(-1, (2, 2))
-    transition = torch.where(update[..., None, None], transition, torch.eye(2, device=proj.device))
-    read = torch.stack([alpha * g_fast, (1 - alpha) * g_slow if hierarchical else torch.zeros_like(alpha)], -1)
-    state = None if initial_state is None else initial_state.float().transpose(0, 1)
-    o, state = delta_rule(q, k, v, beta * update, transition, read, initial_state=state,
-                          output_final_state=output_final_state)
-    o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * o_norm[:, None, None] * real.unsqueeze(-1)
-    return orient(o).permute(1, 2, 0, 3).flatten(2), state.transpose(0, 1) if output_final_state else None
-
-
-def has_kernel(x: Tensor, channels: int = 32) -> bool:
-    """Whether kernels for heads of `channels` run where `x` is; warns once if a package for them is missing."""
-    device = x.device.type
-    if device in kernel.PACKAGES and device not in kernel.DEVICES and not torch.compiler.is_compiling():
-        package = kernel.PACKAGES[device]
-        warnings.warn(f"without the package {package} this model is several times slower on {device}: "
-                      f"pip install {package}", stacklevel=1)
-    return device in kernel.DEVICES and (device == "cpu" or channels in kernel.CUDA_CHANNELS)
 
 
 def slow_retentions(cfg: DeltaNetConfig) -> Tensor:
@@ -569,7 +492,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
         self.cfg, heads, dim = cfg, cfg.num_heads, cfg.d_model
-        self.mixer: Callable | None = None  # in place of the kernel or `parallel_mixer`, with the same arguments
+        self.mixer: Callable | None = None  # in place of the kernel or the parallel form, with the same arguments
         channels = dim // heads
         self.qkv_proj = nn.Linear(dim, 3 * dim)
         self.gate_proj = nn.Linear(dim, 5 * heads)  # beta, a_fast, a_slow, g_fast, g_slow
@@ -644,7 +567,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
             keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
         reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
         proj = self.project(x, part)
-        mixer = self.mixer or (kernel.hierarchical_mixer if has_kernel(x, channels) else parallel_mixer)
+        mixer = self.mixer or kernel.fastest_mixer(x, channels)
         with torch.autocast(x.device.type, enabled=False):
             return mixer(proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part],
                          self.flux_bilinear[part], torch.exp(-self.flux_log_temperature.view(heads)[part]),
@@ -712,45 +635,15 @@ def pad_batch(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-class RecomputedFeedForward(torch.autograd.Function):
-    """Linear, exact GELU, linear on a CPU, x (N, D) -> (N, D); keeps half of what autograd would, (N, F) numbers."""
-
-    @staticmethod
-    def forward(ctx, x, up, up_bias, down, down_bias):
-        hidden = x @ up.T
-        ctx.save_for_backward(x, hidden, up, up_bias, down)
-        return F.linear(kernel.gelu(hidden, up_bias, torch.empty_like(hidden)), down, down_bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, hidden, up, up_bias, down = ctx.saved_tensors
-        grad_hidden = grad @ down
-        activated = kernel.gelu_backward(hidden, up_bias, grad_hidden)  # grad_hidden becomes that of `hidden`
-        return grad_hidden @ up, grad_hidden.T @ x, grad_hidden.sum(0), grad.T @ activated, grad.sum(0)
-
-
 class FeedForward(nn.Module):
     """The teacher's FFN: linear, exact GELU, linear. (B, T, D) -> (B, T, D)."""
-
-    ROWS = 1024  # tokens in work at once where no gradient is wanted: what a CPU's caches hold
 
     def __init__(self, cfg: DeltaNetConfig):
         super().__init__()
         self.up, self.down = nn.Linear(cfg.d_model, cfg.ffn_size), nn.Linear(cfg.ffn_size, cfg.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        up, down = self.up, self.down
-        plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and up.out_features % 16 == 0
-        if x.is_cuda or not plain or torch.compiler.is_compiling() or not has_kernel(x):
-            return down(F.gelu(up(x)))
-        if torch.is_grad_enabled():
-            return RecomputedFeedForward.apply(x.flatten(0, -2), up.weight, up.bias, down.weight, down.bias).view_as(x)
-        rows, out = x.flatten(0, -2), torch.empty_like(x).flatten(0, -2)
-        hidden = x.new_empty(min(len(rows), self.ROWS), up.out_features)
-        for piece, result in zip(rows.split(self.ROWS), out.split(self.ROWS)):
-            part = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
-            torch.addmm(down.bias, kernel.gelu(part, up.bias, part), down.weight.T, out=result)
-        return out.view_as(x)
+        return kernel.feed_forward(x, self.up, self.down)
 
 
 class DeltaNetStudent(PreTrainedModel):
@@ -849,129 +742,18 @@ def state_overlap(state: Tensor) -> Tensor:
     return (inner / (fast.square().sum((-2, -1)) * slow.square().sum((-2, -1)) + 1e-12)).mean()
 
 
-def relative_difference(expected: Tensor, found: Tensor) -> float:
-    """The largest difference over 1 + the largest expected entry."""
-    return float((expected - found).detach().abs().max() / (1 + expected.detach().abs().max()))
+check_mixers = partial(kernel.check_mixers, recurrent_hierarchical_delta_rule)
 
 
-def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batch: int = 2, length: int = 70,
-                  ) -> list[Tensor]:
-    """Random inputs of a mixer, `proj` to `initial_state`, with padding and dropped writes; floats want gradients."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * scale
-
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    keep = torch.rand(batch, length, heads, generator=generator) > 0.1
-    mask[0, length - length // 4:], mask[-1, length // 3:length // 2] = False, False
-    floats = [rand(batch, length, -(-heads * (3 * channels + 5) // 16) * 16), rand(4, 3, heads, channels, scale=0.5),
-              rand(heads, channels, channels, scale=channels ** -0.5), torch.rand(heads, generator=generator),
-              rand(16, 2 * channels + 1, scale=0.25), rand(16, scale=0.25), rand(16), rand(1), rand(heads, channels),
-              rand(batch, heads, 2, channels, channels, scale=0.25)]
-    proj, *parameters = (x.to(device).requires_grad_() for x in floats)
-    return [proj, mask.to(device), keep.to(device), *parameters]
-
-
-TF32_LIMIT = 0.03  # of a mixer's difference where products have TF32's 10 bits: 0.008, emulated on a CPU
-
-
-def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None, heads: int = 4, channels: int = 32,
-                 precision: str = "highest", limit: float = 1e-3) -> float:
-    """Largest difference of the mixers that `device` has from the sequential reference; UserError above `limit`.
-
-    Outputs, final states and all gradients, see `relative_difference`. The reference is computed in float32, the mixers
-    with products of `precision`: by default that too, as TF32's rounding would hide a wrong result.
-    """
-    if mixers is None:
-        mixers = {"parallel form": parallel_mixer}
-        if device.type == "cpu" and "cpu" in kernel.DEVICES:
-            mixers["kernel"] = kernel.hierarchical_mixer
-    inputs, worst, before = mixer_example(device, heads, channels), 0.0, torch.get_float32_matmul_precision()
-
-    def results(form: Callable, precision: str = "highest", **options: Any) -> list[Tensor]:
-        torch.set_float32_matmul_precision(precision)
-        try:
-            found = form(*inputs, reverse_heads=heads // 2, output_final_state=True, **options)
-            total = sum(x.square().sum() for x in found)
-            return [*found, *torch.autograd.grad(total, [x for x in inputs if x.requires_grad])]
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    expected = results(parallel_mixer, delta_rule=recurrent_hierarchical_delta_rule)
-    for name, form in mixers.items():
-        difference = max(map(relative_difference, expected, results(form, precision)))
-        if not difference < limit:
-            raise UserError(f"the {name} of the delta rule differs from its reference by {difference:.1e} on {device}: "
-                            "this build of PyTorch, Numba or Triton, or this device computes wrongly; try --device "
-                            "cpu, or other versions")
-        worst = max(worst, difference)
-    return worst
-
-
-def time_mixer(form: Callable, layer: EnhancedHierarchicalDeltaNet, cfg: dict[str, Any], device: torch.device,
-               sentences: int, seconds: float) -> float:
-    """Seconds that `form` takes, forward and backward, on `sentences` of max_length: the median over `seconds`."""
-    heads, channels = layer.cfg.num_heads, layer.o_norm.shape[-1]
-    *inputs, _ = mixer_example(device, heads, channels, sentences, cfg["max_length"])
-    if cfg["precision"] == "bf16":
-        inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
-    wanted = [x for x in inputs if x.requires_grad]
-
-    def once() -> None:
-        o, _ = form(*inputs, reverse_heads=heads // 2 if cfg["bidirectional"] else 0, **layer.switches())
-        torch.autograd.grad(o.sum(), wanted, allow_unused=True)
-
-    once()  # compiles
-    timer = Timer("once()", globals={"once": once}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=seconds).median
-
-
-def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device,
-                 forms: dict[str, Callable] | None = None, log: Callable[[str], None] = print,
-                 slowest: Callable[..., list[float]] = lambda *seconds: [*seconds], seconds: float = 0.5) -> str:
-    """Give the student's layers the fastest mixer that is right on `device`; its name. UserError if none is.
-
-    Each is checked against the reference, then timed on a micro-batch's shapes; one line says why one is left out, and
-    one what was taken. `slowest`: from this process's times those of the slowest one, so that all take the same form.
-    Deterministic runs take the first that is right, as times differ from run to run.
-    """
-    heads, channels = cfg["num_heads"], cfg["d_model"] // cfg["num_heads"]
-    if forms is None:
-        forms = {"parallel form": parallel_mixer}
-        if device.type in kernel.DEVICES:
-            forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": kernel.hierarchical_mixer} | forms
-        elif device.type in kernel.PACKAGES:
-            log(f"mixer: its kernel is left out: the package {kernel.PACKAGES[device.type]} is not installed")
-    sentences, times = 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"]), []
-    precision = torch.get_float32_matmul_precision()
-    for name, form in forms.items():
-        try:
-            check_mixers(device, {name: form}, heads, channels)
-            if precision != "highest" and device.type == "cuda":
-                check_mixers(device, {name: form}, heads, channels, precision, TF32_LIMIT)
-            times.append(0.0 if cfg["deterministic"] else
-                         time_mixer(form, student.deltanet_layers[0], cfg, device, sentences, seconds))
-        except Exception as error:  # UserError, or a compiler's or the driver's: each has a type of its own
-            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-            log(f"mixer: the {name} is left out: {type(error).__name__}: {said[-1][:250]}")
-            times.append(math.inf)
-    ranking = sorted((x for x in zip(slowest(*times), forms) if x[0] < math.inf), key=lambda x: x[0])
-    if not ranking:
-        raise UserError(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other "
-                        "versions")
-    (time_taken, taken), *others = ranking
+def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device, **options: Any) -> None:
+    """Give the student's layers the mixer that `kernel.choose_mixer` finds for a micro-batch of this config."""
+    heads, texts = cfg["num_heads"], 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"])
+    reverse, first = heads // 2 if cfg["bidirectional"] else 0, student.deltanet_layers[0]
+    found = kernel.choose_mixer(
+        recurrent_hierarchical_delta_rule, device, (heads, cfg["d_model"] // heads, texts, cfg["max_length"]),
+        {"reverse_heads": reverse, **first.switches()}, cfg["precision"] == "bf16", not cfg["deterministic"], **options)
     for layer in student.deltanet_layers:
-        layer.mixer = forms[taken]
-    if not others:
-        why = "the only one left"
-    elif cfg["deterministic"]:
-        why = "not timed, as the run is deterministic"
-    else:
-        why = ", ".join(f"{other / time_taken:.1f} times the {name}'s speed" for other, name in others)
-        why += f" at {sentences} x {cfg['max_length']} tokens, forward and backward"
-    log(f"mixer: {taken}, {why}")
-    return taken
+        layer.mixer = found
 
 
 def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, Any], device: torch.device,
@@ -1000,7 +782,7 @@ def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, 
             slope = torch.linspace(-1, 1, student.config.d_model, device=device) * mask.unsqueeze(-1)
             total = sum((x * slope).sum() for x in states)
             found.append([*states, *torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)])
-        error = max(relative_difference(x, y) for x, y in zip(*found, strict=True))
+        error = max(kernel.relative_difference(x, y) for x, y in zip(*found, strict=True))
         if not error < (1e-3 if precision == "highest" or device.type == "cpu" else 1e-2):  # TF32 rounds otherwise
             raise ArithmeticError(f"error: compiled results are off by {error:.1e}")
     except Exception as error:  # a missing compiler, header or GPU feature: PyTorch has a type of its own for each
@@ -1184,15 +966,20 @@ def window_table(length: int, head: int = 1, whole: int = TEACHER_WHOLE) -> tupl
 
 
 @torch.inference_mode()
-def teacher_states(teacher: Teacher, input_ids: Tensor, mask: Tensor) -> list[Tensor]:
+def teacher_states(teacher: Teacher, input_ids: Tensor, mask: Tensor, lengths: list[int] | None = None) -> list[Tensor]:
     """The teacher's hidden states after its `layers`, (B, prompt + T, W) each; of long texts by windows.
 
-    See `window_table`. With `cls`, the last state of a long text's first token is the mean over its windows.
+    See `window_table`. With `cls`, the last state of a long text's first token is the mean over its windows. `lengths`:
+    the texts' numbers of tokens, for which the device has to be asked without them.
     """
     def read(ids: Tensor, mask: Tensor) -> list[Tensor]:
         mask = mask.bool()[:, None, None]  # taken as it is; of two axes, transformers would look whether all are real
         found = teacher.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
         return [found[i] for i in teacher.layers]
+
+    def moved(x: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(x)
+        return tensor.pin_memory().to(mask.device, non_blocking=True) if mask.is_cuda else tensor
 
     if teacher.prompt:
         prompt = teacher.prompt_ids.expand(len(input_ids), -1)
@@ -1200,22 +987,29 @@ def teacher_states(teacher: Teacher, input_ids: Tensor, mask: Tensor) -> list[Te
         mask = F.pad(mask, (prompt.shape[1], 0), value=1)
     if input_ids.shape[1] <= teacher.whole:
         return read(input_ids, mask)
-    windows, places, firsts, count, most = [], [], [], 0, 64 if input_ids.is_cuda else 8
-    for row, length in zip(input_ids.cpu().numpy(), mask.sum(1).tolist()):
-        positions, place = window_table(length, 1 + len(teacher.prompt), teacher.whole)
-        windows += list(row[positions])
-        places.append(place + count)
-        firsts.append(slice(count, count + positions.size, positions.shape[1]))
-        count += positions.size
-    found = []  # the states of all windows' tokens, a list of layers for every few windows
-    for start in range(0, len(windows), most):
-        ids, real = (x.to(mask.device) for x in pad_batch(windows[start:start + most]))
-        found.append([x[real.bool()] for x in read(ids, real)])
-    place, real = torch.from_numpy(np.concatenate(places)).to(mask.device), mask.bool()
-    layers = [torch.cat(layer) for layer in zip(*found)]
-    states = [x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter_(real.unsqueeze(-1), x[place]) for x in layers]
+    (count, longest), head = input_ids.shape, len(teacher.prompt)
+    lengths = mask.sum(1).tolist() if lengths is None else [head + n for n in lengths]
+    tables = [window_table(n, 1 + head, teacher.whole) for n in lengths]
+    width = -(-max(positions.shape[1] for positions, _ in tables) // 8) * 8
+    firsts = np.cumsum([0, *(len(positions) for positions, _ in tables)])  # each text's first window
+    index, real = np.zeros((firsts[-1], width), np.int64), np.zeros((firsts[-1], width), np.int64)
+    spots = np.zeros((count, longest), np.int64)  # of each token's state among those of all windows
+    for row, (positions, place) in enumerate(tables):
+        windows, own = slice(*firsts[row:row + 2]), positions.shape[1]
+        index[windows, :own], real[windows, :own] = row * longest + positions, 1
+        spots[row, :len(place)] = (firsts[row] + place // own) * width + place % own
+    ids, most, found = input_ids.flatten()[moved(index)], 64 if mask.is_cuda else 8, []
+    some, sizes = moved(real), real.sum(1)
+    for start in range(0, len(index), most):
+        part = slice(start, start + most)
+        size = -(-sizes[part].max() // 8) * 8
+        states = read(ids[part, :size], some[part, :size])
+        found.append([F.pad(x, (0, 0, 0, width - size)).flatten(0, 1) for x in states])
+    layers, places, keep = [torch.cat(layer) for layer in zip(*found)], moved(spots), mask.unsqueeze(-1)
+    states = [x[places] * keep for x in layers]
     if teacher.cls:
-        states[-1][:, 0] = torch.stack([layers[-1][first].mean(0) for first in firsts])
+        starts = [layers[-1][a * width:b * width:width] for a, b in zip(firsts[:-1], firsts[1:])]
+        states[-1][:, 0] = torch.stack([x.mean(0) for x in starts])
     return states
 
 
@@ -1687,22 +1481,30 @@ class MicroBatch:
     keys: Tensor  # (2 n + m,), text keys
     groups: list[tuple[Tensor, Tensor]]  # the sentences by length: a few ids and masks (N, T), each padded for itself
     restore: Tensor  # (2 n + m,), the index that puts the sentences of the groups back in the order of the keys
+    lengths: list[list[int]]  # real tokens of each group's sentences
     sources: Tensor | None = None  # (n,), the pairs' sources by number; None if they count for no source
     long: bool = False  # whether the positives are documents and the anchors their queries
     states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, W)
     target: Tensor | None = None  # (2 n + m, W), the teacher's embeddings
-    tokens: int = 0  # real tokens of the groups, and what they are padded to: known once it is on the device
-    padded: int = 0
-    host_keys: Tensor | None = None  # `keys` on the CPU
-    path: Path | None = None  # of the teacher's kept results
+    host_keys: Tensor | None = None  # `keys` on the CPU, where the others are on the device
     copied: Any = None  # event of the stream that copied it
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+        return sum(map(sum, self.lengths))
+
+    @property
+    def padded(self) -> int:
+        """What they are padded to."""
+        return sum(ids.numel() for ids, _ in self.groups)
 
     @classmethod
     def of(cls, ids: list[np.ndarray], keys: list[np.ndarray], groups: Iterable[tuple[int, int]],
            **more: Any) -> "MicroBatch":
         """Of sentences `ids` and the `keys` of each side; `groups`: tokens at most in a text, and when padded."""
         lengths = np.array([len(x) for x in ids])
-        order, start, tensors = np.argsort(lengths, kind="stable"), 0, []
+        order, start, tensors, counts = np.argsort(lengths, kind="stable"), 0, [], []
         for longest, padded in groups:
             end = int(np.searchsorted(lengths[order], longest, side="right"))
             members, start = order[start:end], end
@@ -1710,8 +1512,9 @@ class MicroBatch:
             table = np.zeros(mask.shape, np.int64)
             table[mask] = np.concatenate([ids[i] for i in members])
             tensors.append((torch.from_numpy(table), torch.from_numpy(mask.astype(np.int64))))
+            counts.append(lengths[members].tolist())
         return cls(len(keys[0]), torch.from_numpy(np.concatenate(keys)), tensors,
-                   torch.from_numpy(np.argsort(order, kind="stable")), **more)
+                   torch.from_numpy(np.argsort(order, kind="stable")), counts, **more)
 
 
 class PairStream:
@@ -2360,9 +2163,8 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model, and the imports that it uses."""
-    parts = ("KERNEL_FILES", "load_kernel", "kernel", "chunk_hierarchical_delta_rule", "DeltaNetConfig",
-             "parallel_mixer", "has_kernel", "slow_retentions", "PIECE", "frugal", "EnhancedHierarchicalDeltaNet",
-             "mean_pool", "encode", "encode_tokens", "tokenise", "pad_batch", "RecomputedFeedForward", "FeedForward",
+    parts = ("KERNEL_FILES", "load_kernel", "kernel", "DeltaNetConfig", "slow_retentions", "PIECE", "frugal",
+             "EnhancedHierarchicalDeltaNet", "mean_pool", "encode", "encode_tokens", "tokenise", "pad_batch", "FeedForward",
              "DeltaNetStudent", "state_overlap")
     body = ast.parse(SOURCE).body
     imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -2586,17 +2388,6 @@ class Trainer:
         self.teacher_autocast = partial(torch.autocast, "cuda", torch.float16) if cuda else self.autocast
         self.distances: Tensor | None = None  # (2, S): a source's squared distances to the teacher, and pairs
         self.kept_weights: dict[tuple, Tensor] = {}
-        self.cache, self.full = None, False
-        if cfg["teacher_cache"]:
-            digest = hashlib.sha256(cfg["precision"].encode())
-            if teacher.layers.step > 1 or teacher.prompt or teacher.cls:
-                digest.update(f"{teacher.layers} {teacher.prompt} {teacher.cls}".encode())
-            for tensor in teacher.state_dict().values():
-                digest.update(tensor.cpu().numpy().tobytes())
-            self.cache = Path(cfg["teacher_cache"]) / digest.hexdigest()[:16]
-            self.cache.mkdir(parents=True, exist_ok=True)
-            for stale in self.cache.glob(".*.tmp-*") if self.processes.rank == 0 else ():
-                stale.unlink(missing_ok=True)
         self.replica = None
         if self.processes.count > 1:
             unused = not (cfg["resonance_flux"] and cfg["short_convolution"])  # then some parameters have no gradient
@@ -2606,28 +2397,22 @@ class Trainer:
         self.copies = torch.cuda.Stream(self.device) if cuda else None
 
     def upload(self, batch: list[MicroBatch]) -> list[MicroBatch]:
-        """`batch` on the device, and what the host needs of it: `host_keys`, `tokens` and what they are `padded` to.
+        """`batch` on the device; a batch that has been here stays.
 
-        On CUDA from pinned memory and by a stream of its own: in a thread, while the step before runs. A batch that has
-        been here stays.
+        On CUDA from pinned memory and by a stream of its own: in a thread, while the step before runs.
         """
         def moved(x: Tensor) -> Tensor:
             return x.pin_memory().to(self.device, non_blocking=True) if self.copies else x.to(self.device)
 
-        if batch[0].tokens:
+        if batch[0].host_keys is not None:
             return batch
         found = []
         with torch.cuda.stream(self.copies) if self.copies else nullcontext():
             for micro in batch:
-                path, masks = None, [mask for _, mask in micro.groups]
-                if self.cache:
-                    digest = hashlib.sha256(b"".join(x.numpy().tobytes() for group in micro.groups for x in group))
-                    path = self.cache / f"{digest.hexdigest()[:32]}.safetensors"
                 found.append(replace(
-                    micro, keys=moved(micro.keys), restore=moved(micro.restore), host_keys=micro.keys, path=path,
+                    micro, keys=moved(micro.keys), restore=moved(micro.restore), host_keys=micro.keys,
                     sources=None if micro.sources is None else moved(micro.sources),
-                    groups=[(moved(ids), moved(mask)) for ids, mask in micro.groups],
-                    tokens=sum(int(mask.sum()) for mask in masks), padded=sum(mask.numel() for mask in masks)))
+                    groups=[(moved(ids), moved(mask)) for ids, mask in micro.groups]))
             found[0].copied = self.copies.record_event() if self.copies else None
         return found
 
@@ -2641,39 +2426,14 @@ class Trainer:
                     x.record_stream(stream)
 
     def teach(self, micro: MicroBatch) -> None:
-        """Put the teacher's states and embeddings of a micro-batch into it; with a teacher_cache they are float16."""
-        path = micro.path
-        micro.states = self.recall(path) if path else None
-        if micro.states is None:
-            with self.teacher_autocast():
-                micro.states = [teacher_states(self.teacher, *group) for group in micro.groups]
-            if path:
-                micro.states = [[x.half() for x in states] for states in micro.states]
-                self.keep(path, micro.states)
+        """Put the teacher's states and embeddings of a micro-batch into it."""
+        with self.teacher_autocast():
+            micro.states = [teacher_states(self.teacher, *group, lengths)
+                            for group, lengths in zip(micro.groups, micro.lengths)]
         pooled = [self.teacher.pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)]
         followed = slice(self.teacher.followed)
         micro.states = [[self.teacher.without_prompt(x) for x in states[followed]] for states in micro.states]
         micro.target = torch.cat(pooled).index_select(0, micro.restore)
-
-    def recall(self, path: Path) -> list[list[Tensor]] | None:
-        """The teacher's hidden states kept at `path`, or None if they are not there or not whole."""
-        try:
-            kept = load_safetensors(path, device=str(self.device))
-        except (OSError, SafetensorError):
-            return None
-        return [list(kept[f"states_{i}"]) for i in range(len(kept))]
-
-    def keep(self, path: Path, states: list[list[Tensor]]) -> None:
-        """Write what `recall` reads; a disk with less than 2 GB free, or that refuses, is left alone."""
-        content = dump_safetensors({f"states_{i}": torch.stack(x).cpu() for i, x in enumerate(states)})
-        try:
-            if shutil.disk_usage(self.cache).free < 2e9 + len(content):
-                raise OSError("less than 2 GB free")
-            write_atomic(path, lambda file: file.write(content))
-        except OSError as error:
-            if not self.full:
-                print(f"note: teacher_cache {self.cache}: {error}; not all results are kept")
-            self.full = True
 
     def forward(self, micro: MicroBatch, seed: int, tokens: int, sentences: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Embeddings of a micro-batch, and its share of the losses that are sums over sentences or tokens.
@@ -3053,8 +2813,9 @@ class Run:
         self.device = choose_device(cfg, int(os.environ["LOCAL_RANK"]) if processes.count > 1 else None)
         processes.connect(self.device, cfg["peer_timeout"])
         self.teacher, self.tokenizer, origin = load_teacher(cfg)
-        print(f"teacher: {origin}\ndevice: {self.device}; the delta rule's forms against the sequential reference: "
-              f"{check_mixers(self.device):.1e}")
+        difference = check_mixers(self.device)
+        print(f"teacher: {origin}\ndevice: {self.device}; the delta rule's forms against its definition: "
+              f"{difference:.1e}")
         self.student = build_student(cfg, self.teacher).to(self.device)
         self.teacher.to(self.device)
         if self.device.type == "cuda":
@@ -3285,7 +3046,7 @@ class Run:
         """All remaining steps."""
         cfg, trainer = self.cfg, Trainer(self.student, self.teacher, self.cfg, self.processes)
         self.student.train()
-        self.fit(trainer)
+        self.measure_memory(trainer)
         trainer.distances = self.distances
         if self.step == 0 and not self.kept_metrics:
             self.evaluate()
@@ -3293,8 +3054,10 @@ class Run:
         pairs, waited, started = 0, 0.0, time.perf_counter()
         with ThreadPoolExecutor(1) as pool, tqdm(total=cfg["total_steps"], initial=self.step, unit="step",
                                                  disable=None if self.lock else True) as bar:
-            prepare = lambda step: trainer.upload(self.data.batch(step))  # noqa: E731
-            coming = pool.submit(prepare, self.step + 1)
+            def prepare_next() -> Future:
+                return pool.submit(lambda step: trainer.upload(self.data.batch(step)), self.step + 1)
+
+            coming = prepare_next()
             self.signals.training = True
             while not (stop := self.agree()) and self.step < cfg["total_steps"]:
                 begun = time.perf_counter()
@@ -3306,7 +3069,7 @@ class Run:
                 if self.step % self.data.WINDOW == 0:
                     self.next_window()
                 if self.step < cfg["total_steps"]:
-                    coming = pool.submit(prepare, self.step + 1)
+                    coming = prepare_next()
                 pairs += sum(micro.pairs for micro in batch)
                 self.optimise(trainer, batch)
                 if self.step % cfg["log_interval"] == 0:
@@ -3330,7 +3093,7 @@ class Run:
         if stop:
             raise stop
 
-    def fit(self, trainer: Trainer) -> None:
+    def measure_memory(self, trainer: Trainer) -> None:
         """On one GPU, let batches that fit in its memory be one micro-batch, and groups be worth their launches.
 
         So none goes forward twice. Measured before the first step by its largest micro-batch, gradients thrown away,
@@ -3344,7 +3107,7 @@ class Run:
             return
         memory = torch.cuda.get_device_properties(self.device).total_memory
         if self.fitted is None or self.fitted[1] != memory:
-            micro = max(self.data.batch(self.step + 1), key=lambda m: sum(ids.numel() for ids, _ in m.groups))
+            micro = max(self.data.batch(self.step + 1), key=lambda m: m.padded)
             for _ in range(2):  # the first time also compiles, and sets up libraries
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
@@ -3352,7 +3115,7 @@ class Run:
                 used = torch.cuda.max_memory_allocated() - before
                 self.optimizer.zero_grad(set_to_none=True)
             free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            self.fitted = [tokens_at_once(used, sum(ids.numel() for ids, _ in micro.groups), free), memory]
+            self.fitted = [tokens_at_once(used, micro.padded, free), memory]
         self.data.at_once, batch = self.fitted[0], 2 * self.cfg["batch_size"] * longest_text(self.cfg, documents=False)
         print(f"memory: batches of up to {self.data.at_once:,} padded tokens (two texts a pair at their longest: "
               f"{batch:,}) go forward once, in one micro-batch, which draws other dropout masks than {parts}; larger "
@@ -3506,7 +3269,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{stop}; newest checkpoint in {run.folder}: {checkpoint_steps(run.folder)[-1:]}; continue with --resume "
               "latest")
         return stop.status
-    except (UserError, OSError) as error:
+    except (UserError, OSError, kernel.WrongMixer) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:

@@ -119,8 +119,8 @@ class Trials:
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         data, self.data_name = find_data(args, folder, 2000)
-        self.args, self.cfg = args, configure(args, **data, teacher_cache=args.teacher_cache,
-                                              gradient_accumulation_steps=1, batch_size=args.batch_size)
+        self.args, self.cfg = args, configure(args, **data, gradient_accumulation_steps=1,
+                                              batch_size=args.batch_size)
         self.cfg |= one_layer(self.cfg, folder) if args.quick else {}
         self.device = script.choose_device(self.cfg)
         self.teacher, self.tokenizer, _ = script.load_teacher(self.cfg)
@@ -142,7 +142,7 @@ class Trials:
             if own.get("unpaired"):
                 self.pairs[order].build_window = without_pairs(self.pairs[order].build_window)
         path = self.args.output_dir / f"{name.replace(' ', '_')}-{seed}.json"
-        places = ("data_dir", "cache_dir", "teacher_cache", "threads", "output_dir")
+        places = ("data_dir", "cache_dir", "threads", "output_dir")
         kept = {k: v for k, v in cfg.items() if k not in places} | own
         digest = f"{script.stable_seed(kept, self.pairs[order].fingerprints, script.SOURCE):016x}"
         try:
@@ -246,8 +246,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--batch_size", type=int, default=16, help="pairs a step, unless the variant changes it")
     p.add_argument("--closest", type=int, default=0,
                    help="how many variants nearest to the base get two more seeds, like the base")
-    p.add_argument("--teacher_cache", default="",
-                   help="as in training: saves the teacher's share of all runs on the same batches")
     p.add_argument("--output_dir", type=Path, help="where the runs are kept; empty: a temporary folder")
     p.add_argument("--list", action="store_true", help="print the variants and stop")
     if "--list" in (sys.argv[1:] if argv is None else argv):

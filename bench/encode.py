@@ -34,7 +34,7 @@ from common import (configure, fresh, growth, headline, interleaved, machine, mi
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from detect_hardware import find_hardware
-from save_best_checkpoint import OnnxModel, need, quantise_onnx, write_onnx
+from delta_onnx import OnnxModel, need, quantise_onnx, write_onnx
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 LONG = (2048, 8192, 32768)

@@ -104,7 +104,7 @@ def make_loop(kind: str, cfg: dict[str, Any], teacher: script.Teacher) -> Loop:
     student = script.build_student(cfg, teacher)
     if kind == "reference":
         for mixer in student.deltanet_layers:
-            mixer.mixer = partial(script.parallel_mixer, delta_rule=script.recurrent_hierarchical_delta_rule)
+            mixer.mixer = partial(script.kernel.parallel_mixer, delta_rule=script.recurrent_hierarchical_delta_rule)
     return Loop(student, teacher, cfg)
 
 
@@ -321,9 +321,9 @@ def worker(kind: str, cfg: dict[str, Any], shapes: list[dict[str, Any]]) -> dict
     loop, batch = make_loop(kind, cfg, script.load_teacher(cfg)[0].to(device)), []
     for micro in shapes:
         ids = [torch.randint(1000, 30000, shape) for shape in micro["groups"]]
-        count = sum(map(len, ids))
+        lengths, count = [[x.shape[1]] * len(x) for x in ids], sum(map(len, ids))
         batch.append(script.MicroBatch(micro["pairs"], torch.arange(count), [(x, torch.ones_like(x)) for x in ids],
-                                       torch.arange(count)))
+                                       torch.arange(count), lengths))
     loop(batch), loop(batch)
     return {"peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss() - start}
 

@@ -24,7 +24,7 @@ def compiled_kernel() -> None:
     import train_6layer_deltanet as script
     script.check_mixers(torch.device("cpu"))
     x, bias = torch.randn(2, 16), torch.randn(16)
-    script.kernel.gelu(x, bias, x), script.kernel.gelu_backward(x, bias, x.clone())
+    script.kernel.kernels("cpu").gelu(x, bias, x), script.kernel.kernels("cpu").gelu_backward(x, bias, x.clone())
 
 
 @pytest.fixture(autouse=True)

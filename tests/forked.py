@@ -150,6 +150,6 @@ if __name__ == "__main__":
     kernel = kill_soak.script.kernel
     if "cpu" in kernel.DEVICES:
         with torch.no_grad():  # its machine code too; a backward pass here would forbid those of the forked processes
-            kernel.hierarchical_mixer(*kill_soak.script.mixer_example(torch.device("cpu")))
-            kernel.gelu(torch.randn(2, 16), torch.randn(16), torch.empty(2, 16))
+            kernel.hierarchical_mixer(*kill_soak.script.kernel.mixer_example(torch.device("cpu")))
+            kernel.kernels("cpu").gelu(torch.randn(2, 16), torch.randn(16), torch.empty(2, 16))
     serve()

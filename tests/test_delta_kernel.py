@@ -15,13 +15,13 @@ import torch
 
 import train_6layer_deltanet as script
 
-REFERENCE = partial(script.parallel_mixer, delta_rule=script.recurrent_hierarchical_delta_rule)
+REFERENCE = partial(script.kernel.parallel_mixer, delta_rule=script.recurrent_hierarchical_delta_rule)
 
 
 def example(length: int, case: str = "", heads: int = 2, channels: int = 32,
             batch: int = 3) -> list[torch.Tensor | None]:
     """Inputs of a mixer, proj to initial_state."""
-    given = script.mixer_example(torch.device("cpu"), heads, channels, batch, length)
+    given = script.kernel.mixer_example(torch.device("cpu"), heads, channels, batch, length)
     inputs = [x.detach() if x.is_floating_point() else x for x in given]
     proj, mask, keep = inputs[:3]
     mask.fill_(True)
@@ -70,7 +70,7 @@ def test_kernel_equals_reference_and_parallel_form(length, case):
     inputs = example(length, case)
     kernel, expected = results(script.kernel.hierarchical_mixer, inputs), results(REFERENCE, inputs)
     assert_equal(kernel, expected)
-    assert_equal(results(script.parallel_mixer, inputs), expected)
+    assert_equal(results(script.kernel.parallel_mixer, inputs), expected)
     assert not kernel[0][~inputs[1]].any() and not kernel[2][~inputs[1]].any()  # padding: no output, no gradient
 
 
@@ -268,9 +268,10 @@ def test_gelu_and_its_gradient(shape):
     y, grad = torch.nn.functional.gelu(x.double() + bias), torch.randn(shape)
     y.backward(grad.double())
     got = grad.clone()
-    torch.testing.assert_close(script.kernel.gelu_backward(x.detach(), bias, got), y.float(), rtol=1e-5, atol=1e-6)
+    kernel = script.kernel.kernels("cpu")
+    torch.testing.assert_close(kernel.gelu_backward(x.detach(), bias, got), y.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got, x.grad, rtol=1e-5, atol=2e-6)
-    found = script.kernel.gelu(x.detach(), bias, torch.empty(shape))
+    found = kernel.gelu(x.detach(), bias, torch.empty(shape))
     torch.testing.assert_close(found, y.float(), rtol=1e-5, atol=1e-6)
 
 
@@ -278,8 +279,8 @@ def test_feed_forward_with_and_without_gradients(monkeypatch):
     ffn = script.FeedForward(script.DeltaNetConfig(d_model=32, ffn_size=64))
     x, found = torch.randn(2, 9, 32), []
     for kernel in (True, False):
-        monkeypatch.setattr(script, "has_kernel", lambda _: kernel)  # noqa: B023
-        monkeypatch.setattr(ffn, "ROWS", 7)
+        monkeypatch.setattr(script.kernel, "has_kernel", lambda _: kernel)  # noqa: B023
+        monkeypatch.setattr(script.kernel, "ROWS", 7)
         leaf = x.clone().requires_grad_()
         y = ffn(leaf)
         with torch.no_grad():
@@ -298,9 +299,9 @@ def choose(forms=None, **changes) -> tuple[str, list[str], object]:
                            "num_heads": 2} | changes
     student = script.DeltaNetStudent(script.DeltaNetConfig(d_model=64, num_heads=2, num_layers=2, vocab_size=9))
     lines: list[str] = []
-    name = script.choose_mixer(student, cfg, torch.device("cpu"), forms, lines.append, seconds=0.02)
+    script.choose_mixer(student, cfg, torch.device("cpu"), forms=forms, log=lines.append, seconds=0.02)
     assert len({layer.mixer for layer in student.deltanet_layers}) == 1
-    return name, lines, student.deltanet_layers[0].mixer
+    return re.match("mixer: (.+?),", lines[-1])[1], lines, student.deltanet_layers[0].mixer
 
 
 def test_fastest_form_is_taken():
@@ -313,21 +314,22 @@ def test_fastest_form_is_taken():
 
 def test_a_form_that_is_wrong_or_fails_is_left_out_in_one_line():
     def wrong(*inputs, **options):
-        return tuple(x if x is None else 1.01 * x for x in script.parallel_mixer(*inputs, **options))
+        return tuple(x if x is None else 1.01 * x for x in script.kernel.parallel_mixer(*inputs, **options))
 
     def broken(*inputs, **options):
         raise RuntimeError("at 3:1:\n  x = tl.dot(a)\n\nptxas fatal: no such instruction\n")
 
-    name, lines, form = choose({"wrong": wrong, "broken": broken, "parallel form": script.parallel_mixer})
-    assert name == "parallel form" and form is script.parallel_mixer and all("\n" not in line for line in lines)
-    assert re.match("mixer: the wrong is left out: UserError: .* differs from its reference by", lines[0])
+    name, lines, form = choose({"wrong": wrong, "broken": broken, "parallel form": script.kernel.parallel_mixer})
+    assert name == "parallel form" and form is script.kernel.parallel_mixer and all("\n" not in line for line in lines)
+    assert re.match("mixer: the wrong is left out: WrongMixer: .* differs from its definition by", lines[0])
     assert lines[1:] == ["mixer: the broken is left out: RuntimeError: ptxas fatal: no such instruction",
                          "mixer: parallel form, the only one left"]
-    with pytest.raises(script.UserError, match="no form of the mixer"):
+    with pytest.raises(script.kernel.WrongMixer, match="no form of the mixer"):
         choose({"broken": broken})
 
 
 def test_deterministic_runs_do_not_depend_on_times():
-    slow = lambda *inputs, **options: [time.sleep(0.3), script.parallel_mixer(*inputs, **options)][1]  # noqa: E731
-    assert choose({"slow": slow, "parallel form": script.parallel_mixer}, deterministic=True)[0] == "slow"
-    assert choose({"slow": slow, "parallel form": script.parallel_mixer})[0] == "parallel form"
+    plain = script.kernel.parallel_mixer
+    slow = lambda *inputs, **options: [time.sleep(0.3), plain(*inputs, **options)][1]  # noqa: E731
+    assert choose({"slow": slow, "parallel form": plain}, deterministic=True)[0] == "slow"
+    assert choose({"slow": slow, "parallel form": plain})[0] == "parallel form"

@@ -32,7 +32,7 @@ def compare(inputs: list, tolerance: float = 1e-4, **options) -> None:
     """The operator against the parallel form in float32."""
     found = results(operator.hierarchical_mixer, inputs, **options)
     in_float32 = [x.float() if x is not None and x.is_floating_point() else x for x in inputs]
-    expected = results(script.parallel_mixer, in_float32, **options)
+    expected = results(script.kernel.parallel_mixer, in_float32, **options)
     _, _, heads, channels = inputs[3].shape
     assert found[2].dtype == inputs[0].dtype and not found[2][..., heads * (3 * channels + 5):].any()
     assert_equal([x.float() for x in found], expected, tolerance)
@@ -50,7 +50,7 @@ def test_lengths(length, case):
 def test_without_the_final_state(length):
     inputs, found = example(length, "no dropout, no state", batch=1), []
     leaves = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
-    for form in (operator.hierarchical_mixer, script.parallel_mixer):
+    for form in (operator.hierarchical_mixer, script.kernel.parallel_mixer):
         o, final = form(*leaves, reverse_heads=1)
         assert final is None
         wanted = [x for x in leaves if x is not None and x.requires_grad]

@@ -50,7 +50,7 @@ def test_parallel_equals_reference(length, case):
     for initial in (False, True):
         expected = run(script.recurrent_hierarchical_delta_rule, inputs, initial)
         for chunk_size in (16, 128):
-            found = run(script.chunk_hierarchical_delta_rule, inputs, initial, chunk_size=chunk_size)
+            found = run(script.kernel.chunk_hierarchical_delta_rule, inputs, initial, chunk_size=chunk_size)
             for a, b in zip(expected, found):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
@@ -60,7 +60,7 @@ def test_gradients_of_outputs_or_of_the_final_state_alone(which):
     inputs = [x.requires_grad_() for x in random_inputs(40)[:6]]
     found = []
     for form, sizes in ((script.recurrent_hierarchical_delta_rule, [{}]),
-                        (script.chunk_hierarchical_delta_rule, [{}, {"chunk_size": 16}])):
+                        (script.kernel.chunk_hierarchical_delta_rule, [{}, {"chunk_size": 16}])):
         for size in sizes:
             result = form(*inputs, output_final_state=True, **size)[which]
             found.append(torch.autograd.grad(result.square().sum(), inputs, allow_unused=True, materialize_grads=True))
@@ -71,7 +71,7 @@ def test_gradients_of_outputs_or_of_the_final_state_alone(which):
 def test_parallel_equals_reference_at_1000_tokens():
     inputs = random_inputs(1000)
     expected = run(script.recurrent_hierarchical_delta_rule, inputs, True)
-    for a, b in zip(expected, run(script.chunk_hierarchical_delta_rule, inputs, True, chunk_size=128)):
+    for a, b in zip(expected, run(script.kernel.chunk_hierarchical_delta_rule, inputs, True, chunk_size=128)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
@@ -79,19 +79,19 @@ def test_parallel_equals_reference_at_1000_tokens():
 def test_float32_is_close_to_the_float64_reference(case):
     inputs = random_inputs(100, case)
     expected = run(script.recurrent_hierarchical_delta_rule, inputs, True)
-    got = run(script.chunk_hierarchical_delta_rule, [x.float() for x in inputs], True, chunk_size=128)
+    got = run(script.kernel.chunk_hierarchical_delta_rule, [x.float() for x in inputs], True, chunk_size=128)
     assert max((a - b.double()).abs().max() for a, b in zip(expected[:2], got[:2])) < 5e-6
 
 
 @pytest.mark.parametrize("name", ["parallel_mixer", "hierarchical_mixer"])
 def test_start_up_check_sees_a_wrong_gradient(name):
-    mixer = script.parallel_mixer if name == "parallel_mixer" else script.kernel.hierarchical_mixer
+    mixer = script.kernel.parallel_mixer if name == "parallel_mixer" else script.kernel.hierarchical_mixer
 
     def wrong(proj, *rest, **options):  # the values are right, the gradient of the projections is 1% off
         return mixer(proj.detach() + 1.01 * (proj - proj.detach()), *rest, **options)
 
     assert script.check_mixers(torch.device("cpu")) < 1e-5
-    with pytest.raises(script.UserError, match="kernel .* differs from its reference"):
+    with pytest.raises(script.kernel.WrongMixer, match="kernel .* differs from its definition"):
         script.check_mixers(torch.device("cpu"), {"kernel": wrong})
 
 
@@ -151,7 +151,7 @@ def test_layer_equals_its_definition(switch, form, monkeypatch):
     switched = {switch: False} if switch and not dropped else {}
     mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(
         d_model=16, num_heads=4, state_dropout=0.4 if dropped else 0.0, **switched))
-    mixer.mixer = script.parallel_mixer if form == "parallel_mixer" else script.kernel.hierarchical_mixer
+    mixer.mixer = script.kernel.parallel_mixer if form == "parallel_mixer" else script.kernel.hierarchical_mixer
     generator = torch.Generator().manual_seed(1)
     for parameter in mixer.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)

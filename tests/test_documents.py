@@ -240,7 +240,7 @@ def test_learned_pooling_is_whose_mean_is_taken(cfg, models, tmp_path):
                     SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu").encode(texts)):
         np.testing.assert_allclose(vectors, expected.detach().numpy(), atol=1e-5)
 
-    batch = script.MicroBatch(0, torch.arange(3), [(ids[:3], mask[:3])], torch.arange(3),
+    batch = script.MicroBatch(0, torch.arange(3), [(ids[:3], mask[:3])], torch.arange(3), [mask[:3].sum(1).tolist()],
                               states=[script.teacher_states(teacher, ids[:3], mask[:3])])
     vectors, _ = script.Trainer(student, teacher, cfg).forward(batch, 0, int(mask.sum()), 3)
     torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-4)  # training sees the same

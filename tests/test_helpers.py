@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import delta_onnx
 import detect_hardware
 import forked
 import save_best_checkpoint
@@ -243,7 +244,7 @@ def test_onnx_and_int8(onnx_run, tiny_run, tmp_path):
     # q, k and v, o, up and down of both layers; not the products of the delta rule
     assert sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in graph.node) == 8
     student, tokenizer, _ = opened(folder)
-    models = [save_best_checkpoint.OnnxModel(path, 1) for path in files]
+    models = [delta_onnx.OnnxModel(path, 1) for path in files]
     found_by_all = [script.encode(model, tokenizer, SENTENCES, max_length=256) for model in (student, *models)]
     expected, found, small = found_by_all
     assert np.abs(found - expected).max() < 1e-4 and (small * expected).sum(1).min() > 0.98
@@ -261,17 +262,17 @@ def test_int8_that_loses_too_much_is_refused(onnx_run, tmp_path, monkeypatch, ca
     monkeypatch.setattr(script, "load_sts", lambda *_: [])
     arguments = tokenizer, source, folder / "small.onnx", tmp_path, {"data_dir": "", "sts_name": "stsb"}
     with pytest.raises(script.UserError, match="0.0041"):
-        save_best_checkpoint.export_int8(*arguments, True)
+        delta_onnx.export_int8(*arguments, True)
     assert not (folder / "small.onnx").exists()
-    assert save_best_checkpoint.export_int8(*arguments, True)["int8_dev_spearman"] == 0.7961
+    assert delta_onnx.export_int8(*arguments, True)["int8_dev_spearman"] == 0.7961
     assert (folder / "small.onnx").exists()
-    assert set(save_best_checkpoint.export_int8(*arguments, False)) == {"int8_cosine"}
+    assert set(delta_onnx.export_int8(*arguments, False)) == {"int8_cosine"}
     assert "no stsb dev set" in capsys.readouterr().err
 
 
 def written_onnx(student: Any) -> bytes:
     with torch.no_grad():
-        return save_best_checkpoint.StudentGraph(student.eval()).model().SerializeToString()
+        return delta_onnx.StudentGraph(student.eval()).model().SerializeToString()
 
 
 SWITCHES = ("bidirectional", "hierarchical_memory", "cross_timescale_coupling", "resonance_flux", "short_convolution",
@@ -290,7 +291,7 @@ def test_onnx_of_every_architecture(off, tmp_path):
     for name, parameter in student.named_parameters():
         torch.nn.init.normal_(parameter, std=2.0 if "gate" in name else 0.1 if "pooling" in name else 0.5)
     (tmp_path / "model.onnx").write_bytes(written_onnx(student))
-    model = save_best_checkpoint.OnnxModel(tmp_path / "model.onnx", 1)
+    model = delta_onnx.OnnxModel(tmp_path / "model.onnx", 1)
     for length in (1, 2, 5, 15, 16, 17, 32, 33, 63, 64, 65, 128, 129, 300):
         ids = torch.randint(50, (6, length))
         ids[3], mask = 7, torch.ones(6, length, dtype=torch.int64)
@@ -320,7 +321,7 @@ def test_onnx_is_stable_on_repeated_tokens(tmp_path):
     (tmp_path / "model.onnx").write_bytes(written_onnx(student))
     ids = torch.full((1, 9000), 7)
     ids[0, 4000:4100] = torch.arange(100) % 50
-    found = save_best_checkpoint.OnnxModel(tmp_path / "model.onnx", 1).run(ids, torch.ones_like(ids))[0]
+    found = delta_onnx.OnnxModel(tmp_path / "model.onnx", 1).run(ids, torch.ones_like(ids))[0]
     with torch.no_grad():
         expected = student(ids, torch.ones_like(ids)).last_hidden_state
     assert (found - expected).abs().max() < 1e-4
@@ -334,15 +335,15 @@ def test_onnx_and_int8_of_learned_pooling(tmp_path):
         d_model=32, num_heads=4, num_layers=2, ffn_size=64, vocab_size=50, learned_pooling=True)).eval()
     torch.nn.init.normal_(student.pooling.weight, std=0.3)
     path, small = tmp_path / "onnx" / "model.onnx", tmp_path / "model_qint8.onnx"
-    assert max(save_best_checkpoint.export_onnx(student, path, tmp_path).values()) < 1e-4
-    save_best_checkpoint.quantise_onnx(path, small)
+    assert max(delta_onnx.export_onnx(student, path, tmp_path).values()) < 1e-4
+    delta_onnx.quantise_onnx(path, small)
     ids, mask = torch.randint(50, (4, 40)), torch.ones(4, 40, dtype=torch.int64)
     mask[1, 9:], mask[2, :5] = 0, 0
     with torch.no_grad():
         expected = script.mean_pool(student(ids, mask).last_hidden_state, mask)
         plain = script.mean_pool(student.hidden_states(ids, mask)[0][-1], mask)
     for file, least in ((path, 1 - 1e-6), (small, 0.99)):
-        found = save_best_checkpoint.OnnxModel(file, 1).run(ids, mask)[1]
+        found = delta_onnx.OnnxModel(file, 1).run(ids, mask)[1]
         assert (found * expected).sum(1).min() > least and (found * plain).sum(1).max() < 0.99
 
 
@@ -366,7 +367,7 @@ def test_onnx_of_the_real_model_and_onnxruntime_alone(teacher_and_tokenizer, tmp
     pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     teacher, tokenizer = teacher_and_tokenizer
     student = script.build_student(script.config, teacher).eval()
-    assert max(save_best_checkpoint.export_onnx(student, tmp_path / "onnx" / "model.onnx", tmp_path).values()) < 1e-4
+    assert max(delta_onnx.export_onnx(student, tmp_path / "onnx" / "model.onnx", tmp_path).values()) < 1e-4
     tokenizer.save_pretrained(tmp_path)
     done = subprocess.run([sys.executable, "-c", ONNXRUNTIME_ALONE, tmp_path, tmp_path / "out.npy", *SENTENCES],
                           capture_output=True, text=True)
@@ -376,7 +377,7 @@ def test_onnx_of_the_real_model_and_onnxruntime_alone(teacher_and_tokenizer, tmp
 
 
 def test_onnx_without_its_package_is_one_line(copy, monkeypatch, capsys):
-    monkeypatch.setattr(save_best_checkpoint.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(delta_onnx.importlib.util, "find_spec", lambda name: None)
     before = (copy / "pytorch_model.bin").read_bytes()
     assert save_best_checkpoint.main(["1", "--run_dir", str(copy), "--force", "--onnx"]) == 2
     assert "requirements-eval.txt" in capsys.readouterr().err and (copy / "pytorch_model.bin").read_bytes() == before

@@ -511,14 +511,14 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
 
 
 def wrong_kernel() -> None:
-    check, mixer = script.check_mixers, script.parallel_mixer
+    check, mixer = script.check_mixers, script.kernel.parallel_mixer
     wrong = lambda *a, **k: tuple(x + 0.01 for x in mixer(*a, **k))  # noqa: E731
     script.check_mixers = lambda device: check(device, {"kernel": wrong})
 
 
 def test_wrong_kernel_stops_the_run(tiny, tmp_path):
     run = Process(tiny, tmp_path / "run", wrong_kernel)
-    assert run.wait() == 2 and "differs from its reference" in run.text()
+    assert run.wait() == 2 and "differs from its definition" in run.text()
 
 
 # Two runs at once

@@ -78,12 +78,12 @@ def test_a_teacher_embeds_as_in_sentence_transformers(kind, options, tmp_path):
     np.testing.assert_allclose(script.encode(teacher, tokenizer, TEXTS), expected, atol=1e-5)
     assert not teacher.training
     assert (" cls " in origin) == ("pooling" in options) and ("'query: '" in origin) == ("prompt" in options)
-    ids, mask = script.pad_batch(script.tokenise(tokenizer, TEXTS, None))
-    places = torch.arange(len(TEXTS))
-    micro = script.MicroBatch(0, keys=places, groups=[(ids, mask)], restore=places)
+    tokens = script.tokenise(tokenizer, TEXTS, None)
+    longest = max(map(len, tokens))
+    micro = script.MicroBatch.of(tokens, [np.arange(len(TEXTS))], [(longest, longest)])
     script.Trainer(script.build_student(small(folder), teacher), teacher, small(folder)).teach(micro)
     np.testing.assert_allclose(micro.target, expected, atol=1e-5)
-    assert [x.shape for x in micro.states[0]] == [(*ids.shape, 32)] * (1 if teacher.cls else 2)
+    assert [x.shape for x in micro.states[0]] == [(len(TEXTS), longest, 32)] * (1 if teacher.cls else 2)
 
 
 def test_older_pooling_configs_and_none_are_read(tmp_path):

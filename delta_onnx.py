@@ -1,0 +1,495 @@
+"""The student as an ONNX file for onnxruntime, in float32 or int8: `save_best_checkpoint.py --onnx` and `--int8`.
+
+The whole encoder as a graph of its own, its mixers in chunks of tokens; how it is built and how fast it is:
+docs/speed.md. Needs requirements-eval.txt.
+"""
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import itertools
+import logging
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+import train_6layer_deltanet as script
+from train_6layer_deltanet import DeltaNetStudent, UserError, write_atomic
+
+ONNX_LENGTHS = (1, 5, 37, 128, 512, 2048)  # at which an export is compared with its student
+EXAMPLES = ["A man is eating food.", "Someone is eating a meal.", "The cat sleeps on a red sofa.",
+            "Stocks fell sharply on Monday.", "How do I learn to play the guitar?",
+            "The committee will publish its report on water quality next week."]
+
+
+class OnnxGraph:
+    """Nodes of an ONNX graph in the making: `graph.MatMul(a, b)` adds a node and returns the name of its output.
+
+    Arrays and numbers among the inputs become constants, each stored once. Bodies of If and Scan see what is outside.
+    """
+
+    def __init__(self) -> None:
+        self.nodes, self.constants, self.names = [], {}, itertools.count()
+
+    def inside(self) -> Any:
+        """An empty graph for a body, which shares constants, names and everything known so far."""
+        body = copy.copy(self)
+        body.nodes = []
+        return body
+
+    def body(self, inputs: list[str], outputs: list[str]) -> Any:
+        """The nodes as a body whose inputs and outputs are float tensors."""
+        from onnx import TensorProto, helper
+        infos = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+                 for names in (inputs, outputs))
+        return helper.make_graph(self.nodes, f"body{next(self.names)}", *infos)
+
+    def choose(self, condition: str, then: Callable[[Any], str], otherwise: Callable[[Any], str]) -> str:
+        """If: each branch is a function from its graph to its result."""
+        branches = []
+        for branch in (then, otherwise):
+            graph = self.inside()
+            branches.append(graph.body([], [branch(graph)]))
+        return self.If(condition, then_branch=branches[0], else_branch=branches[1])
+
+    def constant(self, value: Any) -> str:
+        """The name of an array: float32, or int64 of whole numbers."""
+        from onnx import numpy_helper
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = np.array(array, np.float32 if array.dtype.kind == "f" else np.int64, order="C")
+        key = array.dtype.char, array.shape, array.tobytes()
+        if key not in self.constants:
+            self.constants[key] = numpy_helper.from_array(array, f"constant{len(self.constants)}")
+        return self.constants[key].name
+
+    def add(self, kind: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+        """A node; returns its output's name, or a list of `outputs` names."""
+        from onnx import helper
+        found = [f"{kind}{next(self.names)}" for _ in range(outputs)]
+        names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
+        self.nodes.append(helper.make_node(kind, names, found, **attributes))
+        return found if outputs > 1 else found[0]
+
+    def __getattr__(self, kind: str) -> Callable[..., Any]:
+        if not kind[0].isupper():
+            raise AttributeError(kind)
+        return functools.partial(self.add, kind)
+
+    def view(self, x: str, *dims: int | str) -> str:
+        """x in another shape, of numbers (0 keeps, -1 is what is left) and names of tensors of one whole number."""
+        if all(isinstance(d, int) for d in dims):
+            return self.Reshape(x, list(dims))
+        return self.Reshape(x, self.Concat(*([d] if isinstance(d, int) else d for d in dims), axis=0))
+
+    def halves(self, x: str, axis: int) -> list[str]:
+        return self.Split(x, axis=axis, num_outputs=2, outputs=2)
+
+
+BLOCK, MERGES = 16, 3  # tokens of a block at most; 2**MERGES blocks of a text are one chunk, of a longer one 4
+SIZES = [1 << bit for bit in range(BLOCK.bit_length() - 1)]  # 1, 2, 4, ... BLOCK / 2
+
+
+class StudentGraph(OnnxGraph):
+    """The student's ONNX graph: the parallel form of `chunk_hierarchical_delta_rule`, of standard operators (opset 23).
+
+    A text is cut into equal blocks of at most BLOCK tokens: 1, 2, 4, 8, or chunks of 4. Attention inside a block comes
+    from block substitution, neighbouring blocks are merged to a chunk, and only the states of chunks go through a Scan.
+    Every head reads its tokens left to right: a Gather turns time around behind the convolution. Sequences lie as
+    (chunks, B, H, blocks, C, K), C tokens of a block; scalars of a token as (BLOCK, N), N = chunks * B * H * blocks.
+    """
+
+    def __init__(self, student: DeltaNetStudent):
+        super().__init__()
+        self.student, self.cfg, self.heads = student, student.config, student.config.num_heads
+        self.width, self.ways = self.cfg.d_model // self.heads, 2 if self.cfg.bidirectional else 1
+        self.side = self.heads // self.ways  # heads of a direction
+
+    def model(self) -> Any:
+        """The onnx.ModelProto: (input_ids, attention_mask) -> last_hidden_state and the unit sentence_embedding."""
+        from onnx import TensorProto, helper
+        s, mask = self.student, self.prepare("attention_mask")
+        table, positions = s.word_embeddings.weight, s.position_embeddings.weight
+        x = self.Gather(table if self.cfg.learned_positions else table + positions, "input_ids")
+        if self.cfg.learned_positions:
+            x = self.Add(x, self.Slice(positions, [0], self.length, [0]))
+
+        def norm(x: str, layer: nn.LayerNorm, shift: Tensor) -> str:
+            return self.LayerNormalization(x, layer.weight, layer.bias + shift, axis=-1, epsilon=layer.eps)
+
+        # Each norm also adds the bias of the residual branch after it; that branch's first layer takes it off again.
+        mixers = [mixer.o_proj.bias for mixer in s.deltanet_layers] + [torch.zeros(self.cfg.d_model)]
+        x = norm(x, s.embedding_norm, mixers[0])
+        for i, (mixer, ffn) in enumerate(zip(s.deltanet_layers, s.deltanet_ffns)):
+            x = norm(self.Add(x, self.mixer(x, mixer, i, mixers[i])), s.deltanet_norms[i], ffn.down.bias)
+            up = self.MatMul(x, ffn.up.weight.T, name=f"linear/{i}/up")
+            up = self.Add(up, ffn.up.bias - ffn.up.weight @ ffn.down.bias)
+            down = self.MatMul(self.Gelu(up), ffn.down.weight.T, name=f"linear/{i}/down")
+            x = norm(self.Add(x, down), s.ffn_norms[i], mixers[i + 1])
+        if self.cfg.learned_pooling:
+            logits = self.Where(self.Cast(self.mask, to=9), self.MatMul(x, s.pooling.weight.T), -1e9)
+            tokens = self.ReduceSum(self.mask, [1])  # (B, 1, 1)
+            x = self.Mul(x, self.Mul(self.Softmax(logits, axis=1), tokens))
+        mean = self.Squeeze(self.MatMul(self.Unsqueeze(mask, [1]), x), [1])
+        mean = self.Div(mean, self.Max(self.ReduceSum(mask, [1]), 1e-9))
+        unit = self.Div(mean, self.Max(self.ReduceL2(mean, [1]), 1e-12))
+        names = ("last_hidden_state", "sentence_embedding")
+        self.nodes += [helper.make_node("Identity", [value], [name]) for name, value in zip(names, (x, unit))]
+        rows, info = ["batch", "length"], helper.make_tensor_value_info
+        inputs = [info(name, TensorProto.INT64, rows) for name in ("input_ids", "attention_mask")]
+        outputs = [info(name, TensorProto.FLOAT, [*dims, self.cfg.d_model])
+                   for name, dims in zip(names, (rows, rows[:1]))]
+        graph = helper.make_graph(self.nodes, "student", inputs, outputs, list(self.constants.values()))
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+    def prepare(self, mask: str) -> str:
+        """What all layers share: sizes as tensors of one number, indices, constants; returns the mask as numbers."""
+        size, number = self.Shape(mask), lambda x: self.Squeeze(x, [0])
+        up = lambda a, b: self.Div(self.Sub(self.Add(a, b), [1]), b)  # noqa: E731  a / b rounded up
+        self.batch, self.length = self.Slice(size, [0], [1]), self.Slice(size, [1], [2])
+        self.blocks = self.constant([1])
+        for merge in range(MERGES):
+            self.blocks = self.Where(self.Greater(self.length, [BLOCK << merge]), [2 << merge], self.blocks)
+        self.blocks = self.Where(self.Greater(self.length, [BLOCK << MERGES]), [4], self.blocks)
+        self.chunks = up(self.length, self.Mul(self.blocks, [BLOCK]))
+        self.tokens = up(self.length, self.Mul(self.chunks, self.blocks))  # C
+        self.one_block, self.one_chunk = (number(self.Equal(x, [1])) for x in (self.blocks, self.chunks))
+
+        # Rows of (B, tokens * ways, ...): own direction, then whatever fills the last block; of q, k and v; and back.
+        whole, last = self.Mul(self.Mul(self.chunks, self.blocks), self.tokens), self.Sub(self.length, [1])
+
+        def rows(*ways: str) -> str:
+            ways = [self.Add(self.Mul(t, [self.ways]), [i]) for i, t in enumerate(ways[:self.ways])]
+            return self.view(self.Concat(*(self.Unsqueeze(t, [1]) for t in ways), axis=1), -1)
+
+        time = self.Range(0, number(whole), 1)
+        self.turn = rows(self.Min(time, last), self.Max(self.Sub(last, time), [0]))
+        self.turns = [self.Add(self.Mul(self.turn, [3]), [part]) for part in range(3)]
+        place = self.Range(0, number(self.length), 1)
+        self.turn_back = rows(place, self.Sub(last, place))
+
+        mask = self.Cast(mask, to=1)
+        self.mask = self.Unsqueeze(mask, [2])
+        real = self.view(self.turned(self.Tile(self.mask, [1, 1, self.ways]), 1), self.batch, -1, self.ways)
+        real = self.Mul(real, self.Cast(self.Unsqueeze(self.Less(time, self.length), [1]), to=1))
+        real = self.view(real, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 1)
+        real = self.Transpose(self.Tile(real, [1, 1, 1, 1, 1, self.side]), perm=[3, 1, 0, 4, 5, 2])
+        self.real = self.fill(self.view(real, self.tokens, -1), 0)  # (BLOCK, N)
+        self.is_real = self.Cast(self.real, to=9)
+
+        i, j = np.indices((BLOCK, BLOCK))
+        square = lambda x: self.cut(self.constant(1.0 * x), 0, 1)  # noqa: E731
+        self.eye, self.lower = square(i == j), square(j <= i)
+        # Where the second block of a pair meets the first, with the minus of the substitution.
+        self.levels = [square(-1.0 * ((i // n % 2 == 1) & (i // n - 1 == j // n))) for n in SIZES]
+        return mask
+
+    def turned(self, x: str, width: int) -> str:
+        """x (B, T, ways * width) -> (B, tokens * ways, width), every direction in its own order."""
+        return self.Gather(self.view(x, self.batch, -1, width), self.turn, axis=1)
+
+    def fill(self, x: str, axis: int) -> str:
+        """Zeros behind the C tokens of a block, up to BLOCK."""
+        return self.Pad(x, self.Concat([0], self.Sub([BLOCK], self.tokens), axis=0), "", [axis])
+
+    def cut(self, x: str, *axes: int) -> str:
+        """The first C of BLOCK tokens."""
+        return self.Slice(x, [0] * len(axes), self.Concat(*[self.tokens] * len(axes), axis=0), list(axes))
+
+    def sequences(self, x: str, *last: int | str) -> str:
+        return self.view(x, self.chunks, self.batch, self.heads, self.blocks, *last)
+
+    def mixer(self, x: str, layer: nn.Module, index: int, shift: Tensor) -> str:
+        """A layer's mixing of x (B, T, D), which is `shift` above the layer's input; without the bias of o_proj."""
+        # A column of ones carries the biases, so that the mask zeroes all that the convolution reads at padding.
+        x = self.Concat(self.Mul(x, self.mask), self.mask, axis=2)
+        q, k, v = self.project(x, layer, index, shift)
+        psi = self.flux(k, v, layer) if self.cfg.resonance_flux else self.constant(np.full((1, 1), 0.5))
+        beta, transition, read = self.coefficients(self.gates(x, layer, shift), psi)
+        c, left, right, whole = self.decay_products(transition, read)
+        c = self.sequences(self.Transpose(c, perm=[2, 0, 1]), self.tokens, self.tokens)
+
+        # A = tril(Q K^T D) (I + tril(K K^T D, -1))^-1, D = diag(beta). Block substitution: the inverse is exact on
+        # diagonal blocks of size 1, 2, 4, ... in turn, and n is K K^T D times what it is so far.
+        weighted = self.Mul(k, self.sequences(self.Transpose(self.cut(beta, 0), perm=[1, 0]), self.tokens, 1))
+        keys = self.Transpose(weighted, perm=[0, 1, 2, 3, 5, 4])
+        n, inverse = self.MatMul(k, keys), None
+        for level in self.levels:
+            step = self.Add(self.Mul(n, level), self.eye)
+            inverse = step if inverse is None else self.MatMul(inverse, step)
+            if level != self.levels[-1]:
+                n = self.MatMul(n, step)
+        a = self.MatMul(self.Mul(self.MatMul(q, keys), self.lower), inverse)
+        inner = self.Mul(a, c)
+
+        def merged(g: Any) -> str:
+            parts = {"o": g.MatMul(inner, v), "q": g.Sub(q, g.MatMul(a, k)), "k": k, "end": g.MatMul(keys, inverse),
+                     "v": v, "left": g.sequences(g.Transpose(left, perm=[2, 1, 0]), g.tokens, 2),
+                     "right": g.sequences(g.Transpose(right, perm=[2, 0, 1]), 2, g.tokens),
+                     "whole": g.sequences(g.Transpose(whole, perm=[2, 0, 1]), 2, 2)}
+            return g.merge(parts, 1)
+
+        o = self.choose(self.one_block, lambda g: g.MatMul(inner, v), merged)
+        o = self.RMSNormalization(o, np.ones(self.width), axis=-1, epsilon=1e-6)
+        o = self.view(o, self.chunks, self.batch, self.ways, self.side, self.Mul(self.tokens, self.blocks), self.width)
+        o = self.view(self.Transpose(o, perm=[1, 0, 4, 2, 3, 5]), self.batch, -1, self.side * self.width)
+        o = self.view(self.Gather(o, self.turn_back, axis=1), self.batch, -1, self.cfg.d_model)
+        return self.MatMul(o, (layer.o_proj.weight * layer.o_norm.flatten()).T, name=f"linear/{index}/o")
+
+    def columns(self, linear: nn.Linear, parts: int, shift: Tensor) -> Tensor:
+        """The weight with its bias as the last row, (D + 1, out): columns ordered by direction, part, head, channel."""
+        weight = torch.cat([linear.weight, (linear.bias - linear.weight @ shift).unsqueeze(1)], 1)
+        return weight.unflatten(0, (parts, self.ways, -1)).transpose(0, 1).flatten(0, 2).T
+
+    def project(self, x: str, layer: nn.Module, index: int, shift: Tensor) -> list[str]:
+        """q, k (normalised) and v."""
+        qkv = self.MatMul(x, self.columns(layer.qkv_proj, 3, shift), name=f"linear/{index}/qkv")
+        if self.cfg.short_convolution:  # of an image of height 1, channels last: onnxruntime fuses the transpositions
+            taps = layer.conv_weight[:, :, :, 0, 0].unflatten(2, (self.ways, self.side)).permute(2, 1, 3, 4, 0)
+            past = nn.functional.pad(taps.flip(-1), (0, taps.shape[-1] - 1))  # tap i looks i tokens back
+            # ... and ahead, where time is turned, which is done behind it.
+            taps = torch.cat([past[:1], past[1:].flip(-1)]).reshape(3 * self.cfg.d_model, 1, 1, -1)
+            qkv = self.Transpose(self.Unsqueeze(qkv, [1]), perm=[0, 3, 1, 2])
+            side = taps.shape[-1] // 2
+            qkv = self.Conv(qkv, taps, group=len(taps), pads=[0, side, 0, side])
+            qkv = self.Transpose(qkv, perm=[0, 2, 3, 1])
+        qkv = self.view(self.Mul(qkv, self.Sigmoid(qkv)), self.batch, -1, self.side * self.width)
+        shape = self.batch, self.chunks, self.blocks, self.tokens, self.ways, self.side, self.width
+        parts = (self.view(self.Gather(qkv, turn, axis=1), *shape) for turn in self.turns)
+        parts = (self.Transpose(y, perm=[1, 0, 4, 5, 2, 3, 6]) for y in parts)
+        q, k, v = (self.sequences(y, self.tokens, self.width) for y in parts)
+        unit = {"axis": -1, "epsilon": 1e-6 / self.width}  # x * rsqrt(sum(x^2) + 1e-6), by the mean instead of the sum
+        return [*(self.RMSNormalization(y, np.full(self.width, self.width ** -0.5), **unit) for y in (q, k)), v]
+
+    def flux(self, k: str, v: str, layer: nn.Module) -> str:
+        """Resonance flux psi (BLOCK, N)."""
+        wk, wv, wu = layer.flux_in.weight.split([self.width, self.width, 1], 1)
+        pair = self.Mul(self.MatMul(k, (layer.flux_bilinear * torch.exp(-layer.flux_log_temperature)).unsqueeze(1)), v)
+        hidden = self.Add(self.MatMul(k, wk.T), self.MatMul(v, wv.T))
+        hidden = self.Add(hidden, self.MatMul(pair, wu.expand(-1, self.width).T))
+        bias = layer.flux_in.bias.expand(BLOCK, -1)  # longer rows are faster
+        hidden = self.Add(hidden, self.cut(self.constant(bias), 0))
+        hidden = self.Mul(hidden, self.Sigmoid(hidden))
+        psi = self.Sigmoid(self.Add(self.MatMul(hidden, layer.flux_out.weight.T), layer.flux_out.bias))
+        return self.fill(self.Transpose(self.view(self.Clip(psi, 0.01, 0.99), -1, self.tokens), perm=[1, 0]), 0)
+
+    def gates(self, x: str, layer: nn.Module, shift: Tensor) -> list[str]:
+        """beta, a_fast, a_slow, g_fast, g_slow, each (BLOCK, N)."""
+        gates = self.turned(self.MatMul(x, self.columns(layer.gate_proj, 5, shift)), 5 * self.side)
+        gates = self.view(gates, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 5, self.side)
+        gates = self.view(self.Transpose(gates, perm=[5, 3, 1, 0, 4, 6, 2]), 5, self.tokens, -1)
+        gates = self.Split(self.fill(self.Sigmoid(gates), 1), axis=0, num_outputs=5, outputs=5)
+        return [self.view(y, BLOCK, -1) for y in gates]
+
+    def coefficients(self, gates: list[str], psi: str) -> tuple[str, list[str], list[str]]:
+        """beta, the 4 entries of the transition by rows, and both reads, (BLOCK, N) each."""
+        beta, a_fast, a_slow, g_fast, g_slow = gates
+        line = lambda slope, start: self.Add(self.Mul(psi, slope), start)  # noqa: E731
+        f = self.Where(self.is_real, self.Mul(a_fast, line(-0.10, 1.0)), 1.0)
+        s = self.Where(self.is_real, self.Mul(a_slow, line(-0.05, 1.0)), 1.0)
+        coupled = self.cfg.cross_timescale_coupling and self.cfg.hierarchical_memory
+        kappa = self.Mul(self.real, line(0.10, 0.05) if coupled else 0.0)
+        out_fast = self.Mul(kappa, psi)
+        out_fast, out_slow = self.Mul(f, out_fast), self.Mul(s, self.Sub(kappa, out_fast))
+        transition = [self.Sub(f, out_fast), out_fast, out_slow, self.Sub(s, out_slow)]
+        if not self.cfg.read_gates:
+            g_fast = g_slow = self.Expand(1.0, self.Shape(g_fast))
+        read_slow = self.Mul(g_slow, line(-0.3, 0.5) if self.cfg.hierarchical_memory else 0.0)
+        return self.Mul(beta, self.real), transition, [self.Mul(g_fast, line(0.3, 0.5)), read_slow]
+
+    def decay_products(self, m: list[str], r: list[str]) -> tuple[str, str, str, str]:
+        """`decay_products` (delta_mixer.py) of a block, by doubling; nothing is reduced over an axis, which is slow.
+
+        m: the 4 entries of M by rows, r: both reads, (BLOCK, N) each.
+        Returns c (C, C, N), left (2, C, N), right (2, C, N), whole (2, 2, N).
+        """
+        def dot(a: str, b: str, c: str, d: str) -> str:
+            return self.Add(self.Mul(a, b), self.Mul(c, d))
+
+        left = [dot(r[0], m[0], r[1], m[2]), dot(r[0], m[1], r[1], m[3])]
+        right, c = [self.Expand(1.0, self.Shape(r[0]))] * 2, self.Add(*r)
+        for size in SIZES:
+            pairs = BLOCK // (2 * size)
+            (left1, left2), (right1, right2), (m1, m2) = (
+                zip(*(self.halves(self.view(x, pairs, 2 * n, -1), 1) for x in xs))
+                for xs, n in ((left, size), (right, size), (m, 1)))
+            c1, c2 = self.halves(self.view(c, pairs, 2 * size, size, -1), 1)
+            across = dot(*(self.Unsqueeze(x, [axis]) for i in (0, 1) for x, axis in ((left2[i], 2), (right1[i], 1))))
+            c = self.Concat(self.Concat(c1, self.Mul(c1, 0.0), axis=2), self.Concat(across, c2, axis=2), axis=1)
+            left = [self.Concat(left1[i], dot(left2[0], m1[i], left2[1], m1[2 + i]), axis=1) for i in (0, 1)]
+            right1 = [dot(m2[i], right1[0], m2[i + 1], right1[1]) for i in (0, 2)]
+            right = [self.Concat(*halves, axis=1) for halves in zip(right1, right2)]
+            m = [dot(m2[2 * i], m1[j], m2[2 * i + 1], m1[2 + j]) for i in (0, 1) for j in (0, 1)]
+        both = lambda xs: self.Concat(*(self.view(x, 1, BLOCK, -1) for x in xs), axis=0)  # noqa: E731
+        c, whole = self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), self.view(self.Concat(*m, axis=0), 2, 2, -1)
+        return c, self.cut(both(left), 1), self.cut(both(right), 1), whole
+
+    def merge(self, parts: dict[str, str], count: int) -> str:
+        """o of all tokens of a chunk: neighbouring blocks, `count` of the first ones each, are merged to one.
+
+        parts: o, what a block reads of itself; q, its queries as they reach what is before it (rows H_1 ... H_t q_t);
+        k; end, its writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; decays left, right, whole.
+        """
+        size = self.Mul(self.tokens, [count])
+        rows = {"end": self.width, "right": 2, "whole": 2}
+        pair = {name: self.view(x, self.chunks, self.batch, self.heads, -1, 2, rows.get(name, size),
+                                size if name in ("end", "right") else 2 if name in ("left", "whole") else self.width)
+                for name, x in parts.items()}  # (chunks, B, H, pairs, 2, ., .)
+        first = lambda name, g=self: g.Gather(pair[name], [0], axis=4)  # noqa: E731
+        second = lambda name, g=self: g.Gather(pair[name], [1], axis=4)  # noqa: E731
+        q2, end1, left2, right1 = second("q"), first("end"), second("left"), first("right")
+        across = self.MatMul(q2, end1)
+        o2 = self.Add(second("o"), self.MatMul(self.Mul(across, self.MatMul(left2, right1)), first("v")))
+        own = lambda g: g.Concat(first("o", g), o2, axis=5)  # noqa: E731
+        if 2 * count == 2 ** MERGES:
+            return own(self)
+
+        def further(g: Any) -> str:
+            k1, m1 = first("k", g), first("whole", g)
+            k2, end2, m2 = second("k", g), second("end", g), second("whole", g)
+            new = {"o": own(g), "k": pair["k"], "v": pair["v"],
+                   "q": g.Concat(first("q", g), g.Sub(q2, g.MatMul(across, k1)), axis=5),
+                   "end": g.Concat(g.Sub(end1, g.MatMul(end2, g.MatMul(k2, end1))), end2, axis=6),
+                   "left": g.Concat(first("left", g), g.MatMul(left2, m1), axis=5),
+                   "right": g.Concat(g.MatMul(m2, right1), second("right", g), axis=6), "whole": g.MatMul(m2, m1)}
+            if count == 1:
+                return g.merge(new, 2)
+            return g.choose(g.one_chunk, lambda h: h.merge(new, 2 * count), lambda h: h.scan(new, h.Mul(size, [2])))
+
+        done = self.And(self.one_chunk, self.Squeeze(self.Equal(self.blocks, [2 * count]), [0]))
+        return self.choose(done, own, further)
+
+    def scan(self, parts: dict[str, str], size: str) -> str:
+        """o of the chunks, one block each now (as in `merge`), with what they read of the chunks before them."""
+        view = lambda name, *last: self.view(parts[name], self.chunks, self.batch, self.heads, *last)  # noqa: E731
+        width, both = self.width, 2 * self.width
+        parts = parts | {"q": self.Mul(view("q", size, 1, width), view("left", size, 2, 1))}
+        written = self.Mul(view("right", 2, size, 1), view("v", 1, size, width))
+        start = self.Expand(0.0, self.Concat(self.batch, [self.heads], [2], [width], [width], axis=0))
+        step = self.inside()
+        state, *at = names = [f"step{next(self.names)}" for _ in range(6)]
+        read = step.MatMul(at[0], step.view(state, 0, 0, both, width))
+        mixed = step.view(step.MatMul(at[4], step.view(state, 0, 0, 2, width * width)), 0, 0, 2, width, width)
+        new = step.Add(mixed, step.MatMul(at[2], step.Sub(at[3], step.MatMul(at[1], mixed))))
+        each = [view("q", size, both), view("k", 1, size, width), view("end", 1, width, size), written]
+        each.append(view("whole", 2, 2))
+        _, carried = self.Scan(start, *each, body=step.body(names, [new, read]), num_scan_inputs=len(each), outputs=2)
+        return self.Add(view("o", size, width), carried)
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file as a model that `encode` takes: (input_ids, attention_mask) -> last_hidden_state.
+
+    threads: of a session; 0: all cores.
+    """
+
+    def __init__(self, path: Path, threads: int = 0):
+        import onnxruntime
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # `encode` asks a parameter for the device
+        self.config = types.SimpleNamespace(hidden_size=self.session.get_outputs()[0].shape[-1])
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        """last_hidden_state (B, T, D) and sentence_embedding (B, D)."""
+        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        return [torch.from_numpy(x) for x in self.session.run(["last_hidden_state", "sentence_embedding"], inputs)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.run(input_ids, attention_mask)[0])
+
+
+def need(*packages: str) -> None:
+    """UserError naming the first package that is not installed."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed; pip install -r requirements-eval.txt")
+
+
+@torch.no_grad()
+def write_onnx(student: DeltaNetStudent, path: Path) -> None:
+    """The student as an ONNX file of dynamic batch and length, unchecked."""
+    import onnx
+    onnx.save(StudentGraph(student.eval()).model(), path)
+
+
+@torch.no_grad()
+def export_onnx(student: DeltaNetStudent, path: Path, scratch: Path) -> dict[str, float]:
+    """Write `path`; returns by how much onnxruntime differs from the student at each length; UserError from 1e-4 on."""
+    need("onnx", "onnxruntime")
+    temporary = scratch / path.name
+    write_onnx(student, temporary)
+    model, result, generator = OnnxModel(temporary), {}, torch.Generator().manual_seed(0)
+    limit = student.config.max_positions if student.config.learned_positions else math.inf
+    for length in (n for n in ONNX_LENGTHS if n <= limit):
+        ids = torch.randint(student.config.vocab_size, (3, length), generator=generator)
+        ids[2] = ids[2, 0]  # one token, again and again
+        mask = (torch.arange(length) < torch.tensor([[length], [max(1, length // 2)], [length]])).long()
+        hidden = student(ids, mask).last_hidden_state
+        found, embedding = model.run(ids, mask)
+        # What stands at padding is nobody's. A learned pooling makes some tokens large: as a share of their size then.
+        size = hidden.abs().amax(-1, keepdim=True).clamp(min=1)
+        differences = ((found - hidden) / size)[mask.bool()], embedding - script.mean_pool(hidden, mask)
+        result[f"onnx_error_{length}"] = max(x.abs().max().item() for x in differences)
+    if not max(result.values()) < 1e-4:
+        raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; not written")
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, lambda file: file.write(temporary.read_bytes()))
+    return result
+
+
+def quantise_onnx(source: Path, path: Path, prefix: str = "linear/") -> None:
+    """The weights of the products named `prefix`... in int8, a scale a column; their inputs are quantised when it runs.
+
+    The weights are 7 bits wide: processors without VNNI add two products in 16 bits, which 8 bits overflow.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    model, level = onnx.load(source), logging.getLogger().level
+    names = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.name.startswith(prefix)]
+    logging.getLogger().setLevel(logging.ERROR)  # of a pre-processing that changes nothing here
+    try:
+        quantize_dynamic(model, path, nodes_to_quantize=names, op_types_to_quantize=["MatMul"],
+                         weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+    finally:
+        logging.getLogger().setLevel(level)
+    # With the shapes that this inferred, onnxruntime fuses additions into SkipLayerNormalization, which is slower.
+    model = onnx.load(path)
+    model.graph.ClearField("value_info")
+    onnx.save(model, path)
+
+
+def export_int8(tokenizer: Any, source: Path, path: Path, scratch: Path, cfg: dict[str, Any],
+                given: bool) -> dict[str, float]:
+    """Write `path`, the file `source` in int8; returns the lowest cosine to float32 over EXAMPLES, both dev Spearmans.
+
+    Dev is what `cfg` names, if its data_dir was `given` or is at hand. UserError if STS-B dev loses more than 0.004.
+    """
+    temporary = scratch / path.name
+    quantise_onnx(source, temporary)
+    models = {"onnx": OnnxModel(source), "int8": OnnxModel(temporary)}
+    vectors = [script.encode(model, tokenizer, EXAMPLES) for model in models.values()]
+    result = {"int8_cosine": float((vectors[0] * vectors[1]).sum(1).min())}
+    name = script.evaluation_name(cfg)
+    if given or (Path(cfg["data_dir"]) / "sts" / f"{name}-dev.tsv.gz").is_file():
+        rows = script.load_sts(cfg, "dev")
+        for kind, model in models.items():
+            result[f"{kind}_dev_spearman"] = script.evaluate_sts(model, tokenizer, rows)["spearman"]
+        lost = result["onnx_dev_spearman"] - result["int8_dev_spearman"]
+        if name == "stsb" and not lost <= 0.004:
+            raise UserError(f"{path}: loses {lost:.4f} of Spearman on STS-B dev, more than 0.004; it was not written")
+    else:
+        print(f"note: no {name} dev set at hand (set --data_dir); int8 was checked on {len(EXAMPLES)} sentences alone",
+              file=sys.stderr)
+    write_atomic(path, lambda file: file.write(temporary.read_bytes()))
+    return result
