@@ -134,10 +134,6 @@ class StudentGraph(OnnxGraph):
             up = self.Add(up, ffn.up.bias - ffn.up.weight @ ffn.down.bias)
             down = self.MatMul(self.Gelu(up), ffn.down.weight.T, name=f"linear/{i}/down")
             x = norm(self.Add(x, down), s.ffn_norms[i], mixers[i + 1])
-        if self.cfg.learned_pooling:
-            logits = self.Where(self.Cast(self.mask, to=9), self.MatMul(x, s.pooling.weight.T), -1e9)
-            tokens = self.ReduceSum(self.mask, [1])  # (B, 1, 1)
-            x = self.Mul(x, self.Mul(self.Softmax(logits, axis=1), tokens))
         mean = self.Squeeze(self.MatMul(self.Unsqueeze(mask, [1]), x), [1])
         mean = self.Div(mean, self.Max(self.ReduceSum(mask, [1]), 1e-9))
         unit = self.Div(mean, self.Max(self.ReduceL2(mean, [1]), 1e-12))
@@ -437,9 +433,8 @@ def export_onnx(student: DeltaNetStudent, path: Path, scratch: Path) -> dict[str
         mask = (torch.arange(length) < torch.tensor([[length], [max(1, length // 2)], [length]])).long()
         hidden = student(ids, mask).last_hidden_state
         found, embedding = model.run(ids, mask)
-        # What stands at padding is nobody's. A learned pooling makes some tokens large: as a share of their size then.
-        size = hidden.abs().amax(-1, keepdim=True).clamp(min=1)
-        differences = ((found - hidden) / size)[mask.bool()], embedding - script.mean_pool(hidden, mask)
+        # What stands at padding is nobody's.
+        differences = (found - hidden)[mask.bool()], embedding - script.mean_pool(hidden, mask)
         result[f"onnx_error_{length}"] = max(x.abs().max().item() for x in differences)
     if not max(result.values()) < 1e-4:
         raise UserError(f"{path}: onnxruntime differs from the student by {max(result.values()):.1e}; not written")

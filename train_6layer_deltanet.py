@@ -91,7 +91,6 @@ config: dict[str, Any] = {
     "resonance_flux": True,  # learned psi; False: psi is 0.5 everywhere
     "short_convolution": True,  # depthwise convolution of width 4 before q, k, v
     "read_gates": True,  # learned gates on what is read from each state; False: 1
-    "learned_pooling": False,  # a learned weight for each token in the mean, 1 at initialisation
     "learned_positions": False,  # add the teacher's position embeddings; limits texts to 512 tokens
     "train_embeddings": False,  # train the copied embeddings too; False keeps them the teacher's, unless it is wider
     "projection_init": "orthogonal",  # q, k, v, o start: orthogonal, or teacher (its attention's; not of a wider one)
@@ -218,7 +217,7 @@ LOSS_WEIGHTS = {"contrastive": "contrastive_weight", "distillation": "distillati
                 "ranking": "ranking_loss_weight"}
 ARCHITECTURE_KEYS = ("d_model", "num_heads", "num_layers", "bidirectional", "hierarchical_memory",
                      "cross_timescale_coupling", "resonance_flux", "short_convolution", "read_gates",
-                     "learned_pooling", "learned_positions")
+                     "learned_positions")
 # Keys that may change between a run and its continuation. What data_dir holds is compared by content; a changed
 # schedule (total_steps, warmup_steps) is said.
 FREE_KEYS = ("resume_from_step", "init_student", "output_dir", "cache_dir", "data_dir", "log_interval", "eval_interval",
@@ -452,7 +451,7 @@ class DeltaNetConfig(PretrainedConfig):
                  fast_decay_init=0.30, slow_decay_init=0.85, bidirectional=True, hierarchical_memory=True,
                  cross_timescale_coupling=True, resonance_flux=True, short_convolution=True, read_gates=True,
                  learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12, slow_decay_max=0.0,
-                 learned_pooling=False, **kwargs):
+                 **kwargs):
         self.d_model, self.num_heads, self.num_layers, self.ffn_size = d_model, num_heads, num_layers, ffn_size
         self.vocab_size, self.max_positions, self.layer_norm_eps = vocab_size, max_positions, layer_norm_eps
         self.fast_decay_init, self.slow_decay_init = fast_decay_init, slow_decay_init
@@ -460,7 +459,7 @@ class DeltaNetConfig(PretrainedConfig):
         self.cross_timescale_coupling, self.resonance_flux = cross_timescale_coupling, resonance_flux
         self.short_convolution, self.read_gates = short_convolution, read_gates
         self.learned_positions, self.dropout, self.state_dropout = learned_positions, dropout, state_dropout
-        self.slow_decay_max, self.learned_pooling = slow_decay_max, learned_pooling
+        self.slow_decay_max = slow_decay_max
         self.hidden_size, self.num_hidden_layers = d_model, num_layers
         super().__init__(**kwargs)
 
@@ -664,9 +663,6 @@ class DeltaNetStudent(PreTrainedModel):
         self.deltanet_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
         self.deltanet_ffns = nn.ModuleList(FeedForward(config) for _ in range(config.num_layers))
         self.ffn_norms = nn.ModuleList(nn.LayerNorm(dim, eps=eps) for _ in range(config.num_layers))
-        if config.learned_pooling:
-            self.pooling = nn.Linear(dim, 1, bias=False)  # log of a token's weight; a bias would be the same for all
-            nn.init.zeros_(self.pooling.weight)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -706,13 +702,6 @@ class DeltaNetStudent(PreTrainedModel):
         overlap = state_overlap(torch.stack(finals)) if wanted else x.new_zeros(())
         return states, overlap if output_state_overlap else None
 
-    def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """`hidden` (B, T, D) times each token's weight over its text's mean weight, so that its mean is weighted."""
-        if not self.config.learned_pooling:
-            return hidden
-        weights = self.pooling(hidden).float().masked_fill(mask.unsqueeze(-1) == 0, -1e9).softmax(1)
-        return hidden * (weights * mask.sum(1)[:, None, None]).to(hidden.dtype)
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         """input_ids (B, T) -> last_hidden_state (B, T, D), as in transformers; a large batch a few texts at a time."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -726,7 +715,7 @@ class DeltaNetStudent(PreTrainedModel):
                 out[start:start + rows, :length] = x
             return BaseModelOutput(last_hidden_state=out)
         (hidden,), _ = self.hidden_states(input_ids, mask, last_alone=True)
-        return BaseModelOutput(last_hidden_state=self.weigh(hidden, mask))
+        return BaseModelOutput(last_hidden_state=hidden)
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
         """`encode` with this model, by default with the tokenizer saved beside it and the length it was trained on."""
@@ -2164,8 +2153,8 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")
 def modelling_source() -> str:
     """The slim modelling file of a saved folder: this script's own model, and the imports that it uses."""
     parts = ("KERNEL_FILES", "load_kernel", "kernel", "DeltaNetConfig", "slow_retentions", "PIECE", "frugal",
-             "EnhancedHierarchicalDeltaNet", "mean_pool", "encode", "encode_tokens", "tokenise", "pad_batch", "FeedForward",
-             "DeltaNetStudent", "state_overlap")
+             "EnhancedHierarchicalDeltaNet", "mean_pool", "encode", "encode_tokens", "tokenise", "pad_batch",
+             "FeedForward", "DeltaNetStudent", "state_overlap")
     body = ast.parse(SOURCE).body
     imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = [node.targets[0] if isinstance(node, ast.Assign) else node for node in body]
@@ -2264,12 +2253,12 @@ def learning_rate(step: int, cfg: dict[str, Any]) -> float:
 
 
 def build_optimizer(student: DeltaNetStudent, cfg: dict[str, Any]) -> torch.optim.AdamW:
-    """Fused AdamW; decay on matrices, not of gates, flux, projection; `mixer_lr_multiplier` on mixers and pooling."""
+    """Fused AdamW; decay on matrices, not of gates, flux, projection; `mixer_lr_multiplier` on mixers."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             decay = parameter.dim() == 2 and not re.search(r"norm|gate_proj|flux|projection", name)
-            groups[name.startswith(("deltanet_layers", "pooling")), decay].append(parameter)
+            groups[name.startswith("deltanet_layers"), decay].append(parameter)
     return torch.optim.AdamW([
         {"params": parameters, "weight_decay": cfg["weight_decay"] if decay else 0.0,
          "lr_multiplier": cfg["mixer_lr_multiplier"] if mixer else 1.0}
@@ -2446,7 +2435,7 @@ class Trainer:
         for (ids, mask), target in zip(micro.groups, micro.states):
             with self.autocast():
                 states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
-            vectors.append(widen(mean_pool(self.student.weigh(states[-1], mask).float(), mask)))
+            vectors.append(widen(mean_pool(states[-1].float(), mask)))
             if cfg["layer_distill_weight"]:
                 local["layer_distill"].append(
                     layer_distillation_loss([widen(x) for x in states], target, mask, tokens))
@@ -2741,12 +2730,11 @@ def resume(path: Path, student: DeltaNetStudent, optimizer: torch.optim.Optimize
 def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
     """Give `student` the weights of the saved one that `cfg` names; returns what is recorded of that one.
 
-    A learned pooling that it lacks starts as the plain mean, and its retentions move by what `slow_decay_*` differ.
-    UserError if it cannot be read or is of another architecture.
+    Its retentions move by what `slow_decay_*` differ. UserError if it cannot be read or is of another architecture.
     """
     state, theirs, info = read_student(cfg["init_student"])
     for key in ARCHITECTURE_KEYS:
-        if theirs[key] != cfg[key] and (key != "learned_pooling" or theirs[key]):
+        if theirs[key] != cfg[key]:
             raise UserError(f"init_student {info['file']}: has {key} {theirs[key]!r}, this run has {cfg[key]!r}; "
                             f"set --{key} {theirs[key]}")
     found, heads = student_from(state, theirs, info["file"], teacher), cfg["num_heads"]

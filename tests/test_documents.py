@@ -214,52 +214,19 @@ def test_slow_retentions_spread_over_the_heads_of_each_direction(cfg):
         script.check_config(cfg | {"slow_decay_max": 0.5})
 
 
-def test_learned_pooling_is_whose_mean_is_taken(cfg, models, tmp_path):
-    """Untrained it changes nothing; trained, every library's mean of the saved folder's output is the weighted mean."""
-    from sentence_transformers import SentenceTransformer
-    from transformers import AutoModel
-    _, teacher, tokenizer = models
-    cfg = cfg | {"learned_pooling": True}
-    plain, student = (script.build_student(cfg | {"learned_pooling": x}, teacher).eval() for x in (False, True))
-    texts = ["a dog", "many more words than the other text has, of which some weigh more", "cats"]
-    ids, mask = script.pad_batch(script.tokenise(tokenizer, texts, None))
-    ids, mask = torch.cat([ids, ids[:1]]), torch.cat([mask, 0 * mask[:1]])
-    hidden = plain(ids, mask).last_hidden_state
-    torch.testing.assert_close(student(ids, mask).last_hidden_state[:3], hidden[:3] * mask[:3, :, None])
-    assert student(ids, mask).last_hidden_state.isfinite().all()
-    torch.nn.init.normal_(student.pooling.weight)
-    expected = []
-    for states, real in zip(hidden[:3], mask[:3].bool()):
-        weights = torch.exp(states[real] @ student.pooling.weight[0])
-        expected.append(torch.nn.functional.normalize((weights[:, None] * states[real]).sum(0), dim=0))
-    expected = torch.stack(expected)
-    assert (expected - script.mean_pool(hidden, mask)[:3]).norm(dim=1).min() > 0.05
-    script.save_model(tmp_path, student, tokenizer, cfg, {})
-    for vectors in (script.encode(student, tokenizer, texts),
-                    script.encode(AutoModel.from_pretrained(tmp_path, trust_remote_code=True), tokenizer, texts),
-                    SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu").encode(texts)):
-        np.testing.assert_allclose(vectors, expected.detach().numpy(), atol=1e-5)
-
-    batch = script.MicroBatch(0, torch.arange(3), [(ids[:3], mask[:3])], torch.arange(3), [mask[:3].sum(1).tolist()],
-                              states=[script.teacher_states(teacher, ids[:3], mask[:3])])
-    vectors, _ = script.Trainer(student, teacher, cfg).forward(batch, 0, int(mask.sum()), 3)
-    torch.testing.assert_close(vectors, expected, atol=1e-5, rtol=1e-4)  # training sees the same
-
-
 def test_a_plain_student_starts_one_with_the_options_and_its_length_is_kept(cfg, models, tmp_path):
     plain, teacher, tokenizer = models
     script.save_model(tmp_path / "plain", plain, tokenizer, cfg, {})
-    options = cfg | {"learned_pooling": True, "slow_decay_max": 0.99, "long_share": 0.0,
-                     "init_student": str(tmp_path / "plain")}
+    options = cfg | {"slow_decay_max": 0.99, "long_share": 0.0, "init_student": str(tmp_path / "plain")}
     student = script.build_student(options, teacher)
     init = script.init_student(student, options, teacher)
     before, after = plain.deltanet_layers[1].gate_proj.bias.detach(), student.deltanet_layers[1].gate_proj.bias.detach()
     torch.testing.assert_close(torch.sigmoid(after[4:6]), torch.full((2,), 0.85))  # a direction's only head
-    assert torch.equal(before[:4], after[:4]) and not student.pooling.weight.any()
+    assert torch.equal(before[:4], after[:4])
     script.save_model(tmp_path / "later", student, tokenizer, options, {"init": init})
     assert json.loads((tmp_path / "later" / "config.json").read_text())["max_seq_length"] == 700
-    with pytest.raises(script.UserError, match="learned_pooling"):
-        script.init_student(plain, cfg | {"init_student": str(tmp_path / "later")}, teacher)
+    with pytest.raises(script.UserError, match="read_gates"):
+        script.init_student(plain, cfg | {"read_gates": False, "init_student": str(tmp_path / "later")}, teacher)
 
 
 # ---- encoding

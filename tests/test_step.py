@@ -54,7 +54,7 @@ def step(trainer: script.Trainer, optimizer: torch.optim.AdamW, batch: list[scri
     return script.update(optimizer, values.values(), rate, trainer.cfg["gradient_clip"], trainer.processes)
 
 
-CONFIGS = [{}, {"gradient_accumulation_steps": 1, "learned_pooling": True}, {"guided_contrastive": True}]
+CONFIGS = [{}, {"gradient_accumulation_steps": 1}, {"guided_contrastive": True}]
 
 
 @pytest.mark.parametrize("changes", CONFIGS)
