@@ -2418,7 +2418,7 @@ class Trainer:
         """Put the teacher's states and embeddings of a micro-batch into it."""
         with self.teacher_autocast():
             micro.states = [teacher_states(self.teacher, *group, lengths)
-                            for group, lengths in zip(micro.groups, micro.lengths)]
+                            for group, lengths in zip(micro.groups, micro.lengths, strict=True)]
         pooled = [self.teacher.pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)]
         followed = slice(self.teacher.followed)
         micro.states = [[self.teacher.without_prompt(x) for x in states[followed]] for states in micro.states]

@@ -27,8 +27,12 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def setting(device: str = "cpu", **changes: Any) -> tuple[script.Trainer, torch.optim.AdamW, list[script.MicroBatch]]:
-    """A trainer of a small student with dropout, its optimiser, and a batch with padding and hard negatives."""
+def setting(device: str = "cpu", tokens: int = 12, **changes: Any,
+            ) -> tuple[script.Trainer, torch.optim.AdamW, list[script.MicroBatch]]:
+    """A trainer of a small student with dropout, its optimiser, and a batch with padding and hard negatives.
+
+    With more than 512 `tokens` a text at most, they are documents, which the teacher reads in windows.
+    """
     small = {"d_model": 32, "num_heads": 2, "num_layers": 2, "batch_size": 6, "max_length": 12}
     cfg = script.check_config(script.config | small | changes)
     torch.manual_seed(0)
@@ -36,11 +40,12 @@ def setting(device: str = "cpu", **changes: Any) -> tuple[script.Trainer, torch.
     teacher = script.Teacher(BertModel(shapes, add_pooling_layer=False)).to(device)
     trainer = script.Trainer(script.build_student(cfg, teacher).to(device).train(), teacher, cfg)
     trainer.distances = torch.zeros(2, 3, dtype=torch.float64, device=device)
-    batch = make_batch(cfg)
+    batch = make_batch(cfg | {"max_length": tokens})
     for micro in batch:
         (ids, mask), pairs = micro.groups[0], micro.pairs
         mask[::2, 9:] = 0
         micro.groups, micro.sources = [(ids, mask), (ids[:1, :8], mask[:1, :8])], torch.arange(pairs) % 3
+        micro.lengths, micro.long = [m.sum(1).tolist() for _, m in micro.groups], tokens > 512
         micro.keys, micro.restore = torch.cat([micro.keys, micro.keys[:1]]), torch.arange(2 * pairs + 1).flip(0)
     return trainer, script.build_optimizer(trainer.student, cfg), batch
 
@@ -54,7 +59,7 @@ def step(trainer: script.Trainer, optimizer: torch.optim.AdamW, batch: list[scri
     return script.update(optimizer, values.values(), rate, trainer.cfg["gradient_clip"], trainer.processes)
 
 
-CONFIGS = [{}, {"gradient_accumulation_steps": 1}, {"guided_contrastive": True}]
+CONFIGS = [{}, {"gradient_accumulation_steps": 1}, {"guided_contrastive": True}, {"tokens": 600}]
 
 
 @pytest.mark.parametrize("changes", CONFIGS)
