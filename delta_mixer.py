@@ -520,7 +520,7 @@ def choose_mixer(definition: Callable, device: torch.device, shape: tuple[int, i
         raise WrongMixer(f"no form of the mixer computes rightly on {device} (see above); try --device cpu, or other "
                          "versions")
     (best, taken), *others = ranking
-    why = ", ".join(f"{seconds / best:.1f} times the {name}'s speed" for seconds, name in others if timed)
+    why = ", ".join(f"{time / best:.1f} times the {name}'s speed" for time, name in others if timed)
     why += f" at {texts} x {tokens} tokens, forward and backward" if why else ""
     log(f"mixer: {taken}, {why or ('the only one left' if timed or not others else 'not timed')}")
     return forms[taken]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -488,14 +489,17 @@ def test_learning_rate_is_linear_and_ends_at_zero():
     assert [script.learning_rate(s, cfg) for s in (5, 10, 55, 100)] == [0.5, 1.0, 0.5, 0.0]
 
 
-def tiny_run(corpus, tiny_teacher, output: Path, *extra: str) -> forked.Done:
+def tiny_command(corpus, tiny_teacher, output: Path, *extra: str) -> list[Any]:
     """The real command line with tiny settings."""
-    return forked.run(ROOT / "train_6layer_deltanet.py", "--teacher_model", tiny_teacher, "--data_dir", corpus,
-                      "--d_model", "32", "--num_heads", "2", "--num_layers", "2", "--batch_size", "8", "--threads", "1",
-                      "--gradient_accumulation_steps", "2", "--total_steps", "12", "--warmup_steps", "3",
-                      "--log_interval", "4", "--eval_interval", "6", "--save_interval", "3",
-                      "--peak_learning_rate", "1e-3", "--cache_dir", output.parent / "cache", "--output_dir", output,
-                      *extra, cwd=output.parent)
+    return [ROOT / "train_6layer_deltanet.py", "--teacher_model", tiny_teacher, "--data_dir", corpus, "--d_model", "32",
+            "--num_heads", "2", "--num_layers", "2", "--batch_size", "8", "--threads", "1",
+            "--gradient_accumulation_steps", "2", "--total_steps", "12", "--warmup_steps", "3", "--log_interval", "4",
+            "--eval_interval", "6", "--save_interval", "3", "--peak_learning_rate", "1e-3", "--cache_dir",
+            output.parent / "cache", "--output_dir", output, *extra]
+
+
+def tiny_run(corpus, tiny_teacher, output: Path, *extra: str) -> forked.Done:
+    return forked.run(*tiny_command(corpus, tiny_teacher, output, *extra), cwd=output.parent)
 
 
 def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
@@ -529,6 +533,21 @@ def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
     assert other.returncode == 2 and "dropout" in other.stderr
     again = tiny_run(corpus, tiny_teacher, tmp_path / "whole")
     assert again.returncode == 2 and "--resume latest" in again.stderr
+
+
+@pytest.mark.slow
+def test_two_threads_in_processes_of_their_own_resume_bit_identically(corpus, tiny_teacher, tmp_path):
+    """Not forked: OpenMP's threads, which the kernel shares with PyTorch, are there."""
+    for name, extra in (("whole", ()), ("parts", ("--resume_from_step", "3"))):
+        if extra:
+            (tmp_path / name).mkdir()
+            for file in ("checkpoint_3.pt", "checkpoint_3.json", "metrics.jsonl"):
+                (tmp_path / name / file).write_bytes((tmp_path / "whole" / file).read_bytes())
+        command = tiny_command(corpus, tiny_teacher, tmp_path / name, "--threads", "2", *extra)
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    a, b = (torch.load(tmp_path / d / "checkpoint_12.pt", weights_only=True)["student"] for d in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_bf16_autocast_trains_and_keeps_the_core_in_float32(corpus, tiny_teacher, tmp_path):
