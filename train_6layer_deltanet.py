@@ -2294,7 +2294,22 @@ class Processes:
     """This process among those that torchrun started: number `rank` of `count`. One alone uses no torch.distributed."""
 
     def __init__(self, rank: int = 0, count: int = 1):
-        self.rank, self.count, self.busy, self.since = rank, count, 0.0, time.perf_counter()
+        self.rank, self.count = rank, count
+        self.begun: Any = None  # the moment at which this process began the step
+        self.busy: list[tuple] = []  # from there to where it needs the others, of the steps since the last line
+
+    def moment(self, device: torch.device) -> Any:
+        """Now, as the device's stream sees it: an event on CUDA, which nothing waits for, else seconds."""
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def busy_seconds(self) -> float:
+        """The sum of `busy`, which is emptied; on CUDA after the events."""
+        spans, self.busy = self.busy, []
+        return sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1000 for a, b in spans)
 
     def connect(self, device: torch.device, seconds: float) -> None:
         """Meet the others; from then on an operation that lasts longer than `seconds` fails, except `wait`."""
@@ -2466,9 +2481,8 @@ class Trainer:
             torch.cat([vectors.detach(), batch[i].target], out=parts[i][0].view(-1, dim))
             for name, part in zip(names, parts[i][1:]):
                 part.copy_(local[name].detach())
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # the time until here is this process's own
-        self.processes.busy += time.perf_counter() - self.processes.since
+        if self.processes.begun is not None:
+            self.processes.busy.append((self.processes.begun, self.processes.moment(self.device)))
         self.processes.sum(whole)
         for micro, part in zip(batch, parts):
             micro.target = part[0].view(2, -1, dim)[1]
@@ -3027,7 +3041,7 @@ class Run:
         if save:
             self.signals.save = False
             self.save("SIGUSR1")
-        self.processes.since = time.perf_counter()
+        self.processes.begun = self.processes.moment(self.device)
         return Stop(status, f"{signal.Signals(status - 128).name} received") if status else None
 
     def train(self) -> None:
@@ -3131,8 +3145,8 @@ class Run:
         speed, named = pairs / seconds, ""
         pace = {"speed/pairs_per_s": round(speed, 2), "speed/data_wait": round(waited / seconds, 4)}
         if self.processes.count > 1:
-            busy = self.processes.table(self.processes.busy).flatten()
-            slowest, self.processes.busy = int(busy.argmax()), 0.0
+            busy = self.processes.table(self.processes.busy_seconds()).flatten()
+            slowest = int(busy.argmax())
             others = (busy.sum() - busy[slowest]) / (len(busy) - 1)
             excess = (busy[slowest] / others - 1).item()
             pace |= {"speed/slowest_rank": slowest, "speed/slowest_rank_excess": round(excess, 4)}
