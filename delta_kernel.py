@@ -940,11 +940,13 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *in
 
 
 def gelu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """Exact GELU of x + bias into `out`, which may be x. x, out (N, F) float32, bias (F); F a multiple of 16."""
     in_threads(max(1, min(torch.get_num_threads(), len(x))), gelu_rows, *x.shape, flat(x), flat(bias), flat(out))
     return out
 
 
 def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
+    """gelu(x + bias) anew, (N, F); `grad`, of that, becomes the gradient of x in place."""
     out, threads = torch.empty_like(x), max(1, min(torch.get_num_threads(), len(x)))
     in_threads(threads, gelu_backward_rows, *x.shape, flat(x), flat(bias), flat(grad), flat(out))
     return out

@@ -6,7 +6,7 @@
 
 The operator's kernels are Numba's on a CPU (delta_kernel.py) and Triton's on CUDA (delta_kernel_cuda.py), imported by
 the first call there, so that neither needs the other's package. Both keep the same for the backward pass: the inputs,
-and the states every BLOCK tokens.
+and the states every BLOCK tokens. A saved model carries this file along; the check runs in training alone.
 """
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from typing import Any, Callable, Iterator, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The parallel form
@@ -431,7 +430,7 @@ def mixer_example(device: torch.device, heads: int = 4, channels: int = 32, batc
 
 
 class WrongMixer(ArithmeticError):
-    """A form of the mixer differs from the definition, said in one line."""
+    """A form of the mixer differs from the definition, or no form is left that does not; said in one line."""
 
 
 TF32_LIMIT = 0.03  # of a mixer's difference where products have TF32's 10 bits: 0.008, emulated on a CPU
@@ -441,9 +440,9 @@ def check_mixers(definition: Callable, device: torch.device, mixers: dict[str, C
                  heads: int = 4, channels: int = 32, precision: str = "highest", limit: float = 1e-3) -> float:
     """Largest difference of the mixers that `device` has from `parallel_mixer` with the delta rule's `definition`.
 
-    Outputs, final states and all gradients, see `relative_difference`; WrongMixer above `limit`. The definition is
-    computed in float32, the mixers with products of `precision`: by default that too, as TF32's rounding would hide a
-    wrong result.
+    Outputs, final states and all gradients, see `relative_difference`; WrongMixer above `limit`. The definition, with
+    the arguments and results of `chunk_hierarchical_delta_rule`, is computed in float32, the mixers with products of
+    `precision`: by default that too, as TF32's rounding would hide a wrong result.
     """
     if mixers is None:
         mixers = {"parallel form": parallel_mixer}
@@ -472,7 +471,11 @@ def check_mixers(definition: Callable, device: torch.device, mixers: dict[str, C
 
 
 def time_mixer(form: Callable, inputs: list[Tensor], options: dict[str, Any], seconds: float) -> float:
-    """Seconds that `form` takes, forward and backward: the median over `seconds`."""
+    """Seconds that `form` takes, forward and backward: the median over `seconds`.
+
+    `inputs`: as of `mixer_example`, without the initial state; `options`: the form's, by name.
+    """
+    from torch.utils.benchmark import Timer
     wanted = [x for x in inputs if x.requires_grad]
 
     def once() -> None:
@@ -501,8 +504,8 @@ def choose_mixer(definition: Callable, device: torch.device, shape: tuple[int, i
             forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": hierarchical_mixer} | forms
         elif device.type in PACKAGES:
             log(f"mixer: its kernel is left out: the package {PACKAGES[device.type]} is not installed")
-    *inputs, _ = mixer_example(device, heads, channels, texts, tokens)
-    if bf16:
+    *inputs, _ = mixer_example(device, heads, channels, texts, tokens) if timed else [None]
+    if bf16 and timed:
         inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
     precision, times = torch.get_float32_matmul_precision(), []
     for name, form in forms.items():
@@ -522,5 +525,5 @@ def choose_mixer(definition: Callable, device: torch.device, shape: tuple[int, i
     (best, taken), *others = ranking
     why = ", ".join(f"{time / best:.1f} times the {name}'s speed" for time, name in others if timed)
     why += f" at {texts} x {tokens} tokens, forward and backward" if why else ""
-    log(f"mixer: {taken}, {why or ('the only one left' if timed or not others else 'not timed')}")
+    log(f"mixer: {taken}, {why or ('not timed, as the run is deterministic' if others else 'the only one left')}")
     return forms[taken]

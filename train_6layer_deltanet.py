@@ -731,11 +731,16 @@ def state_overlap(state: Tensor) -> Tensor:
     return (inner / (fast.square().sum((-2, -1)) * slow.square().sum((-2, -1)) + 1e-12)).mean()
 
 
-check_mixers = partial(kernel.check_mixers, recurrent_hierarchical_delta_rule)
+def check_mixers(device: torch.device, mixers: dict[str, Callable] | None = None) -> float:
+    """`kernel.check_mixers` with this file's definition; raises kernel.WrongMixer."""
+    return kernel.check_mixers(recurrent_hierarchical_delta_rule, device, mixers)
 
 
 def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.device, **options: Any) -> None:
-    """Give the student's layers the mixer that `kernel.choose_mixer` finds for a micro-batch of this config."""
+    """Give the student's layers the mixer that `kernel.choose_mixer`, with `options`, takes for its micro-batches.
+
+    Raises kernel.WrongMixer if none is right.
+    """
     heads, texts = cfg["num_heads"], 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"])
     reverse, first = heads // 2 if cfg["bidirectional"] else 0, student.deltanet_layers[0]
     found = kernel.choose_mixer(
@@ -750,10 +755,10 @@ def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, 
     """torch.compile of the whole student and teacher, as the config's `compile` says; True if it was done.
 
     Sizes are symbolic, so a few graphs (with and without gradients, one sentence, several) serve all lengths. The
-    compiled student's hidden states and gradients are compared with the uncompiled one's; where they differ or nothing
-    can be compiled, one line says why, and everything runs as it is. `auto` leaves several processes alone, of which
-    none must wait for another one's compiler, and deterministic runs, as a resumed run may be compiled from other first
-    shapes.
+    compiled models' hidden states, and the student's gradients, are compared with the uncompiled ones'; where they
+    differ or nothing can be compiled, one line says why, and everything runs as it is. `auto` leaves several processes
+    alone, of which none must wait for another one's compiler, and deterministic runs, as a resumed run may be compiled
+    from other first shapes.
     """
     alone = device.type == "cuda" and not cfg["deterministic"] and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if cfg["compile"] == "false" or (cfg["compile"] == "auto" and not alone):
@@ -771,6 +776,10 @@ def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, 
             slope = torch.linspace(-1, 1, student.config.d_model, device=device) * mask.unsqueeze(-1)
             total = sum((x * slope).sum() for x in states)
             found.append([*states, *torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)])
+        # The uncompiled teacher goes first: transformers then installs its hooks, under a lock, which cannot be traced.
+        found[0] += teacher_states(teacher, ids, mask)
+        teacher.compiled = torch.compile(teacher.model.forward, dynamic=True, fullgraph=True, backend=backend)
+        found[1] += teacher_states(teacher, ids, mask)
         error = max(kernel.relative_difference(x, y) for x, y in zip(*found, strict=True))
         if not error < (1e-3 if precision == "highest" or device.type == "cpu" else 1e-2):  # TF32 rounds otherwise
             raise ArithmeticError(f"error: compiled results are off by {error:.1e}")
@@ -778,12 +787,12 @@ def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, 
         said = [line for line in str(error).splitlines() if "rror" in line or "ompiler" in line]
         reason = said[-1] if said else type(error).__name__
         log(f"note: compile: PyTorch cannot compile here ({reason.strip()[:200]}); running without")
+        teacher.compiled = None
         return False
     finally:
         student.train(was_training)
     torch._dynamo.config.optimize_ddp = False  # it would cut the graphs at DDP's buckets
     student.hidden_states = MethodType(compiled, student)
-    teacher.model.compile(dynamic=True, fullgraph=True, backend=backend)
     return True
 
 
@@ -853,6 +862,7 @@ class Teacher(nn.Module):
                  prompt: Iterable[int] = ()):
         super().__init__()
         self.model, self.config, self.cls, self.prompt = model, model.config, cls, list(prompt)
+        self.compiled: Callable | None = None  # in the model's place
         count, positions = self.config.num_hidden_layers, self.config.max_position_embeddings
         every = count // (num_layers or count)
         self.layers = range(every, count + 1, every)
@@ -963,7 +973,8 @@ def teacher_states(teacher: Teacher, input_ids: Tensor, mask: Tensor, lengths: l
     """
     def read(ids: Tensor, mask: Tensor) -> list[Tensor]:
         mask = mask.bool()[:, None, None]  # taken as it is; of two axes, transformers would look whether all are real
-        found = teacher.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        run = teacher.compiled or teacher.model
+        found = run(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
         return [found[i] for i in teacher.layers]
 
     def moved(x: np.ndarray) -> Tensor:
@@ -979,27 +990,27 @@ def teacher_states(teacher: Teacher, input_ids: Tensor, mask: Tensor, lengths: l
     (count, longest), head = input_ids.shape, len(teacher.prompt)
     lengths = mask.sum(1).tolist() if lengths is None else [head + n for n in lengths]
     tables = [window_table(n, 1 + head, teacher.whole) for n in lengths]
-    width = -(-max(positions.shape[1] for positions, _ in tables) // 8) * 8
-    firsts = np.cumsum([0, *(len(positions) for positions, _ in tables)])  # each text's first window
-    index, real = np.zeros((firsts[-1], width), np.int64), np.zeros((firsts[-1], width), np.int64)
-    spots = np.zeros((count, longest), np.int64)  # of each token's state among those of all windows
+    windows = [row * longest + window for row, (positions, _) in enumerate(tables) for window in positions]
+    states, starts, most, flat = [], np.zeros(len(windows), np.int64), 64 if mask.is_cuda else 8, input_ids.flatten()
+    for first in range(0, len(windows), most):  # a few at a time, padded to the longest of them
+        some = windows[first:first + most]
+        width = -(-max(map(len, some)) // 8) * 8
+        real = np.arange(width) < np.array([len(x) for x in some])[:, None]
+        index = np.zeros(real.shape, np.int64)
+        index[real] = np.concatenate(some)
+        starts[first:first + most] = width  # where each window's states begin among those of all: summed up below
+        states.append([x.flatten(0, 1) for x in read(flat[moved(index)], moved(real))])
+    starts = np.cumsum(starts) - starts
+    places, firsts = np.zeros((count, longest), np.int64), np.cumsum([0, *(len(positions) for positions, _ in tables)])
     for row, (positions, place) in enumerate(tables):
-        windows, own = slice(*firsts[row:row + 2]), positions.shape[1]
-        index[windows, :own], real[windows, :own] = row * longest + positions, 1
-        spots[row, :len(place)] = (firsts[row] + place // own) * width + place % own
-    ids, most, found = input_ids.flatten()[moved(index)], 64 if mask.is_cuda else 8, []
-    some, sizes = moved(real), real.sum(1)
-    for start in range(0, len(index), most):
-        part = slice(start, start + most)
-        size = -(-sizes[part].max() // 8) * 8
-        states = read(ids[part, :size], some[part, :size])
-        found.append([F.pad(x, (0, 0, 0, width - size)).flatten(0, 1) for x in states])
-    layers, places, keep = [torch.cat(layer) for layer in zip(*found)], moved(spots), mask.unsqueeze(-1)
-    states = [x[places] * keep for x in layers]
+        window, offset = np.divmod(place, positions.shape[1])
+        places[row, :len(place)] = starts[firsts[row] + window] + offset
+    layers = [torch.cat(layer) for layer in zip(*states)]
+    found = [x[moved(places)] * mask.unsqueeze(-1) for x in layers]
     if teacher.cls:
-        starts = [layers[-1][a * width:b * width:width] for a, b in zip(firsts[:-1], firsts[1:])]
-        states[-1][:, 0] = torch.stack([x.mean(0) for x in starts])
-    return states
+        heads = [layers[-1][moved(starts[a:b])] for a, b in zip(firsts[:-1], firsts[1:])]
+        found[-1][:, 0] = torch.stack([x.mean(0) for x in heads])
+    return found
 
 
 def widening(student: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -2290,6 +2301,15 @@ def update(optimizer: torch.optim.AdamW, values: Iterable[Tensor], rate: float, 
     return row
 
 
+def moment(device: torch.device) -> Any:
+    """Now, as the device's stream sees it: an event on CUDA, for which nothing waits, else seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Processes:
     """This process among those that torchrun started: number `rank` of `count`. One alone uses no torch.distributed."""
 
@@ -2298,16 +2318,8 @@ class Processes:
         self.begun: Any = None  # the moment at which this process began the step
         self.busy: list[tuple] = []  # from there to where it needs the others, of the steps since the last line
 
-    def moment(self, device: torch.device) -> Any:
-        """Now, as the device's stream sees it: an event on CUDA, which nothing waits for, else seconds."""
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def busy_seconds(self) -> float:
-        """The sum of `busy`, which is emptied; on CUDA after the events."""
+        """The sum of `busy`, which is emptied. On CUDA only where the host has waited for the newest of its events."""
         spans, self.busy = self.busy, []
         return sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1000 for a, b in spans)
 
@@ -2482,7 +2494,7 @@ class Trainer:
             for name, part in zip(names, parts[i][1:]):
                 part.copy_(local[name].detach())
         if self.processes.begun is not None:
-            self.processes.busy.append((self.processes.begun, self.processes.moment(self.device)))
+            self.processes.busy.append((self.processes.begun, moment(self.device)))
         self.processes.sum(whole)
         for micro, part in zip(batch, parts):
             micro.target = part[0].view(2, -1, dim)[1]
@@ -3041,7 +3053,7 @@ class Run:
         if save:
             self.signals.save = False
             self.save("SIGUSR1")
-        self.processes.begun = self.processes.moment(self.device)
+        self.processes.begun = moment(self.device)
         return Stop(status, f"{signal.Signals(status - 128).name} received") if status else None
 
     def train(self) -> None:

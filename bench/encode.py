@@ -33,8 +33,8 @@ from common import (configure, fresh, growth, headline, interleaved, machine, mi
                     ratio, resident, run, script, shown, spread, table)
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from detect_hardware import find_hardware
 from delta_onnx import OnnxModel, need, quantise_onnx, write_onnx
+from detect_hardware import find_hardware
 
 LENGTHS = (16, 32, 64, 128, 256, 512)
 LONG = (2048, 8192, 32768)

@@ -124,6 +124,8 @@ def test_long_texts_are_read_by_windows_with_the_prompt_in_each(options, tmp_pat
     texts = [[2, *torch.randint(5, 60, (n,), generator=generator).tolist(), 3] for n in (20, 64 - head - 1, 90, 200)]
     ids, mask = script.pad_batch(texts)
     found = script.teacher_states(teacher, ids, mask)
+    known = script.teacher_states(teacher, ids, mask, [len(x) for x in texts])
+    assert all(torch.equal(x, y) for x, y in zip(found, known, strict=True))
     for i, text in enumerate(texts):
         inner, n = text[1:-1], len(text) - 2
         size = 64 - head - 1  # tokens of a text in a window

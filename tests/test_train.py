@@ -180,7 +180,7 @@ def test_compiled_parts_give_the_same_with_few_graphs(compilable, monkeypatch):
     for call in (lambda: student.hidden_states(*batches[0]), lambda: script.teacher_states(teacher, *batches[0])):
         call()
         counts.append(counter.frame_count)
-    assert counts[1] <= 3 and counts[2] == counts[1] + 1  # the student, with and without gradients; the teacher
+    assert counts[0] == 2 and counts[2] == counts[1] <= 4  # the student, with and without gradients; the teacher
     for batch, values in zip(batches, expected):
         torch.testing.assert_close(step(*batch), values, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 16
@@ -189,6 +189,15 @@ def test_compiled_parts_give_the_same_with_few_graphs(compilable, monkeypatch):
         for parameter in twin.parameters():
             parameter.zero_()
         assert not twin.hidden_states(*batches[0])[0][-1].any()  # its own weights, not the original's
+
+
+def test_a_teacher_that_has_not_run_yet_is_compiled(compilable):
+    """Its first call takes a lock, which cannot be traced."""
+    student, teacher, cfg, batches, _ = compilable
+    assert script.compile_models(student, teacher, cfg, torch.device("cpu"), pytest.fail, "eager")
+    found, teacher.compiled = script.teacher_states(teacher, *batches[1]), None
+    for x, y in zip(found, script.teacher_states(teacher, *batches[1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_compiler_one_line_says_so(compilable, monkeypatch):
@@ -580,7 +589,7 @@ def tiny_trainer(generated, tiny_teacher, **changes):
 
 
 def test_a_batch_in_one_go_or_in_fewer_groups_has_the_same_gradients(generated, tiny_teacher):
-    """What `Run.fit` sets on a GPU: a batch that fits is one micro-batch, a group must spare enough tokens."""
+    """What `measure_memory` sets on a GPU: a batch that fits is one micro-batch, a group must spare enough tokens."""
     lengths = ",".join(map(str, range(4, 128)))  # texts of the corpus differ by a few tokens
     trainer, data = tiny_trainer(generated, tiny_teacher, dropout=0.0, state_dropout=0.0, pad_lengths=lengths)
     expected, parts = gradients(trainer, data), data.batch(1)
