@@ -763,6 +763,7 @@ def compile_models(student: DeltaNetStudent, teacher: "Teacher", cfg: dict[str, 
     alone = device.type == "cuda" and not cfg["deterministic"] and int(os.environ.get("WORLD_SIZE", 1)) == 1
     if cfg["compile"] == "false" or (cfg["compile"] == "auto" and not alone):
         return False
+    torch._dynamo.config.recompile_limit = 64  # beyond it a call fails; a graph for each of: one text, gradients, ...
     compiled = torch.compile(DeltaNetStudent.hidden_states, dynamic=True, fullgraph=True, backend=backend)
     generator, found = torch.Generator().manual_seed(0), []
     weights = [p for p in student.parameters() if p.requires_grad]

@@ -200,6 +200,22 @@ def test_a_teacher_that_has_not_run_yet_is_compiled(compilable):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_every_use_of_a_compiled_student_has_its_graph(compilable):
+    """A whole run's kinds of calls are more than PyTorch's default limit of 8, beyond which the next one fails."""
+    from torch._dynamo.testing import CompileCounter
+    student, teacher, cfg, batches, _ = compilable
+    counter = CompileCounter()
+    assert script.compile_models(student, teacher, cfg, torch.device("cpu"), pytest.fail, counter)
+    for training in (False, True):
+        student.train(training)
+        for context in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+            for batch in (batches[0], batches[3]):
+                for last_alone in (False, True):
+                    with context():
+                        student.hidden_states(*batch, last_alone=last_alone)
+    assert counter.frame_count > 8
+
+
 def test_without_a_compiler_one_line_says_so(compilable, monkeypatch):
     student, teacher, cfg, batches, step = compilable
     from torch._inductor import config as inductor
