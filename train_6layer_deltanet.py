@@ -714,7 +714,8 @@ class DeltaNetStudent(PreTrainedModel):
                 out = x.new_zeros(*input_ids.shape, x.shape[-1]) if out is None else out
                 out[start:start + rows, :length] = x
             return BaseModelOutput(last_hidden_state=out)
-        (hidden,), _ = self.hidden_states(input_ids, mask, last_alone=True)
+        # Not the instance's, which may be compiled: evaluation alone would not make up for the compiler's minutes.
+        (hidden,), _ = DeltaNetStudent.hidden_states(self, input_ids, mask, last_alone=True)
         return BaseModelOutput(last_hidden_state=hidden)
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
