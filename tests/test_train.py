@@ -561,6 +561,16 @@ def test_whole_run_and_resume_are_bit_identical(corpus, tiny_teacher, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler g++: torch.compile is not tested")
+def test_a_whole_run_is_compiled(corpus, tiny_teacher, tmp_path):
+    """As a default run on one GPU is; the first micro-batches and the evaluation come after the compiled check."""
+    command = tiny_command(corpus, tiny_teacher, tmp_path / "run", "--compile", "true")
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "compile: student and teacher" in done.stdout, done.stderr
+    assert (tmp_path / "run" / "checkpoint_12.pt").is_file()
+
+
+@pytest.mark.slow
 def test_two_threads_in_processes_of_their_own_resume_bit_identically(corpus, tiny_teacher, tmp_path):
     """Not forked: OpenMP's threads, which the kernel shares with PyTorch, are there."""
     for name, extra in (("whole", ()), ("parts", ("--resume_from_step", "3"))):
