@@ -405,6 +405,7 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Which form: each is checked against the definition, then timed
 
+
 def relative_difference(expected: Tensor, found: Tensor) -> float:
     """The largest difference over 1 + the largest expected entry."""
     return float((expected - found).detach().abs().max() / (1 + expected.detach().abs().max()))
@@ -504,8 +505,8 @@ def choose_mixer(definition: Callable, device: torch.device, shape: tuple[int, i
             forms = {"Triton kernel" if device.type == "cuda" else "Numba kernel": hierarchical_mixer} | forms
         elif device.type in PACKAGES:
             log(f"mixer: its kernel is left out: the package {PACKAGES[device.type]} is not installed")
-    *inputs, _ = mixer_example(device, heads, channels, texts, tokens) if timed else [None]
-    if bf16 and timed:
+    inputs = mixer_example(device, heads, channels, texts, tokens)[:-1] if timed else []
+    if bf16 and inputs:
         inputs[0] = inputs[0].detach().bfloat16().requires_grad_()
     precision, times = torch.get_float32_matmul_precision(), []
     for name, form in forms.items():
