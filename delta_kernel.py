@@ -2,8 +2,9 @@
 
 For each sentence and head the kernel reads the input projection's own rows and does the convolution, SiLU,
 normalisation, resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x
-32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. The formulas are those of
-`parallel_mixer`, its twin in PyTorch; the tests compare the two.
+32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. Of texts of up to BLOCK
+tokens, and in the backward pass of the first BLOCK tokens of any, the states are not made at all (`recur_from_zero`).
+The formulas are those of `parallel_mixer`, its twin in PyTorch; the tests compare the two.
 
 The backward pass keeps the states at the starts of blocks of BLOCK tokens and computes all else anew, block by block
 from the end. Parameters' gradients are summed per group of sentences, then over the groups: the order does not depend
@@ -158,6 +159,16 @@ def splat(typingctx, x):
 
 
 @intrinsic
+def spread(typingctx, array, index):
+    """A vector of array[index], without Numba's look whether an index counts from the end."""
+    def codegen(context, builder, signature, args):
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
+        kinds = lanes(types.float32)
+        return as_vectors(context, builder, kinds, [builder.load(builder.gep(data, [args[1]]))])[0]
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
 def total(typingctx, x):
     """The sum of a vector's entries."""
     def codegen(context, builder, signature, args):
@@ -245,6 +256,14 @@ class Work(NamedTuple):
     k_state: np.ndarray  # (BLOCK, 2, KP), S^T k of both states before the token
     states: np.ndarray  # (slots, 2, K, KP)
     slot: np.ndarray  # (BLOCK), where in `states` the state before the token is
+    # Of `recur_from_zero`; tokens are the real ones, a row is of one token, its entries of those before it
+    order: np.ndarray  # (BLOCK + 1), which tokens of the block are real, and their number
+    keys: np.ndarray  # (KP, BLOCK), k of each
+    beta: np.ndarray  # (BLOCK), beta of each
+    products: np.ndarray  # (2, BLOCK, BLOCK), k . k and q . k
+    decay: np.ndarray  # (4, BLOCK, BLOCK), product of the transitions between
+    weight: np.ndarray  # (6, BLOCK, BLOCK), of earlier errors: in those of both states (4), in what is read (2)
+    error: np.ndarray  # (2, BLOCK, KP), what a token adds to both states along k, before beta
 
 
 class Gradients(NamedTuple):
@@ -261,6 +280,10 @@ class Gradients(NamedTuple):
     pre: np.ndarray  # (BLOCK, HIDDEN)
     form: np.ndarray  # (BLOCK)
     rows: np.ndarray  # (4, KP), vectors of the token in work
+    error: np.ndarray  # (2, BLOCK, KP)
+    error_t: np.ndarray  # (2, KP, BLOCK), errors themselves
+    state_t: np.ndarray  # (2, KP, KP), transposed `state`
+    pairs: np.ndarray  # (7, BLOCK): of transitions' products of all later tokens (4), beta, q . k and k . k
 
 
 @njit(inline="always", **JIT)
@@ -331,15 +354,15 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
                 u0 = u1 = u2 = u3 = splat(ZERO)
                 for a in range(K):
                     weight = load(p.bilinear, a * KP + c)
-                    u0, u1 = fma(weight, w.z[k0 + a], u0), fma(weight, w.z[k1 + a], u1)
-                    u2, u3 = fma(weight, w.z[k2 + a], u2), fma(weight, w.z[k3 + a], u3)
+                    u0, u1 = fma(weight, spread(w.z, k0 + a), u0), fma(weight, spread(w.z, k1 + a), u1)
+                    u2, u3 = fma(weight, spread(w.z, k2 + a), u2), fma(weight, spread(w.z, k3 + a), u3)
                 store(w.u, i * KP + c, u0), store(w.u, (i + 1) * KP + c, u1)
                 store(w.u, (i + 2) * KP + c, u2), store(w.u, (i + 3) * KP + c, u3)
             h0 = h1 = h2 = h3 = load(p.small, HIDDEN)
             for a in range(2 * KP):  # k and v stand side by side
                 weight = load(p.mlp_t, a * HIDDEN)
-                h0, h1 = fma(weight, w.z[k0 + a], h0), fma(weight, w.z[k1 + a], h1)
-                h2, h3 = fma(weight, w.z[k2 + a], h2), fma(weight, w.z[k3 + a], h3)
+                h0, h1 = fma(weight, spread(w.z, k0 + a), h0), fma(weight, spread(w.z, k1 + a), h1)
+                h2, h3 = fma(weight, spread(w.z, k2 + a), h2), fma(weight, spread(w.z, k3 + a), h3)
             store(w.pre, i * HIDDEN, h0), store(w.pre, (i + 1) * HIDDEN, h1)
             store(w.pre, (i + 2) * HIDDEN, h2), store(w.pre, (i + 3) * HIDDEN, h3)
         for i in range(n4):
@@ -390,7 +413,7 @@ def recur(n, slot, step, K, w):
             kf = ks = qf = qs = splat(ZERO)  # S^T k and S^T q of the states before the token
             for a in range(K):
                 f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
-                ka, qa = w.z[k + a], w.z[q + a]
+                ka, qa = spread(w.z, k + a), spread(w.z, q + a)
                 kf, ks, qf, qs = fma(f, ka, kf), fma(s, ka, ks), fma(f, qa, qf), fma(s, qa, qs)
             store(w.k_state, 2 * i * KP + c, kf), store(w.k_state, (2 * i + 1) * KP + c, ks)
             value = load(w.z, v + c)
@@ -398,10 +421,86 @@ def recur(n, slot, step, K, w):
             ds = mul(sub(value, fma(kf, m10, mul(ks, m11))), beta)
             store(w.o, i * KP + c, fma(qf, q_fast, fma(qs, q_slow, mul(fma(df, r0, mul(ds, r1)), qk))))
             for a in range(K):
-                f, s, ka = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c), w.z[k + a]
+                f, s, ka = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c), spread(w.z, k + a)
                 store(w.states, new + a * KP + c, fma(f, m00, fma(s, m01, mul(df, ka))))
                 store(w.states, new + size + a * KP + c, fma(f, m10, fma(s, m11, mul(ds, ka))))
     return slot
+
+
+@njit(**PART)
+def recur_from_zero(n, keep, K, w):
+    """`recur` of a block before which both states are zero, from token to token; the states after it are not made.
+
+    With P_ts = M_t ... M_(s+1) and e_s[sigma], what token s adds to state sigma along k_s, before beta_s:
+        e_t[tau] = v_t - sum_(s<t) (k_t . k_s) beta_s sum_sigma P_ts[tau, sigma] e_s[sigma]
+        o_t = sum_(s<=t) (q_t . k_s) beta_s sum_(sigma, tau) r_t[tau] P_ts[tau, sigma] e_s[sigma].
+    For so few tokens this is less work than the states are. `keep` 1 keeps all rows for the backward pass.
+    """
+    KP, BB = len(w.o) // BLOCK, BLOCK * BLOCK
+    wide, other, m = 3 * KP, BLOCK * KP, 0
+    for i in range(n):
+        if w.real[i]:
+            w.order[m], w.beta[m] = i, w.at[8 * i + 4]
+            for a in range(K):
+                w.keys[a * BLOCK + m] = w.z[i * wide + KP + a]
+            m += 1
+    w.order[BLOCK], m16 = m, (m + WIDTH - 1) // WIDTH * WIDTH
+    for j in range(m, m16):
+        w.beta[j] = ZERO
+        for a in range(K):
+            w.keys[a * BLOCK + j] = ZERO
+    for j in range(0, m, 4):
+        i0, i1 = w.order[j] * wide, w.order[min(j + 1, m - 1)] * wide
+        i2, i3 = w.order[min(j + 2, m - 1)] * wide, w.order[min(j + 3, m - 1)] * wide
+        for s in range(0, j + 4, WIDTH):
+            k0 = k1 = k2 = k3 = q0 = q1 = q2 = q3 = splat(ZERO)
+            for a in range(K):
+                key, b = load(w.keys, a * BLOCK + s), a + KP
+                k0, k1 = fma(key, spread(w.z, i0 + b), k0), fma(key, spread(w.z, i1 + b), k1)
+                k2, k3 = fma(key, spread(w.z, i2 + b), k2), fma(key, spread(w.z, i3 + b), k3)
+                q0, q1 = fma(key, spread(w.z, i0 + a), q0), fma(key, spread(w.z, i1 + a), q1)
+                q2, q3 = fma(key, spread(w.z, i2 + a), q2), fma(key, spread(w.z, i3 + a), q3)
+            at = j * BLOCK + s
+            store(w.products, at, k0), store(w.products, at + BLOCK, k1)
+            store(w.products, at + 2 * BLOCK, k2), store(w.products, at + 3 * BLOCK, k3)
+            store(w.products, BB + at, q0), store(w.products, BB + at + BLOCK, q1)
+            store(w.products, BB + at + 2 * BLOCK, q2), store(w.products, BB + at + 3 * BLOCK, q3)
+    for j in range(m):
+        i, here = w.order[j], j * BLOCK * keep
+        m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
+        beta, r0, r1 = w.beta[j], w.at[8 * i + 5], w.at[8 * i + 6]
+        w.products[j * BLOCK + j] = ZERO
+        qk = w.products[BB + j * BLOCK + j] * beta
+        for s in range(0, j + 1, WIDTH):
+            p00 = p01 = p10 = p11 = splat(ZERO)
+            if j > s:
+                at = here - BLOCK * keep + s
+                p00, p01 = load(w.decay, at), load(w.decay, BB + at)
+                p10, p11 = load(w.decay, 2 * BB + at), load(w.decay, 3 * BB + at)
+                p00, p10 = fma(p00, m00, mul(p10, m01)), fma(p00, m10, mul(p10, m11))
+                p01, p11 = fma(p01, m00, mul(p11, m01)), fma(p01, m10, mul(p11, m11))
+            at, written = here + s, load(w.beta, s)
+            store(w.decay, at, p00), store(w.decay, BB + at, p01)
+            store(w.decay, 2 * BB + at, p10), store(w.decay, 3 * BB + at, p11)
+            kk, qs = mul(load(w.products, j * BLOCK + s), written), mul(load(w.products, BB + j * BLOCK + s), written)
+            store(w.weight, at, mul(kk, p00)), store(w.weight, BB + at, mul(kk, p01))
+            store(w.weight, 2 * BB + at, mul(kk, p10)), store(w.weight, 3 * BB + at, mul(kk, p11))
+            store(w.weight, 4 * BB + at, mul(qs, fma(p00, r0, mul(p10, r1))))
+            store(w.weight, 5 * BB + at, mul(qs, fma(p01, r0, mul(p11, r1))))
+        for c in range(0, KP, WIDTH):
+            f0 = f1 = s0 = s1 = o0 = o1 = splat(ZERO)
+            for s in range(j):
+                f, e, at = load(w.error, s * KP + c), load(w.error, other + s * KP + c), here + s
+                f0, f1 = fma(f, spread(w.weight, at), f0), fma(e, spread(w.weight, BB + at), f1)
+                s0, s1 = fma(f, spread(w.weight, 2 * BB + at), s0), fma(e, spread(w.weight, 3 * BB + at), s1)
+                o0, o1 = fma(f, spread(w.weight, 4 * BB + at), o0), fma(e, spread(w.weight, 5 * BB + at), o1)
+            value = load(w.z, i * wide + 2 * KP + c)
+            f, e = sub(value, add(f0, f1)), sub(value, add(s0, s1))
+            store(w.error, j * KP + c, f), store(w.error, other + j * KP + c, e)
+            store(w.o, i * KP + c, add(add(o0, o1), fma(f, qk * r0, mul(e, qk * r1))))
+        w.weight[4 * BB + here + j], w.weight[5 * BB + here + j] = qk * r0, qk * r1
+        for entry in range(4):
+            w.decay[entry * BB + here + j] = ZERO if entry % 3 else ONE
 
 
 @njit(**PART)
@@ -452,7 +551,10 @@ def new_work(K, KP, slots):
                 np.zeros(3 * rows, f32), np.zeros(2 * BLOCK, f32), np.zeros(rows, f32), np.zeros(BLOCK, f32),
                 np.zeros(BLOCK * HIDDEN, f32), np.zeros(BLOCK * HIDDEN, f32), np.zeros(6 * BLOCK, f32),
                 np.zeros(8 * BLOCK, f32), np.zeros(BLOCK, np.bool_), np.zeros(BLOCK, np.bool_), np.zeros(rows, f32),
-                np.zeros(2 * rows, f32), np.zeros(slots * 2 * K * KP, f32), np.zeros(BLOCK, np.int64))
+                np.zeros(2 * rows, f32), np.zeros(slots * 2 * K * KP, f32), np.zeros(BLOCK, np.int64),
+                np.zeros(BLOCK + 1, np.int64), np.zeros(rows, f32), np.zeros(BLOCK, f32),
+                np.zeros(2 * BLOCK * BLOCK, f32), np.zeros(4 * BLOCK * BLOCK, f32), np.zeros(6 * BLOCK * BLOCK, f32),
+                np.zeros(2 * rows, f32))
 
 
 @njit(**PART)
@@ -503,7 +605,10 @@ def forward(first, stride, groups, per_task, batch, length, row, K, heads, rever
                         ahead = K if start + n == length else BLOCK * row * (-1 if reverse else 1)
                         prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
                                 hierarchical, read_gates, row, proj, mask, keep, p, w)
-                        recur(n, 0, 0, K, w)
+                        if n < length or len(initial) or len(final):
+                            recur(n, 0, 0, K, w)
+                        else:
+                            recur_from_zero(n, 0, K, w)
                     for i in range(n):
                         t = length - 1 - start - i if reverse else start + i
                         real = some and w.real[i]
@@ -534,7 +639,7 @@ def recur_backward(n, K, p, w, g):
         for c in range(0, KP, WIDTH):
             gf = gs = splat(ZERO)  # gradients of what is written along k
             for a in range(K):
-                ka = w.z[k + a]
+                ka = spread(w.z, k + a)
                 gf, gs = fma(load(g.state, a * KP + c), ka, gf), fma(load(g.state, size + a * KP + c), ka, gs)
             o = load(w.o, i * KP + c)
             gf, gs = fma(o, r0 * qk, gf), fma(o, r1 * qk, gs)
@@ -568,13 +673,127 @@ def recur_backward(n, K, p, w, g):
             o, uf, us = load(w.o, i * KP + c), load(g.rows, 2 * KP + c), load(g.rows, 3 * KP + c)
             for a in range(K):
                 f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
-                ka, qa = w.z[k + a], w.z[q + a]
+                ka, qa = spread(w.z, k + a), w.z[q + a]
                 gf, gs = fma(o, r0 * qa, load(g.state, a * KP + c)), fma(o, r1 * qa, load(g.state, size + a * KP + c))
                 g00, g01, g10, g11 = fma(f, gf, g00), fma(s, gf, g01), fma(f, gs, g10), fma(s, gs, g11)
                 store(g.state, a * KP + c, sub(fma(gf, m00, mul(gs, m10)), mul(uf, ka)))
                 store(g.state, size + a * KP + c, sub(fma(gf, m01, mul(gs, m11)), mul(us, ka)))
         g.at[8 * i], g.at[8 * i + 1], g.at[8 * i + 2], g.at[8 * i + 3] = total(g00), total(g01), total(g10), total(g11)
         g.at[8 * i + 4], g.at[8 * i + 5], g.at[8 * i + 6] = total(gb), read_fast, read_slow
+
+
+@njit(**PART)
+def end_backward(K, w, g):
+    """Where later tokens have gradients: what those of the states after the block (g.state) give to its tokens."""
+    KP, BB, m = len(w.o) // BLOCK, BLOCK * BLOCK, w.order[BLOCK]
+    wide, size, other, last = 3 * KP, K * KP, BLOCK * KP, (m - 1) * BLOCK
+    for a in range(K):
+        for c in range(KP):
+            g.state_t[c * KP + a], g.state_t[(KP + c) * KP + a] = g.state[a * KP + c], g.state[size + a * KP + c]
+    for s in range(m):
+        k, at, beta = w.order[s] * wide + KP, last + s, w.beta[s]
+        p00, p01, p10, p11 = w.decay[at], w.decay[BB + at], w.decay[2 * BB + at], w.decay[3 * BB + at]
+        g00 = g01 = g10 = g11 = splat(ZERO)
+        for c in range(0, KP, WIDTH):
+            gf = gs = splat(ZERO)  # of what is added to both states along k
+            for a in range(K):
+                gf = fma(load(g.state, a * KP + c), spread(w.z, k + a), gf)
+                gs = fma(load(g.state, size + a * KP + c), spread(w.z, k + a), gs)
+            f, e = load(w.error, s * KP + c), load(w.error, other + s * KP + c)
+            g00, g01, g10, g11 = fma(gf, f, g00), fma(gf, e, g01), fma(gs, f, g10), fma(gs, e, g11)
+            store(g.error, s * KP + c, mul(fma(gf, p00, mul(gs, p10)), beta))
+            store(g.error, other + s * KP + c, mul(fma(gf, p01, mul(gs, p11)), beta))
+            store(g.rows, c, mul(fma(f, p00, mul(e, p01)), beta))
+            store(g.rows, KP + c, mul(fma(f, p10, mul(e, p11)), beta))
+        for c in range(0, KP, WIDTH):
+            gf = gs = splat(ZERO)
+            for a in range(K):
+                gf = fma(load(g.state_t, a * KP + c), spread(g.rows, a), gf)
+                gs = fma(load(g.state_t, (KP + a) * KP + c), spread(g.rows, KP + a), gs)
+            store(g.z, k + c, add(gf, gs))
+        t00, t01, t10, t11 = total(g00), total(g01), total(g10), total(g11)
+        g.pairs[s], g.pairs[BLOCK + s] = beta * t00, beta * t01
+        g.pairs[2 * BLOCK + s], g.pairs[3 * BLOCK + s] = beta * t10, beta * t11
+        g.pairs[4 * BLOCK + s] = p00 * t00 + p01 * t01 + p10 * t10 + p11 * t11
+
+
+@njit(**PART)
+def recur_from_zero_backward(later, K, w, g):
+    """`recur_backward` of what `recur_from_zero` has computed; g.state counts if `later`."""
+    KP, BB, m = len(w.o) // BLOCK, BLOCK * BLOCK, w.order[BLOCK]
+    wide, other = 3 * KP, BLOCK * KP
+    g.pairs[:] = ZERO
+    if later:
+        end_backward(K, w, g)
+    for j in range((m + WIDTH - 1) // WIDTH * WIDTH):
+        for c in range(K):
+            f, e = (w.error[j * KP + c], w.error[other + j * KP + c]) if j < m else (ZERO, ZERO)
+            g.error_t[c * BLOCK + j], g.error_t[(KP + c) * BLOCK + j] = f, e
+        for c in range(0, KP, WIDTH):
+            if j < m and not later:
+                store(g.error, j * KP + c, splat(ZERO)), store(g.error, other + j * KP + c, splat(ZERO))
+                store(g.z, w.order[j] * wide + KP + c, splat(ZERO))
+    for j in range(m - 1, -1, -1):
+        i = w.order[j]
+        m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
+        r0, r1, q, k = w.at[8 * i + 5], w.at[8 * i + 6], i * wide, i * wide + KP
+        for c in range(0, KP, WIDTH):
+            f0 = f1 = f2 = s0 = s1 = s2 = splat(ZERO)
+            for t in range(j + 1, m):
+                at, o = t * BLOCK + j, load(w.o, w.order[t] * KP + c)
+                f, e = load(g.error, t * KP + c), load(g.error, other + t * KP + c)
+                f0, s0 = fma(o, spread(w.weight, 4 * BB + at), f0), fma(o, spread(w.weight, 5 * BB + at), s0)
+                f1, s1 = fma(f, spread(w.weight, at), f1), fma(f, spread(w.weight, BB + at), s1)
+                f2, s2 = fma(e, spread(w.weight, 2 * BB + at), f2), fma(e, spread(w.weight, 3 * BB + at), s2)
+            o, at = load(w.o, i * KP + c), j * BLOCK + j
+            f0, s0 = fma(o, spread(w.weight, 4 * BB + at), f0), fma(o, spread(w.weight, 5 * BB + at), s0)
+            f0 = sub(add(load(g.error, j * KP + c), f0), add(f1, f2))
+            s0 = sub(add(load(g.error, other + j * KP + c), s0), add(s1, s2))
+            store(g.error, j * KP + c, f0), store(g.error, other + j * KP + c, s0)
+            store(g.z, i * wide + 2 * KP + c, add(f0, s0))
+        g00 = g01 = g10 = g11 = read_fast = read_slow = splat(ZERO)
+        for s in range(0, j + 1, WIDTH):
+            of = os = c00 = c01 = c10 = c11 = splat(ZERO)  # of the weights in what is read; of the others, negative
+            for c in range(K):
+                f, e = load(g.error_t, c * BLOCK + s), load(g.error_t, (KP + c) * BLOCK + s)
+                o, x, y = spread(w.o, i * KP + c), spread(g.error, j * KP + c), spread(g.error, other + j * KP + c)
+                of, os, c00, c01 = fma(f, o, of), fma(e, o, os), fma(f, x, c00), fma(e, x, c01)
+                c10, c11 = fma(f, y, c10), fma(e, y, c11)
+            at, beta = j * BLOCK + s, load(w.beta, s)
+            p00, p01 = load(w.decay, at), load(w.decay, BB + at)
+            p10, p11 = load(w.decay, 2 * BB + at), load(w.decay, 3 * BB + at)
+            kk, qk = load(w.products, at), load(w.products, BB + at)
+            fast, slow = fma(of, p00, mul(os, p01)), fma(of, p10, mul(os, p11))
+            gq = fma(fast, r0, mul(slow, r1))
+            gk = sub(ZERO, fma(c00, p00, fma(c01, p01, fma(c10, p10, mul(c11, p11)))))
+            store(g.pairs, 4 * BLOCK + s, fma(qk, gq, fma(kk, gk, load(g.pairs, 4 * BLOCK + s))))
+            store(g.pairs, 5 * BLOCK + s, mul(gq, beta)), store(g.pairs, 6 * BLOCK + s, mul(gk, beta))
+            kk, qk = mul(kk, beta), mul(qk, beta)
+            read_fast, read_slow = fma(qk, fast, read_fast), fma(qk, slow, read_slow)
+            of, os = mul(of, qk), mul(os, qk)
+            c00 = sub(fma(of, r0, load(g.pairs, s)), mul(kk, c00))
+            c01 = sub(fma(os, r0, load(g.pairs, BLOCK + s)), mul(kk, c01))
+            c10 = sub(fma(of, r1, load(g.pairs, 2 * BLOCK + s)), mul(kk, c10))
+            c11 = sub(fma(os, r1, load(g.pairs, 3 * BLOCK + s)), mul(kk, c11))
+            if j > s:
+                at -= BLOCK
+                p00, p01 = load(w.decay, at), load(w.decay, BB + at)
+                p10, p11 = load(w.decay, 2 * BB + at), load(w.decay, 3 * BB + at)
+                g00, g01 = fma(c00, p00, fma(c01, p01, g00)), fma(c00, p10, fma(c01, p11, g01))
+                g10, g11 = fma(c10, p00, fma(c11, p01, g10)), fma(c10, p10, fma(c11, p11, g11))
+            store(g.pairs, s, fma(c00, m00, mul(c10, m10))), store(g.pairs, BLOCK + s, fma(c01, m00, mul(c11, m10)))
+            store(g.pairs, 2 * BLOCK + s, fma(c00, m01, mul(c10, m11)))
+            store(g.pairs, 3 * BLOCK + s, fma(c01, m01, mul(c11, m11)))
+        g.at[8 * i], g.at[8 * i + 1], g.at[8 * i + 2], g.at[8 * i + 3] = total(g00), total(g01), total(g10), total(g11)
+        g.at[8 * i + 4], g.at[8 * i + 5], g.at[8 * i + 6] = g.pairs[4 * BLOCK + j], total(read_fast), total(read_slow)
+        for c in range(0, KP, WIDTH):
+            query, key, both = load(w.z, q + c), load(w.z, k + c), g.pairs[5 * BLOCK + j]
+            gq, gk = mul(key, both), fma(query, both, load(g.z, k + c))
+            for s in range(j):
+                at, of_q, of_k = w.order[s] * wide + KP + c, g.pairs[5 * BLOCK + s], g.pairs[6 * BLOCK + s]
+                gq, gk = fma(load(w.z, at), of_q, gq), fma(load(w.z, at), of_k, gk)
+                store(g.z, at, fma(query, of_q, fma(key, of_k, load(g.z, at))))
+            store(g.z, q + c, gq), store(g.z, k + c, gk)
 
 
 @njit(**PART)
@@ -634,12 +853,12 @@ def flux_backward(n, K, p, w, g):
         for c in range(0, KP, WIDTH):
             gk0 = gk1 = splat(ZERO)
             for a in range(0, KP, 2):
-                gk0 = fma(load(p.bilinear_t, a * KP + c), w.z[v + a], gk0)
-                gk1 = fma(load(p.bilinear_t, (a + 1) * KP + c), w.z[v + a + 1], gk1)
+                gk0 = fma(load(p.bilinear_t, a * KP + c), spread(w.z, v + a), gk0)
+                gk1 = fma(load(p.bilinear_t, (a + 1) * KP + c), spread(w.z, v + a + 1), gk1)
             gk = fma(add(gk0, gk1), g.form[i], load(g.z, k + c))
             gv = fma(load(w.u, i * KP + c), g.form[i], load(g.z, v + c))
             for m in range(HIDDEN):
-                unit = g.pre[i * HIDDEN + m]
+                unit = spread(g.pre, i * HIDDEN + m)
                 gk, gv = fma(load(p.mlp, 2 * m * KP + c), unit, gk), fma(load(p.mlp, (2 * m + 1) * KP + c), unit, gv)
             store(g.z, k + c, gk), store(g.z, v + c, gv)
     store(g.small, 0, g_first), store(g.small, HIDDEN, g_bias), store(g.small, 2 * HIDDEN, g_last)
@@ -652,8 +871,8 @@ def flux_backward(n, K, p, w, g):
             s2, s3 = load(g.bilinear, at + 2 * KP), load(g.bilinear, at + 3 * KP)
             for i in range(n):
                 k, v = i * wide + KP + a, mul(load(w.z, i * wide + 2 * KP + c), g.form[i])
-                s0, s1 = fma(v, w.z[k], s0), fma(v, w.z[k + 1], s1)
-                s2, s3 = fma(v, w.z[k + 2], s2), fma(v, w.z[k + 3], s3)
+                s0, s1 = fma(v, spread(w.z, k), s0), fma(v, spread(w.z, k + 1), s1)
+                s2, s3 = fma(v, spread(w.z, k + 2), s2), fma(v, spread(w.z, k + 3), s3)
             store(g.bilinear, at, s0), store(g.bilinear, at + KP, s1)
             store(g.bilinear, at + 2 * KP, s2), store(g.bilinear, at + 3 * KP, s3)
     for c in range(0, 2 * KP, WIDTH):
@@ -663,8 +882,8 @@ def flux_backward(n, K, p, w, g):
             s2, s3 = load(g.mlp, at + 2 * two), load(g.mlp, at + 3 * two)
             for i in range(n):
                 u, z = i * HIDDEN + m, load(w.z, i * wide + KP + c)
-                s0, s1 = fma(z, g.pre[u], s0), fma(z, g.pre[u + 1], s1)
-                s2, s3 = fma(z, g.pre[u + 2], s2), fma(z, g.pre[u + 3], s3)
+                s0, s1 = fma(z, spread(g.pre, u), s0), fma(z, spread(g.pre, u + 1), s1)
+                s2, s3 = fma(z, spread(g.pre, u + 2), s2), fma(z, spread(g.pre, u + 3), s3)
             store(g.mlp, at, s0), store(g.mlp, at + two, s1)
             store(g.mlp, at + 2 * two, s2), store(g.mlp, at + 3 * two, s3)
 
@@ -712,7 +931,8 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
     wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
     state, z, at = np.zeros(size, f32), np.zeros((BLOCK + 3) * wide, f32), np.zeros(8 * BLOCK, f32)
     pre, form = np.zeros(BLOCK * HIDDEN, f32), np.zeros(BLOCK, f32)
-    rows, logits = np.zeros(4 * KP, f32), np.zeros(5, f32)
+    rows, logits, error = np.zeros(4 * KP, f32), np.zeros(5, f32), np.zeros(2 * BLOCK * KP, f32)
+    error_t, state_t, pairs = np.zeros(2 * KP * BLOCK, f32), np.zeros(2 * KP * KP, f32), np.zeros(7 * BLOCK, f32)
     for task in range(first, groups * each, stride):
         group, h0 = task // each, task % each * per_task
         for b in range(group, batch, groups):
@@ -721,7 +941,8 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                 g = Gradients(g_conv[i * 4 * wide:(i + 1) * 4 * wide], g_bilinear[i * KP * KP:(i + 1) * KP * KP],
                               g_mlp[i * 2 * KP * HIDDEN:(i + 1) * 2 * KP * HIDDEN],
                               g_small[i * 3 * HIDDEN:(i + 1) * 3 * HIDDEN], g_norm[i * KP:(i + 1) * KP],
-                              g_numbers[i * 2:(i + 1) * 2], state, z, at, pre, form, rows)
+                              g_numbers[i * 2:(i + 1) * 2], state, z, at, pre, form, rows,
+                              error, error_t, state_t, pairs)
                 g.state[:] = ZERO
                 if len(grad_final):
                     copy_state(grad_final, (b * heads + h) * 2 * K * K, K, g.state, 0, KP, K)
@@ -740,7 +961,10 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                         ahead = BLOCK * row * (1 if reverse else -1) if start else K
                         prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
                                 hierarchical, read_gates, row, proj, mask, keep, p, w)
-                        recur(n, 0, 1, K, w)
+                        if start or len(initial):
+                            recur(n, 0, 1, K, w)
+                        else:
+                            recur_from_zero(n, 1, K, w)
                         for i in range(n):  # the output norm: w.o becomes the gradient of what was read
                             if not w.real[i]:
                                 continue
@@ -757,7 +981,10 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                             for c in range(0, KP, WIDTH):
                                 grad = sub(load(g.rows, c), mul(load(w.o, i * KP + c), along))
                                 store(w.o, i * KP + c, mul(grad, inverse))
-                        recur_backward(n, K, p, w, g)
+                        if start or len(initial):
+                            recur_backward(n, K, p, w, g)
+                        else:
+                            recur_from_zero_backward(n < length or len(grad_final), K, w, g)
                     else:
                         for i in range(n):
                             w.real[i] = False

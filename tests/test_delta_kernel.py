@@ -42,15 +42,15 @@ def example(length: int, case: str = "", heads: int = 2, channels: int = 32,
 
 
 def results(form, inputs, **options) -> list[torch.Tensor]:
-    """o, final states, and the gradients of every float input by fixed weights on both."""
+    """o, final states if they are wanted, and the gradients of every float input by fixed weights on both."""
     leaves = [x if x is None or not x.is_floating_point() else x.detach().clone().requires_grad_() for x in inputs]
     o, final = form(*leaves, **{"reverse_heads": 1, "output_final_state": True, **options})
     generator = torch.Generator().manual_seed(3)
     weigh = lambda x: (x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum()  # noqa: E731
-    (weigh(o) + weigh(final)).backward()
+    (weigh(o) if final is None else weigh(o) + weigh(final)).backward()
     leaves = [x for x in leaves if x is not None and x.is_floating_point()]
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
-    return [o.detach(), final.detach(), *grads]
+    return [o.detach(), *([] if final is None else [final.detach()]), *grads]
 
 
 def assert_equal(found, expected, tolerance: float = 2e-4) -> None:
@@ -74,12 +74,40 @@ def test_kernel_equals_reference_and_parallel_form(length, case):
     assert not kernel[0][~inputs[1]].any() and not kernel[2][~inputs[1]].any()  # padding: no output, no gradient
 
 
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("case", CASES[:-1])
+@pytest.mark.parametrize("length, channels", [(1, 32), (2, 5), (16, 32), (17, 48), (31, 16), (32, 32), (33, 32)])
+def test_texts_that_start_from_nothing(length, channels, case, final):
+    """Their first tokens are computed without states: with and without any to follow, or states to return."""
+    inputs = example(length, case, channels=channels)
+    inputs[11] = None
+    kernel, expected = (results(form, inputs, output_final_state=final)
+                        for form in (script.kernel.hierarchical_mixer, REFERENCE))
+    assert_equal(kernel, expected)
+
+
+def test_a_text_does_not_see_what_one_before_it_left():
+    """Not even where that was not a number; each is computed with the same work space."""
+    inputs = example(32, "hole", batch=2)
+    inputs[11], alone = None, [x[1:] for x in example(32, "hole", batch=2)[:3]]
+    expected = results(script.kernel.hierarchical_mixer, [*alone, *inputs[3:]], output_final_state=False)
+    inputs[0][0, 3] = torch.nan
+    found = results(script.kernel.hierarchical_mixer, inputs, output_final_state=False)
+    assert torch.equal(found[0][1:], expected[0])
+    # the weights that `results` draws are of the whole batch, so the gradient alone is compared with itself
+    assert torch.isfinite(found[1][1]).all() and not torch.isfinite(found[1][0]).all()
+
+
 @pytest.mark.parametrize("switches", [
     {"convolution": False}, {"flux": False}, {"coupling": False}, {"hierarchical": False},
     {"read_gates": False}, {"reverse_heads": 0}, {"flux": False, "hierarchical": False}])
 def test_every_switch(switches):
-    inputs = example(40, "hole")
-    assert_equal(results(script.kernel.hierarchical_mixer, inputs, **switches), results(REFERENCE, inputs, **switches))
+    for length, state in ((40, True), (20, False)):
+        inputs = example(length, "hole")
+        inputs[11] = inputs[11] if state else None
+        options = switches | {"output_final_state": state}
+        assert_equal(results(script.kernel.hierarchical_mixer, inputs, **options),
+                     results(REFERENCE, inputs, **options))
 
 
 @pytest.mark.parametrize("channels", [5, 16, 48, 64])
