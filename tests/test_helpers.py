@@ -4,6 +4,7 @@ A run of the training script with a tiny teacher stands in for a long one; what 
 """
 from __future__ import annotations
 
+import argparse
 import ast
 import gzip
 import json
@@ -473,6 +474,15 @@ def test_hardware_report_ends_with_a_command_that_training_takes(capsys):
     assert [(e["precision"], e["gradient_accumulation_steps"]) for e in report["estimates_gib"]] == \
         [(p, n) for p in ("float32", "bf16") for n in (1, 2, 4, 8)]
     assert report["hardware"]["cpu"]["cores"] and report["setting"]["batch_size"] == 256
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_bf16_is_recommended_where_a_cpu_multiplies_it_faster(amx, monkeypatch):
+    hardware = detect_hardware.find_hardware()
+    cpu = hardware["cpu"] | {"amx": amx, "bf16": True, "free_gib": 64.0}
+    monkeypatch.setattr(detect_hardware, "find_hardware", lambda: hardware | {"gpus": [], "cpu": cpu})
+    args = argparse.Namespace(batch_size=64, max_length=64, total_steps=10, measure=False)
+    assert ("--precision bf16" in detect_hardware.report(args)["command"]) == amx
 
 
 def test_gpus_that_are_not_here_are_computed_from_the_operators(tmp_path, monkeypatch, capsys):
