@@ -100,7 +100,8 @@ from sentence_transformers import SentenceTransformer
 for number, folder in enumerate(folders):
     st = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
     assert st.similarity_fn_name == "cosine" and not any(st.prompts.values()) and st.max_seq_length == 256
-    np.savez(f"{number}.npz", **results[folder], st=st.encode(sentences))
+    half = SentenceTransformer(folder, trust_remote_code=True, device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    np.savez(f"{number}.npz", **results[folder], st=st.encode(sentences), half=half.encode(sentences))
 """
 
 
@@ -126,6 +127,7 @@ def test_saved_folder_opens_elsewhere_and_gives_the_same_embeddings(which, tiny_
     found = np.load(out / f"{[*folders].index(which)}.npz")
     assert np.abs(found["plain"] - expected).max() < 1e-5
     assert np.abs(found["st"] - expected).max() < 1e-5 and np.abs(found["own"] - expected).max() < 1e-5
+    assert ((found["half"] * expected).sum(1) > 0.99).all() and (found["half"] != found["st"]).any()
 
 
 def test_modelling_file_needs_only_torch_and_transformers(tiny_run):
