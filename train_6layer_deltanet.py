@@ -168,7 +168,7 @@ STAGE = {
     "projection_init": "teacher",  # its q, k, v, o are a better start than random ones: dev +0.019 after 100 steps
     "weight_decay": 0.01,  # not searched
     "dropout": 0.0, "state_dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
-    "distillation_weight": 5.0,  # what carries the first stage; 20: dev -0.003; not searched in the second
+    "distillation_weight": 5.0,  # what carries the first stage; 20: dev -0.003
     "spearman_loss_weight": 0.0, "ranking_loss_weight": 0.0,  # the order follows from the embeddings; no gain found
     "orthogonal_reg_weight": 0.0,  # the teacher's projections are not orthogonal
     "ortho_state_reg_weight": 0.0,  # no gain found
@@ -176,27 +176,39 @@ STAGE = {
     "held_out_share": 0.05,  # a tenth of the pairs, so that small sources too have 200 texts to measure on
     "best_model_split": "validation",  # nothing is chosen on test
 }
+MATCH = STAGE | {
+    "batch_size": 16,  # more steps in the same time: the distillation losses need no negatives
+    "total_steps": 3000, "warmup_steps": 100,  # 1.5 hours of one CPU core
+    "eval_interval": 500, "save_interval": 250, "log_interval": 25,
+    "peak_learning_rate": 2e-4,  # the copied norms and FFNs have to move, not only to adapt; 4e-4: dev -0.008
+    "mixer_lr_multiplier": 10.0,  # the mixers start untrained; 5: dev -0.001, 20: -0.005
+    "contrastive_weight": 0.0,  # pulls away from the teacher, whose similarities are graded: dev -0.004 with it
+    "layer_distill_weight": 30.0,  # 1: dev -0.007 after 1,600 pairs, 100: -0.005
+    "joined_share": 0.02,  # training texts have 23 tokens on average; its teacher is to be followed on longer ones
+    "joined_length": 256,  # tokens; at 512 a joined text would be 1.6 times as long on average
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "match_teacher": STAGE | {
-        "batch_size": 16,  # more steps in the same time: the distillation losses need no negatives
-        "total_steps": 3000, "warmup_steps": 100,  # 1.5 hours of one CPU core
-        "eval_interval": 500, "save_interval": 250, "log_interval": 25,
-        "peak_learning_rate": 2e-4,  # the copied norms and FFNs have to move, not only to adapt; 4e-4: dev -0.008
-        "mixer_lr_multiplier": 10.0,  # the mixers start untrained; 5: dev -0.001, 20: -0.005
-        "contrastive_weight": 0.0,  # pulls away from the teacher, whose similarities are graded: dev -0.004 with it
-        "layer_distill_weight": 30.0,  # 1: dev -0.007 after 1,600 pairs, 100: -0.005
-        "joined_share": 0.02,  # training texts have 23 tokens on average; its teacher is to be followed on longer ones
-        "joined_length": 256,  # tokens; at 512 a joined text would be 1.6 times as long on average
+    "match_teacher": MATCH,
+    "match_longer": MATCH | {  # four times the pairs, and documents: what results/best started from
+        "batch_size": 64, "total_steps": 2900,  # 1.6 hours of one CPU core with AMX in bf16, else 5 to 6
+        "peak_learning_rate": 4e-4,  # 2e-4: the loss 5% higher after 140 steps
+        "log_interval": 50,
+        "slow_decay_max": 0.999,  # retentions nearer to 1 in some heads: dev +0.002 after 150 steps of 16 pairs
+        "source_focus": 1.0,  # more of what the student is still far from
+        "long_share": 0.12, "long_length": 4096, "long_tokens": 4096, "long_contrastive_weight": 0.0,
     },
-    "past_teacher": STAGE | {  # the second stage, of a student that match_teacher has made: results/best
-        "init_student": "runs/match",  # what `--preset match_teacher --output_dir runs/match` writes
+    "past_teacher": STAGE | {  # the second stage, of a student that match_longer has made: results/best
+        "init_student": "runs/match",  # what `--preset match_longer --output_dir runs/match` writes
+        "slow_decay_max": 0.999,  # as that one has it; another value would move its retentions
         "one_source_batches": True,  # hard negatives: of the same kind as the positive
         "guided_contrastive": True,  # and the teacher says which of them are none
         "label_smoothing": 0.0,  # the guide has already left out what may be right
-        "batch_size": 64,  # 63 negatives; more not tried, as contrastive_scale 30 and 50
-        "total_steps": 240, "warmup_steps": 20,  # 50 minutes of one CPU core
+        "batch_size": 64,  # 63 negatives; 128, or a contrastive_scale of 30: no gain
+        "distillation_weight": 0.3,  # 5: dev -0.002, retrieval +0.4; trials: results/recipe_stage2.md
+        "peak_learning_rate": 5e-5,  # 2e-5: dev -0.001, retrieval -0.3
+        "total_steps": 240, "warmup_steps": 20,  # 20 minutes of one CPU core with AMX in bf16, else 50
         "eval_interval": 60, "save_interval": 30, "log_interval": 10,
-        "mixer_lr_multiplier": 5.0,  # not searched; peak_learning_rate 4e-5: dev +0.0008 after 60 steps, one trial
+        "mixer_lr_multiplier": 5.0,  # not searched
         "layer_distill_weight": 0.0,  # the hidden states may go their own way
         "long_share": 0.25,  # every fourth step reads 16,384 tokens of long documents
     },
@@ -2051,9 +2063,6 @@ def find_checkpoint(folder: Path, step: int, log: Callable[[str], None] = print)
     return file(step)
 
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None:
     """Copy trained (or all) tensors into `student`; UserError naming the first key, shape or value not fitting."""
     own = student.state_dict()
@@ -2067,7 +2076,8 @@ def load_student_state(student: DeltaNetStudent, state: Any, where: str) -> None
             raise UserError(f"{where}: unknown tensor {name}; is it a checkpoint of another architecture?")
         if tensor.shape != own[name].shape:
             raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        plain = tensor.dtype in FLOATS and tensor.layout == torch.strided and not tensor.is_meta
+        known = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        plain = known and tensor.layout == torch.strided and not tensor.is_meta
         if not plain or not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} is not of finite numbers")
     student.load_state_dict(state, strict=False)
@@ -2766,6 +2776,10 @@ def init_student(student: DeltaNetStudent, cfg: dict[str, Any], teacher: Teacher
             raise UserError(f"init_student {info['file']}: has {key} {theirs[key]!r}, this run has {cfg[key]!r}; "
                             f"set --{key} {theirs[key]}")
     found, heads = student_from(state, theirs, info["file"], teacher), cfg["num_heads"]
+    for key in ("slow_decay_init", "slow_decay_max"):
+        if theirs[key] != cfg[key]:
+            print(f"note: init_student {info['file']}: has {key} {theirs[key]}, this run has {cfg[key]}: its retentions "
+                  "move by as much")
     with torch.no_grad():
         for mixer in found.deltanet_layers:
             ours, own = (torch.logit(slow_retentions(x.config)) for x in (student, found))

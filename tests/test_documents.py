@@ -1,6 +1,7 @@
 """Long documents: the teacher's windows, batches by tokens, training on them, and encoding in bounded memory."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -214,12 +215,13 @@ def test_slow_retentions_spread_over_the_heads_of_each_direction(cfg):
         script.check_config(cfg | {"slow_decay_max": 0.5})
 
 
-def test_a_plain_student_starts_one_with_the_options_and_its_length_is_kept(cfg, models, tmp_path):
+def test_a_plain_student_starts_one_with_the_options_and_its_length_is_kept(cfg, models, tmp_path, capsys):
     plain, teacher, tokenizer = models
     script.save_model(tmp_path / "plain", plain, tokenizer, cfg, {})
     options = cfg | {"slow_decay_max": 0.99, "long_share": 0.0, "init_student": str(tmp_path / "plain")}
     student = script.build_student(options, teacher)
     init = script.init_student(student, options, teacher)
+    assert re.search("slow_decay_max 0.0, this run has 0.99: its retentions move", capsys.readouterr().out)
     before, after = plain.deltanet_layers[1].gate_proj.bias.detach(), student.deltanet_layers[1].gate_proj.bias.detach()
     torch.testing.assert_close(torch.sigmoid(after[4:6]), torch.full((2,), 0.85))  # a direction's only head
     assert torch.equal(before[:4], after[:4])
