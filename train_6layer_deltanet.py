@@ -198,7 +198,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "long_share": 0.12, "long_length": 4096, "long_tokens": 4096, "long_contrastive_weight": 0.0,
     },
     "past_teacher": STAGE | {  # the second stage, of a student that match_longer has made: results/best
-        "init_student": "runs/match",  # what `--preset match_longer --output_dir runs/match` writes
+        "init_student": "runs/match/final_model",  # the last step of `--preset match_longer --output_dir runs/match`
         "slow_decay_max": 0.999,  # as that one has it; another value would move its retentions
         "one_source_batches": True,  # hard negatives: of the same kind as the positive
         "guided_contrastive": True,  # and the teacher says which of them are none

@@ -304,7 +304,7 @@ def test_onnx_of_every_architecture(off, tmp_path):
             hidden = student(ids, mask).last_hidden_state
         found, embedding = model.run(ids, mask)
         assert torch.isfinite(found).all() and torch.isfinite(embedding).all()
-        assert (found - hidden)[mask.bool()].abs().max() < 1e-4, length
+        assert (found - hidden)[mask.bool()].abs().max() < 1e-4 * hidden.abs().max(), length
         assert (embedding - script.mean_pool(hidden, mask)).abs().max() < 1e-4, length
 
 
