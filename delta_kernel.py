@@ -2,13 +2,14 @@
 
 For each sentence and head the kernel reads the input projection's own rows and does the convolution, SiLU,
 normalisation, resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x
-32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. Of texts of up to BLOCK
-tokens, and in the backward pass of the first BLOCK tokens of any, the states are not made at all (`recur_from_zero`).
-The formulas are those of `parallel_mixer`, its twin in PyTorch; the tests compare the two.
+32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. Where no initial states are
+given, the first BLOCK tokens are done without states (`recur_from_zero`) in the backward pass, and in the forward pass
+if no more follow (padding counts) and no final states are wanted. The formulas are those of `parallel_mixer`, its twin
+in PyTorch; the tests compare the two.
 
-The backward pass keeps the states at the starts of blocks of BLOCK tokens and computes all else anew, block by block
-from the end. Parameters' gradients are summed per group of sentences, then over the groups: the order does not depend
-on threads.
+The backward pass has from the forward pass the states at the starts of blocks of BLOCK tokens, and computes all else
+anew, block by block from the end. Parameters' gradients are summed per group of sentences, then over the groups: the
+order does not depend on threads.
 """
 from __future__ import annotations
 
@@ -256,12 +257,13 @@ class Work(NamedTuple):
     k_state: np.ndarray  # (BLOCK, 2, KP), S^T k of both states before the token
     states: np.ndarray  # (slots, 2, K, KP)
     slot: np.ndarray  # (BLOCK), where in `states` the state before the token is
-    # Of `recur_from_zero`; tokens are the real ones, a row is of one token, its entries of those before it
+    # Of `recur_from_zero`: tokens are the real ones, a row is of one token, its entries of those before it and itself;
+    # of `decay` and `weight` only the first row is used unless all are kept
     order: np.ndarray  # (BLOCK + 1), which tokens of the block are real, and their number
     keys: np.ndarray  # (KP, BLOCK), k of each
     beta: np.ndarray  # (BLOCK), beta of each
     products: np.ndarray  # (2, BLOCK, BLOCK), k . k and q . k
-    decay: np.ndarray  # (4, BLOCK, BLOCK), product of the transitions between
+    decay: np.ndarray  # (4, BLOCK, BLOCK), product of the transitions between; of a token with itself the identity
     weight: np.ndarray  # (6, BLOCK, BLOCK), of earlier errors: in those of both states (4), in what is read (2)
     error: np.ndarray  # (2, BLOCK, KP), what a token adds to both states along k, before beta
 
@@ -280,8 +282,8 @@ class Gradients(NamedTuple):
     pre: np.ndarray  # (BLOCK, HIDDEN)
     form: np.ndarray  # (BLOCK)
     rows: np.ndarray  # (4, KP), vectors of the token in work
-    error: np.ndarray  # (2, BLOCK, KP)
-    error_t: np.ndarray  # (2, KP, BLOCK), errors themselves
+    error: np.ndarray  # (2, BLOCK, KP), of w.error
+    error_t: np.ndarray  # (2, KP, BLOCK), no gradients: w.error transposed
     state_t: np.ndarray  # (2, KP, KP), transposed `state`
     pairs: np.ndarray  # (7, BLOCK): of transitions' products of all later tokens (4), beta, q . k and k . k
 
@@ -434,7 +436,8 @@ def recur_from_zero(n, keep, K, w):
     With P_ts = M_t ... M_(s+1) and e_s[sigma], what token s adds to state sigma along k_s, before beta_s:
         e_t[tau] = v_t - sum_(s<t) (k_t . k_s) beta_s sum_sigma P_ts[tau, sigma] e_s[sigma]
         o_t = sum_(s<=t) (q_t . k_s) beta_s sum_(sigma, tau) r_t[tau] P_ts[tau, sigma] e_s[sigma].
-    For so few tokens this is less work than the states are. `keep` 1 keeps all rows for the backward pass.
+    For so few tokens this is less work than the states are. At least one token is real. `keep` 1 keeps all rows for the
+    backward pass.
     """
     KP, BB = len(w.o) // BLOCK, BLOCK * BLOCK
     wide, other, m = 3 * KP, BLOCK * KP, 0
@@ -955,9 +958,8 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                             kept = (b * heads + h) * (blocks - 1) + start // BLOCK - 1
                             copy_row(saved, kept * size, w.states, 0, size)
                         elif len(initial):
-                            copy_state(initial, (b * heads + h) * 2 * K * K, K, w.states, 0, KP, K)
-                        else:
                             w.states[:size] = ZERO
+                            copy_state(initial, (b * heads + h) * 2 * K * K, K, w.states, 0, KP, K)
                         ahead = BLOCK * row * (1 if reverse else -1) if start else K
                         prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
                                 hierarchical, read_gates, row, proj, mask, keep, p, w)
@@ -970,6 +972,8 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                                 continue
                             t = length - 1 - start - i if reverse else start + i
                             inverse, product = inverse_rms(w.o, i, K), splat(ZERO)
+                            for c in range(K, KP):
+                                g.rows[c] = ZERO
                             copy_row(grad_o, ((b * length + t) * heads + h) * K, g.rows, 0, K)
                             for c in range(0, KP, WIDTH):
                                 unit, grad = mul(load(w.o, i * KP + c), inverse), load(g.rows, c)

@@ -73,7 +73,7 @@ def find_hardware() -> dict[str, Any]:
             "platform": platform.platform(), "cpu": {
                 "name": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
                 "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                "threads": torch.get_num_threads(), "avx512": "avx512f" in flags, "amx": "amx_tile" in flags,
+                "threads": torch.get_num_threads(), "avx512": "avx512f" in flags, "amx": "amx_bf16" in flags,
                 "bf16": bool(flags & {"avx512_bf16", "amx_bf16"}), "memory_gib": sizes.get("MemTotal"),
                 "free_gib": sizes.get("MemAvailable")}}
 
@@ -310,7 +310,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
                 estimates.append({"precision": precision, "gradient_accumulation_steps": parts,
                                   **{k: v / 2**30 for k, v in found.items()}, "fits": found["total"] <= room})
     fast_bf16 = gpu["bf16"] if gpu else hardware["cpu"]["bf16"]
-    # AMX multiplies bf16 ten times as fast as AVX512 does float32: steps are 1.3 to 1.6 times as fast (docs/speed.md).
+    # AMX multiplies bf16 ten times as fast as AVX512 does float32: steps are 1.3 to 1.5 times as fast (docs/speed.md).
     wanted = fitting.get("float32", 99) > 8 or (not gpu and hardware["cpu"]["amx"])
     precision = "bf16" if fast_bf16 and wanted and "bf16" in fitting else "float32"
     result = {"hardware": hardware, "device": cfg["device"], "usable_gib": room / 2**30, "estimates_gib": estimates,

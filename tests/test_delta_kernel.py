@@ -75,7 +75,7 @@ def test_kernel_equals_reference_and_parallel_form(length, case):
 
 
 @pytest.mark.parametrize("final", [False, True])
-@pytest.mark.parametrize("case", CASES[:-1])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length, channels", [(1, 32), (2, 5), (16, 32), (17, 48), (31, 16), (32, 32), (33, 32)])
 def test_texts_that_start_from_nothing(length, channels, case, final):
     """Their first tokens are computed without states: with and without any to follow, or states to return."""
@@ -86,16 +86,30 @@ def test_texts_that_start_from_nothing(length, channels, case, final):
     assert_equal(kernel, expected)
 
 
-def test_a_text_does_not_see_what_one_before_it_left():
-    """Not even where that was not a number; each is computed with the same work space."""
-    inputs = example(32, "hole", batch=2)
-    inputs[11], alone = None, [x[1:] for x in example(32, "hole", batch=2)[:3]]
-    expected = results(script.kernel.hierarchical_mixer, [*alone, *inputs[3:]], output_final_state=False)
-    inputs[0][0, 3] = torch.nan
-    found = results(script.kernel.hierarchical_mixer, inputs, output_final_state=False)
-    assert torch.equal(found[0][1:], expected[0])
-    # the weights that `results` draws are of the whole batch, so the gradient alone is compared with itself
-    assert torch.isfinite(found[1][1]).all() and not torch.isfinite(found[1][0]).all()
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("length, channels", [(32, 32), (31, 5), (70, 32), (70, 5)])
+def test_a_text_does_not_see_what_one_before_it_left(length, channels, state, threads):
+    """Not even where that was not a number. One thread computes both with the same work space, the first one first."""
+    threads(1)
+    inputs = example(length, "hole", channels=channels, batch=9)  # a group has sentences 0 and 8
+    inputs[11] = inputs[11] if state else None
+    found = []
+    for bad in (False, True):
+        if bad:
+            inputs[0][0, 3] = torch.nan
+        proj = inputs[0].detach().clone().requires_grad_()
+        o, _ = script.kernel.hierarchical_mixer(proj, *inputs[1:], reverse_heads=1)
+        o.square().sum().backward()
+        found.append((o[8].detach(), proj.grad[8]))
+        assert torch.isfinite(proj.grad[0]).all() != bad
+    assert all(torch.equal(*pair) for pair in zip(*found)) and found[0][1].any()
+
+
+def test_a_first_block_of_padding_alone():
+    inputs = example(70, "no dropout, no state")
+    inputs[1][:, :33] = False
+    assert_equal(*(results(form, inputs, reverse_heads=0)
+                   for form in (script.kernel.hierarchical_mixer, REFERENCE)))
 
 
 @pytest.mark.parametrize("switches", [
