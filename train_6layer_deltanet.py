@@ -190,7 +190,7 @@ MATCH = STAGE | {
 PRESETS: dict[str, dict[str, Any]] = {
     "match_teacher": MATCH,
     "match_longer": MATCH | {  # 3.4 times the pairs, and documents: what results/best started from
-        "batch_size": 64, "total_steps": 2900,  # 1.5 hours of one CPU core with AMX in bf16, else some 6
+        "batch_size": 64, "total_steps": 2900,  # 1.5 hours of one CPU core with AMX in bf16, else an estimated 6
         "peak_learning_rate": 4e-4,  # 2e-4: the loss 5% higher after 140 steps
         "log_interval": 50,
         "slow_decay_max": 0.999,  # retentions nearer to 1 in some heads: dev +0.002 after 150 steps of 16 pairs
@@ -206,7 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 64,  # 63 negatives; 128: dev +0.001, less than seeds differ; contrastive_scale 30: the same
         "distillation_weight": 0.3,  # 5: dev -0.002, retrieval +0.4; trials: results/recipe_stage2.md
         "peak_learning_rate": 5e-5,  # 2e-5: dev -0.001, retrieval -0.3, both less than seeds may differ
-        "total_steps": 240, "warmup_steps": 20,  # 16 minutes of one CPU core with AMX in bf16, else 50
+        "total_steps": 240, "warmup_steps": 20,  # 16 minutes of one CPU core with AMX in bf16, else an estimated 50
         "eval_interval": 60, "save_interval": 30, "log_interval": 10,
         "mixer_lr_multiplier": 5.0,  # not searched
         "layer_distill_weight": 0.0,  # the hidden states may go their own way
