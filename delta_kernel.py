@@ -288,6 +288,14 @@ class Gradients(NamedTuple):
     pairs: np.ndarray  # (7, BLOCK): of transitions' products of all later tokens (4), beta, q . k and k . k
 
 
+@njit(**PART)
+def zeros(count):
+    """`count` zeros that begin at a cache line: a vector that lies in two lines takes twice as long."""
+    room = np.zeros(count + WIDTH, f32)
+    skip = -(room.ctypes.data // 4) % WIDTH
+    return room[skip:skip + count]
+
+
 @njit(inline="always", **JIT)
 def copy_row(source, i, target, j, count):
     """target[j:j + count] = source[i:i + count]."""
@@ -519,9 +527,8 @@ def inverse_rms(o, i, K):
 def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm):
     """The parameters of all heads, one head after the other, as `Weights`."""
     heads = len(scale)
-    p = Weights(np.zeros(heads * 12 * KP, f32), np.zeros(heads * KP * KP, f32), np.zeros(heads * KP * KP, f32),
-                np.zeros(HIDDEN * 2 * KP, f32), np.zeros(HIDDEN * 2 * KP, f32), np.zeros(3 * HIDDEN, f32),
-                np.zeros(heads * KP, f32), np.zeros(2 * heads, f32))
+    p = Weights(zeros(heads * 12 * KP), zeros(heads * KP * KP), zeros(heads * KP * KP), zeros(HIDDEN * 2 * KP),
+                zeros(HIDDEN * 2 * KP), zeros(3 * HIDDEN), zeros(heads * KP), zeros(2 * heads))
     for h in range(heads):
         for part in range(12):
             copy_row(conv, (part * heads + h) * K, p.conv, (h * 12 + part) * KP, K)
@@ -550,14 +557,12 @@ def of_head(p, h, KP):
 @njit(**PART)
 def new_work(K, KP, slots):
     rows = BLOCK * KP
-    return Work(np.zeros((3 + BLOCK) * 3 * KP, f32), np.zeros(3 * rows, f32), np.zeros(3 * rows, f32),
-                np.zeros(3 * rows, f32), np.zeros(2 * BLOCK, f32), np.zeros(rows, f32), np.zeros(BLOCK, f32),
-                np.zeros(BLOCK * HIDDEN, f32), np.zeros(BLOCK * HIDDEN, f32), np.zeros(6 * BLOCK, f32),
-                np.zeros(8 * BLOCK, f32), np.zeros(BLOCK, np.bool_), np.zeros(BLOCK, np.bool_), np.zeros(rows, f32),
-                np.zeros(2 * rows, f32), np.zeros(slots * 2 * K * KP, f32), np.zeros(BLOCK, np.int64),
-                np.zeros(BLOCK + 1, np.int64), np.zeros(rows, f32), np.zeros(BLOCK, f32),
-                np.zeros(2 * BLOCK * BLOCK, f32), np.zeros(4 * BLOCK * BLOCK, f32), np.zeros(6 * BLOCK * BLOCK, f32),
-                np.zeros(2 * rows, f32))
+    return Work(zeros((3 + BLOCK) * 3 * KP), zeros(3 * rows), zeros(3 * rows), zeros(3 * rows), zeros(2 * BLOCK),
+                zeros(rows), zeros(BLOCK), zeros(BLOCK * HIDDEN), zeros(BLOCK * HIDDEN), zeros(6 * BLOCK),
+                zeros(8 * BLOCK), np.zeros(BLOCK, np.bool_), np.zeros(BLOCK, np.bool_), zeros(rows), zeros(2 * rows),
+                zeros(slots * 2 * K * KP), np.zeros(BLOCK, np.int64), np.zeros(BLOCK + 1, np.int64), zeros(rows),
+                zeros(BLOCK), zeros(2 * BLOCK * BLOCK), zeros(4 * BLOCK * BLOCK), zeros(6 * BLOCK * BLOCK),
+                zeros(2 * rows))
 
 
 @njit(**PART)
@@ -586,7 +591,7 @@ def forward(first, stride, groups, per_task, batch, length, row, K, heads, rever
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, size = new_work(K, KP, 1), 2 * K * KP
     blocks, each = (length + BLOCK - 1) // BLOCK, (heads + per_task - 1) // per_task
-    line = np.zeros(KP, f32)
+    line = zeros(KP)
     for task in range(first, groups * each, stride):
         h0 = task % each * per_task
         for b in range(task // each, batch, groups):
@@ -932,10 +937,10 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, each = new_work(K, KP, BLOCK + 1), (heads + per_task - 1) // per_task
     wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
-    state, z, at = np.zeros(size, f32), np.zeros((BLOCK + 3) * wide, f32), np.zeros(8 * BLOCK, f32)
-    pre, form = np.zeros(BLOCK * HIDDEN, f32), np.zeros(BLOCK, f32)
-    rows, logits, error = np.zeros(4 * KP, f32), np.zeros(5, f32), np.zeros(2 * BLOCK * KP, f32)
-    error_t, state_t, pairs = np.zeros(2 * KP * BLOCK, f32), np.zeros(2 * KP * KP, f32), np.zeros(7 * BLOCK, f32)
+    state, z, at = zeros(size), zeros((BLOCK + 3) * wide), zeros(8 * BLOCK)
+    pre, form = zeros(BLOCK * HIDDEN), zeros(BLOCK)
+    rows, logits, error = zeros(4 * KP), zeros(5), zeros(2 * BLOCK * KP)
+    error_t, state_t, pairs = zeros(2 * KP * BLOCK), zeros(2 * KP * KP), zeros(7 * BLOCK)
     for task in range(first, groups * each, stride):
         group, h0 = task // each, task % each * per_task
         for b in range(group, batch, groups):
