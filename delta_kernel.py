@@ -1028,8 +1028,8 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# GELU of the feed-forward layers: x Phi(x) = max(x, 0) - |x| Q(|x|), Q(z) = 1 - Phi(z) by Abramowitz and Stegun 7.1.26
-# (to 1e-7)
+# Between the matrix products of a layer: layer normalisation, and GELU, x Phi(x) = max(x, 0) - |x| Q(|x|) with
+# Q(z) = 1 - Phi(z) by Abramowitz and Stegun 7.1.26 (to 1e-7)
 
 
 @njit(**PART)
@@ -1065,6 +1065,25 @@ def gelu_backward_rows(first, stride, rows, width, x, bias, grad, out):
             half, sign = f32(0.5), div(value, largest(size, splat(f32(1e-30))))
             phi = fma(sign, sub(half, tail), half)
             store(grad, at, mul(load(grad, at), fma(mul(value, f32(1 / math.sqrt(2 * math.pi))), density, phi)))
+
+
+@njit(**JIT)
+def normalise_rows(first, stride, rows, width, x, bias, weight, shift, eps):
+    """x + bias, of mean 0 and variance 1 in a row of `width` numbers, a multiple of 16, times weight, plus shift."""
+    for row in range(first * rows // stride, (first + 1) * rows // stride):
+        at, mean, square = row * width, splat(ZERO), splat(ZERO)
+        for c in range(0, width, WIDTH):
+            value = add(load(x, at + c), load(bias, c))
+            mean = add(mean, value)
+            store(x, at + c, value)
+        mean = splat(total(mean) / f32(width))
+        for c in range(0, width, WIDTH):
+            value = sub(load(x, at + c), mean)
+            square = fma(value, value, square)
+            store(x, at + c, value)
+        inverse = splat(ONE / math.sqrt(total(square) / f32(width) + eps))
+        for c in range(0, width, WIDTH):
+            store(x, at + c, fma(mul(load(x, at + c), inverse), load(weight, c), load(shift, c)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1186,3 +1205,9 @@ def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
     out, threads = torch.empty_like(x), max(1, min(torch.get_num_threads(), len(x)))
     in_threads(threads, gelu_backward_rows, *x.shape, flat(x), flat(bias), flat(grad), flat(out))
     return out
+
+
+def add_and_normalise(x: Tensor, bias: Tensor, norm: torch.nn.LayerNorm) -> None:
+    """x = norm(x + bias), in place. x (N, D) float32, bias (D); D a multiple of 16."""
+    in_threads(max(1, min(torch.get_num_threads(), len(x))), normalise_rows, *x.shape, flat(x), flat(bias),
+               flat(norm.weight), flat(norm.bias), f32(norm.eps))

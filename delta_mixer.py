@@ -365,9 +365,15 @@ def fastest_mixer(x: Tensor, channels: int) -> Callable:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The feed-forward layer on a CPU
+# What stands between the matrix products of a layer, on a CPU
 
 ROWS = 1024  # tokens in work at once where no gradient is wanted: what a CPU's caches hold
+
+
+def fuses(x: Tensor, *widths: int) -> bool:
+    """Whether the CPU's kernel does the elementwise parts of layers of these widths for `x`: in float32 alone."""
+    plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and not any(n % 16 for n in widths)
+    return not x.is_cuda and plain and not torch.compiler.is_compiling() and has_kernel(x)
 
 
 class RecomputedFeedForward(torch.autograd.Function):
@@ -388,18 +394,27 @@ class RecomputedFeedForward(torch.autograd.Function):
 
 
 def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
-    """down(gelu(up(x))), with the exact GELU; by the CPU's kernel in float32. x (..., D) -> (..., D)."""
-    plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and up.out_features % 16 == 0
-    if x.is_cuda or not plain or torch.compiler.is_compiling() or not has_kernel(x):
-        return down(F.gelu(up(x)))
-    if torch.is_grad_enabled():
+    """down(gelu(up(x))), with the exact GELU; with gradients by the CPU's kernel. x (..., D) -> (..., D)."""
+    if torch.is_grad_enabled() and fuses(x, up.out_features):
         return RecomputedFeedForward.apply(x.flatten(0, -2), up.weight, up.bias, down.weight, down.bias).view_as(x)
-    rows, out = x.flatten(0, -2), torch.empty_like(x).flatten(0, -2)
+    return down(F.gelu(up(x)))
+
+
+@torch.no_grad()
+def finish_layer(x: Tensor, read: Tensor, o_proj: nn.Linear, norm: nn.LayerNorm, up: nn.Linear, down: nn.Linear,
+                 ffn_norm: nn.LayerNorm) -> Tensor:
+    """What follows a layer's mixer, without gradients and in place of x, which `fuses`: x, read (..., D) -> (..., D).
+
+    x = norm(x + o_proj(read)), then ffn_norm(x + down(gelu(up(x)))). Sums with x are the matrix products' own, biases
+    the kernel's, so that no tensor is read or written for one of these alone.
+    """
+    cpu, rows = kernels("cpu"), x.flatten(0, -2)
     hidden = x.new_empty(min(len(rows), ROWS), up.out_features)
-    for piece, result in zip(rows.split(ROWS), out.split(ROWS)):
-        part = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
-        torch.addmm(down.bias, kernels("cpu").gelu(part, up.bias, part), down.weight.T, out=result)
-    return out.view_as(x)
+    for piece, part in zip(rows.split(ROWS), read.flatten(0, -2).split(ROWS)):
+        cpu.add_and_normalise(piece.addmm_(part, o_proj.weight.T), o_proj.bias, norm)
+        raised = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
+        cpu.add_and_normalise(piece.addmm_(cpu.gelu(raised, up.bias, raised), down.weight.T), down.bias, ffn_norm)
+    return x
 
 
 # ----------------------------------------------------------------------------------------------------------------------

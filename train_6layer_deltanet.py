@@ -553,6 +553,11 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
+        o, state = self.read(x, mask, output_final_state)
+        return self.o_proj(o), state
+
+    def read(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
+        """`forward` before the output projection."""
         heads, channels = self.cfg.num_heads, self.o_norm.shape[-1]
         if frugal(self) and x[..., 0].numel() > PIECE and not output_final_state:
             # Some heads at a time, as their projections take the most room.
@@ -560,9 +565,9 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
             for first in range(0, heads, some):
                 part = slice(first, min(first + some, heads))
                 out[..., first * channels:part.stop * channels] = self.mix(x, mask, part)[0]
-            return self.o_proj(out), None
+            return out, None
         o, state = self.mix(x, mask, slice(0, heads), output_final_state)
-        return self.o_proj(o.to(x.dtype)), state
+        return o.to(x.dtype), state
 
     def switches(self) -> dict[str, bool]:
         """The mixer's options that the config sets."""
@@ -704,11 +709,17 @@ class DeltaNetStudent(PreTrainedModel):
 
         wanted = output_state_overlap and self.config.hierarchical_memory
         x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
+        fused = not (rate or torch.is_grad_enabled()) and kernel.fuses(x, self.config.d_model, self.config.ffn_size)
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
-            mixed, final = mixer(x, mask, wanted)
-            x = norm(add(x, drop(mixed)))
-            x = ffn_norm(add(x, drop(ffn(x))))
+            if fused:
+                o, final = mixer.read(x, mask, wanted)
+                x = x if last_alone else x.clone()
+                x = kernel.finish_layer(x, o, mixer.o_proj, norm, ffn.up, ffn.down, ffn_norm)
+            else:
+                mixed, final = mixer(x, mask, wanted)
+                x = norm(add(x, drop(mixed)))
+                x = ffn_norm(add(x, drop(ffn(x))))
             states = [x] if last_alone else [*states, x]
             finals += [final] if wanted else []
         overlap = state_overlap(torch.stack(finals)) if wanted else x.new_zeros(())

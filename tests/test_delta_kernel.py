@@ -317,12 +317,11 @@ def test_gelu_and_its_gradient(shape):
     torch.testing.assert_close(found, y.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_feed_forward_with_and_without_gradients(monkeypatch):
+def test_feed_forward_and_its_gradients(monkeypatch):
     ffn = script.FeedForward(script.DeltaNetConfig(d_model=32, ffn_size=64))
     x, found = torch.randn(2, 9, 32), []
     for kernel in (True, False):
         monkeypatch.setattr(script.kernel, "has_kernel", lambda _: kernel)  # noqa: B023
-        monkeypatch.setattr(script.kernel, "ROWS", 7)
         leaf = x.clone().requires_grad_()
         y = ffn(leaf)
         with torch.no_grad():
@@ -330,6 +329,33 @@ def test_feed_forward_with_and_without_gradients(monkeypatch):
         found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *ffn.parameters()])])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [32, 24])  # 24 channels are no whole vectors, which leaves PyTorch's operators
+@pytest.mark.parametrize("threads", [1, 3])
+def test_without_gradients_a_layer_is_the_same(width, threads, monkeypatch):
+    student = script.DeltaNetStudent(script.DeltaNetConfig(
+        d_model=width, num_heads=2, num_layers=3, ffn_size=64, vocab_size=50)).eval()
+    for parameter in student.parameters():  # norms with weights and biases of their own, too
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids, mask = torch.randint(50, (3, 20)), torch.ones(3, 20)
+    mask[1, 7:] = 0
+    monkeypatch.setattr(script.kernel, "ROWS", 7)
+    calls, finish = [], script.kernel.finish_layer
+    monkeypatch.setattr(script.kernel, "finish_layer", lambda *args: calls.append(1) or finish(*args))
+    expected, _ = student.hidden_states(ids, mask)
+    assert not calls and expected[0].requires_grad
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            states, _ = student.hidden_states(ids, mask)
+            (last,), _ = student.hidden_states(ids, mask, last_alone=True)
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) == (6 if width == 32 else 0)
+    for a, b in zip([*states, last], [*expected, expected[-1]], strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
 
 
 # The choice at the start of a run
