@@ -235,7 +235,8 @@ class Weights(NamedTuple):
     mlp_t: np.ndarray  # its transpose
     small: np.ndarray  # (3, HIDDEN): the MLP's weight of the bilinear form, its biases, its output weights
     norm: np.ndarray  # (KP), of the output
-    numbers: np.ndarray  # scale of the bilinear form, bias of the MLP's output
+    numbers: np.ndarray  # (8): scale of the bilinear form, bias of the MLP's output, then of the five gates
+    bias: np.ndarray  # (3, KP), of q, k, v before the convolution
 
 
 class Work(NamedTuple):
@@ -324,6 +325,8 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
             to = (3 + i) * wide + part * KP
             if real:
                 copy_row(proj, token * row + (part * heads + h) * K, w.x, to, K)
+                for c in range(0, KP, WIDTH):
+                    store(w.x, to + c, add(load(w.x, to + c), load(p.bias, part * KP + c)))
             else:
                 for c in range(0, KP, WIDTH):
                     store(w.x, to + c, splat(ZERO))
@@ -336,7 +339,8 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
                 prefetch(proj, at + (3 * K + gate) * heads + h)
             w.real[i], w.kept[i] = real, real and (len(keep) == 0 or keep[token * heads + h])
             for gate in range(5):
-                w.gates[gate * BLOCK + i] = proj[token * row + (3 * K + gate) * heads + h] if real else ZERO
+                logit = proj[token * row + (3 * K + gate) * heads + h] + p.numbers[2 + gate]
+                w.gates[gate * BLOCK + i] = logit if real else ZERO
     for c in range(0, wide, WIDTH):
         w0, w1, w2, w3 = load(p.conv, c), load(p.conv, wide + c), load(p.conv, 2 * wide + c), load(p.conv, 3 * wide + c)
         x3, x2, x1 = load(w.x, c), load(w.x, wide + c), load(w.x, 2 * wide + c)
@@ -524,11 +528,12 @@ def inverse_rms(o, i, K):
 
 
 @njit(**JIT)
-def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm):
-    """The parameters of all heads, one head after the other, as `Weights`."""
+def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm, bias):
+    """The parameters of all heads, one head after the other, as `Weights`; `bias`, as a row of `proj`, may be empty."""
     heads = len(scale)
     p = Weights(zeros(heads * 12 * KP), zeros(heads * KP * KP), zeros(heads * KP * KP), zeros(HIDDEN * 2 * KP),
-                zeros(HIDDEN * 2 * KP), zeros(3 * HIDDEN), zeros(heads * KP), zeros(2 * heads))
+                zeros(HIDDEN * 2 * KP), zeros(3 * HIDDEN), zeros(heads * KP), zeros(8 * heads),
+                zeros(heads * 3 * KP))
     for h in range(heads):
         for part in range(12):
             copy_row(conv, (part * heads + h) * K, p.conv, (h * 12 + part) * KP, K)
@@ -536,7 +541,12 @@ def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm):
             for c in range(K):
                 p.bilinear[(h * KP + a) * KP + c] = p.bilinear_t[(h * KP + c) * KP + a] = bilinear[(h * K + a) * K + c]
             p.norm[h * KP + a] = norm[h * K + a]
-        p.numbers[2 * h], p.numbers[2 * h + 1] = scale[h], out_bias[0]
+        p.numbers[8 * h], p.numbers[8 * h + 1] = scale[h], out_bias[0]
+        if len(bias):
+            for part in range(3):
+                copy_row(bias, (part * heads + h) * K, p.bias, (3 * h + part) * KP, K)
+            for gate in range(5):
+                p.numbers[8 * h + 2 + gate] = bias[(3 * K + gate) * heads + h]
     for m in range(HIDDEN):
         for a in range(K):
             for part in range(2):
@@ -551,7 +561,7 @@ def of_head(p, h, KP):
     """The parameters of head h."""
     return Weights(p.conv[h * 12 * KP:(h + 1) * 12 * KP], p.bilinear[h * KP * KP:(h + 1) * KP * KP],
                    p.bilinear_t[h * KP * KP:(h + 1) * KP * KP], p.mlp, p.mlp_t, p.small, p.norm[h * KP:(h + 1) * KP],
-                   p.numbers[2 * h:2 * h + 2])
+                   p.numbers[8 * h:8 * h + 8], p.bias[h * 3 * KP:(h + 1) * 3 * KP])
 
 
 @njit(**PART)
@@ -1163,11 +1173,11 @@ def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> np.ndarra
 
 
 def arguments(proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None,
-              reverse_heads: int, switches: tuple[bool, ...]) -> tuple[Any, ...]:
-    """What `forward` and `backward` take alike, from the batch on."""
+              reverse_heads: int, switches: tuple[bool, ...], bias: Tensor | None = None) -> tuple[Any, ...]:
+    """What `forward` and `backward` take alike, from the batch on; `bias` (R): what `proj` lacks."""
     (batch, length, row), (_, _, heads, K) = proj.shape, parameters[0].shape
     return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches,
-            pack(K, -(-K // WIDTH) * WIDTH, *map(flat, parameters)), flat(proj), flat(mask, torch.bool),
+            pack(K, -(-K // WIDTH) * WIDTH, *map(flat, parameters), flat(bias)), flat(proj), flat(mask, torch.bool),
             flat(keep, torch.bool), flat(initial_state))
 
 

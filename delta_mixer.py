@@ -334,8 +334,10 @@ def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_wei
                        flux_out_bias: Tensor, o_norm: Tensor, initial_state: Tensor | None = None, *,
                        reverse_heads: int = 0, convolution: bool = True, flux: bool = True, coupling: bool = True,
                        hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
-                       ) -> tuple[Tensor, Tensor | None]:
+                       bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The mixer of a layer, arguments and results as of `parallel_mixer`.
+
+    `bias` (R), where `fuses` is true and no gradient wanted: of the projection, which `proj` then lacks.
 
     Computed in float32; products on CUDA as torch.set_float32_matmul_precision says. Raises ValueError naming the first
     argument whose shape, type or device does not fit.
@@ -343,6 +345,11 @@ def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_wei
     inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
               flux_out_bias, o_norm, initial_state)
     check_inputs(inputs, reverse_heads)
+    if bias is not None:
+        o, final, _ = found = outputs(proj, conv_weight, output_final_state, False)
+        kernels("cpu").mixer_forward(*found, proj, mask, keep, inputs[3:11], initial_state, reverse_heads,
+                                     (convolution, flux, coupling, hierarchical, read_gates), bias)
+        return o, final if output_final_state else None
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, _ = mixer(*inputs, reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
                         output_final_state, wanted)

@@ -536,8 +536,8 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         """The D x D weights of q, k, v and o, as views."""
         return [*self.qkv_proj.weight.chunk(3), self.o_proj.weight]
 
-    def project(self, x: Tensor, part: slice) -> Tensor:
-        """q, k, v and the logits of the gates of the heads `part` by one matrix product: x (B, T, D) -> (B, T, R).
+    def projection(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Weight (R, D) and bias (R) of q, k, v and the logits of the gates of the heads `part`, as one layer.
 
         R is a multiple of 16: other rows cost a third more on a CPU.
         """
@@ -549,7 +549,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
             chosen = [x.unflatten(0, (count, heads, -1))[:, part].flatten(0, 2) for x, count in ((qkv, 3), (gates, 5))]
             return torch.cat([*chosen, qkv.new_zeros(fill, *qkv.shape[1:])])
 
-        return F.linear(x, rows("weight"), rows("bias"))
+        return rows("weight"), rows("bias")
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
@@ -582,14 +582,15 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         if self.training and cfg.state_dropout > 0:
             keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
         reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
-        proj = self.project(x, part)
-        mixer = self.mixer or kernel.fastest_mixer(x, channels)
+        mixer, (weight, bias) = self.mixer or kernel.fastest_mixer(x, channels), self.projection(part)
+        fused = mixer is kernel.hierarchical_mixer and not torch.is_grad_enabled() and kernel.fuses(x)
+        proj, options = (x @ weight.T, {"bias": bias}) if fused else (F.linear(x, weight, bias), {})
         with torch.autocast(x.device.type, enabled=False):
             return mixer(proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part],
                          self.flux_bilinear[part], torch.exp(-self.flux_log_temperature.view(heads)[part]),
                          self.flux_in.weight, self.flux_in.bias, self.flux_out.weight.view(-1), self.flux_out.bias,
                          self.o_norm.view(heads, channels)[part], reverse_heads=reverse,
-                         output_final_state=output_final_state, **self.switches())
+                         output_final_state=output_final_state, **self.switches(), **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -105,6 +105,15 @@ def test_a_text_does_not_see_what_one_before_it_left(length, channels, state, th
     assert all(torch.equal(*pair) for pair in zip(*found)) and found[0][1].any()
 
 
+@pytest.mark.parametrize("case", ["padded", "hole"])
+@pytest.mark.parametrize("length, channels", [(9, 32), (70, 32), (70, 5), (33, 48)])
+def test_the_kernel_adds_the_bias_of_the_projection(length, channels, case):
+    inputs, options = example(length, case, channels=channels), {"reverse_heads": 1, "output_final_state": True}
+    bias = torch.randn(inputs[0].shape[-1], generator=torch.Generator().manual_seed(4))
+    found = script.kernel.hierarchical_mixer(*inputs, **options, bias=bias)
+    assert_equal(found, REFERENCE(inputs[0] + bias, *inputs[1:], **options))
+
+
 def test_a_first_block_of_padding_alone():
     inputs = example(70, "no dropout, no state")
     inputs[1][:, :33] = False
