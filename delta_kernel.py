@@ -179,6 +179,23 @@ def total(typingctx, x):
 
 
 @intrinsic
+def sums(typingctx, array, index):
+    """A vector of the sums of 16 vectors, which stand one after the other from array[index] on."""
+    def codegen(context, builder, signature, args):
+        first = vector_pointer(context, builder, signature, args)
+        found = [builder.load(builder.gep(first, [ir.Constant(ir.IntType(64), i)]), align=4) for i in range(WIDTH)]
+        step = 1
+        while len(found) > 1:  # of two, the sums of lanes `step` apart: the first one's where lane & step is 0
+            lanes_of = [[lane if bool(lane & step) == odd else (lane ^ step) for lane in range(WIDTH)] for odd in (0, 1)]
+            masks = [ir.Constant(WHOLE, [lane + WIDTH * bool(i & step) for i, lane in enumerate(x)]) for x in lanes_of]
+            found = [builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks), FAST)
+                     for x, y in zip(found[::2], found[1::2])]
+            step *= 2
+        return found[0]
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
 def div(typingctx, x, y):
     return elementwise(lambda b, x, y: b.fdiv(x, y, FAST))(x, y)
 
@@ -251,7 +268,7 @@ class Work(NamedTuple):
     pre: np.ndarray  # (BLOCK, HIDDEN), the MLP's hidden units before their SiLU
     hidden: np.ndarray  # (BLOCK, HIDDEN), sigmoid of pre
     gates: np.ndarray  # (6, BLOCK): beta, a_fast, a_slow, g_fast, g_slow, psi before its clamp
-    at: np.ndarray  # (BLOCK, 8): M row by row, beta, read weights of the two states
+    at: np.ndarray  # (BLOCK, 8): M row by row, beta, read weights of the two states, q . k
     real: np.ndarray  # (BLOCK) bool, False at padding
     kept: np.ndarray  # (BLOCK) bool, False where state dropout drops the write
     o: np.ndarray  # (BLOCK, KP), what is read, before the output norm
@@ -282,7 +299,8 @@ class Gradients(NamedTuple):
     at: np.ndarray  # (BLOCK, 8)
     pre: np.ndarray  # (BLOCK, HIDDEN)
     form: np.ndarray  # (BLOCK)
-    rows: np.ndarray  # (4, KP), vectors of the token in work
+    rows: np.ndarray  # (6, KP), vectors of the token in work; the last two: S^T k of `state` and the token before it
+    lines: np.ndarray  # (3, KP, WIDTH), whose rows are yet to be summed up
     error: np.ndarray  # (2, BLOCK, KP), of w.error
     error_t: np.ndarray  # (2, KP, BLOCK), no gradients: w.error transposed
     state_t: np.ndarray  # (2, KP, KP), transposed `state`
@@ -339,8 +357,8 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
                 prefetch(proj, at + (3 * K + gate) * heads + h)
             w.real[i], w.kept[i] = real, real and (len(keep) == 0 or keep[token * heads + h])
             for gate in range(5):
-                logit = proj[token * row + (3 * K + gate) * heads + h] + p.numbers[2 + gate]
-                w.gates[gate * BLOCK + i] = logit if real else ZERO
+                at_gate = token * row + (3 * K + gate) * heads + h
+                w.gates[gate * BLOCK + i] = proj[at_gate] + p.numbers[2 + gate] if real else ZERO
     for c in range(0, wide, WIDTH):
         w0, w1, w2, w3 = load(p.conv, c), load(p.conv, wide + c), load(p.conv, 2 * wide + c), load(p.conv, 3 * wide + c)
         x3, x2, x1 = load(w.x, c), load(w.x, wide + c), load(w.x, 2 * wide + c)
@@ -408,37 +426,48 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
 
 @njit(**PART)
 def recur(n, slot, step, K, w):
-    """Both states over the block's tokens, from slot `slot` of w.states on; `step` 1 keeps those before each token."""
+    """Both states over the block's tokens, from slot `slot` of w.states on; `step` 1 keeps those before each token.
+
+    Columns of the states are independent of one another. As a token changes them, what the next one reads of them is
+    summed up: so no sum waits for itself, as it would in a pass of its own.
+    """
     KP = len(w.o) // BLOCK
-    wide, size = 3 * KP, K * KP
+    wide, size, m = 3 * KP, K * KP, 0
     for i in range(n):
-        w.slot[i] = slot
-        if not w.real[i]:
-            continue
-        old, new, q, k, v = slot * 2 * size, (slot + step) * 2 * size, i * wide, i * wide + KP, i * wide + 2 * KP
-        slot += step
-        m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
-        beta, r0, r1 = w.at[8 * i + 4], w.at[8 * i + 5], w.at[8 * i + 6]
-        q_fast, q_slow, product = r0 * m00 + r1 * m10, r0 * m01 + r1 * m11, splat(ZERO)
-        for c in range(0, KP, WIDTH):
-            product = fma(load(w.z, q + c), load(w.z, k + c), product)
-        qk = total(product)
-        for c in range(0, KP, WIDTH):
-            kf = ks = qf = qs = splat(ZERO)  # S^T k and S^T q of the states before the token
-            for a in range(K):
-                f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
-                ka, qa = spread(w.z, k + a), spread(w.z, q + a)
-                kf, ks, qf, qs = fma(f, ka, kf), fma(s, ka, ks), fma(f, qa, qf), fma(s, qa, qs)
+        w.slot[i] = slot + m * step
+        if w.real[i]:
+            w.order[m], product = i, splat(ZERO)
+            for c in range(i * wide, i * wide + KP, WIDTH):
+                product = fma(load(w.z, c), load(w.z, c + KP), product)
+            w.at[8 * i + 7] = total(product)
+            m += 1
+    w.order[BLOCK] = m
+    for c in range(0, KP if m else 0, WIDTH):
+        old, k = slot * 2 * size + c, w.order[0] * wide + KP
+        kf = ks = qf = qs = splat(ZERO)  # S^T k and S^T q of the states before the token
+        for a in range(K):
+            f, s = load(w.states, old + a * KP), load(w.states, old + size + a * KP)
+            ka, qa = spread(w.z, k + a), spread(w.z, k - KP + a)
+            kf, ks, qf, qs = fma(f, ka, kf), fma(s, ka, ks), fma(f, qa, qf), fma(s, qa, qs)
+        for j in range(m):
+            i, new = w.order[j], old + step * 2 * size
+            m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
+            beta, r0, r1, qk = w.at[8 * i + 4], w.at[8 * i + 5], w.at[8 * i + 6], w.at[8 * i + 7]
             store(w.k_state, 2 * i * KP + c, kf), store(w.k_state, (2 * i + 1) * KP + c, ks)
-            value = load(w.z, v + c)
+            value, k, next_k = load(w.z, i * wide + 2 * KP + c), i * wide + KP, w.order[min(j + 1, m - 1)] * wide + KP
             df = mul(sub(value, fma(kf, m00, mul(ks, m01))), beta)  # what is written along k
             ds = mul(sub(value, fma(kf, m10, mul(ks, m11))), beta)
-            store(w.o, i * KP + c, fma(qf, q_fast, fma(qs, q_slow, mul(fma(df, r0, mul(ds, r1)), qk))))
+            read = fma(qf, r0 * m00 + r1 * m10, mul(qs, r0 * m01 + r1 * m11))
+            store(w.o, i * KP + c, fma(fma(df, r0, mul(ds, r1)), qk, read))
+            kf = ks = qf = qs = splat(ZERO)
             for a in range(K):
-                f, s, ka = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c), spread(w.z, k + a)
-                store(w.states, new + a * KP + c, fma(f, m00, fma(s, m01, mul(df, ka))))
-                store(w.states, new + size + a * KP + c, fma(f, m10, fma(s, m11, mul(ds, ka))))
-    return slot
+                f, s, ka = load(w.states, old + a * KP), load(w.states, old + size + a * KP), spread(w.z, k + a)
+                f, s = fma(f, m00, fma(s, m01, mul(df, ka))), fma(f, m10, fma(s, m11, mul(ds, ka)))
+                store(w.states, new + a * KP, f), store(w.states, new + size + a * KP, s)
+                ka, qa = spread(w.z, next_k + a), spread(w.z, next_k - KP + a)
+                kf, ks, qf, qs = fma(f, ka, kf), fma(s, ka, ks), fma(f, qa, qf), fma(s, qa, qs)
+            old = new
+    return slot + m * step
 
 
 @njit(**PART)
@@ -640,29 +669,26 @@ def forward(first, stride, groups, per_task, batch, length, row, K, heads, rever
 
 
 @njit(**PART)
-def recur_backward(n, K, p, w, g):
+def recur_backward(K, p, w, g):
     """Gradients of q, k, v and `at` of the block's tokens from those of o, which stand in w.o, and of later states."""
-    KP = len(p.norm)
+    KP, m = len(p.norm), w.order[BLOCK]
     wide, size = 3 * KP, K * KP
-    for i in range(n - 1, -1, -1):
-        if not w.real[i]:
-            continue
+    for c in range(0, KP if m else 0, WIDTH):
+        k, gf, gs = w.order[m - 1] * wide + KP, splat(ZERO), splat(ZERO)
+        for a in range(K):
+            gf = fma(load(g.state, a * KP + c), spread(w.z, k + a), gf)
+            gs = fma(load(g.state, size + a * KP + c), spread(w.z, k + a), gs)
+        store(g.rows, 4 * KP + c, gf), store(g.rows, 5 * KP + c, gs)
+    for j in range(m - 1, -1, -1):
+        i = w.order[j]
         old, q, k, v = w.slot[i] * 2 * size, i * wide, i * wide + KP, i * wide + 2 * KP
         m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
-        beta, r0, r1, product = w.at[8 * i + 4], w.at[8 * i + 5], w.at[8 * i + 6], splat(ZERO)
-        for c in range(0, KP, WIDTH):
-            product = fma(load(w.z, q + c), load(w.z, k + c), product)
-        qk = total(product)
+        beta, r0, r1, qk = w.at[8 * i + 4], w.at[8 * i + 5], w.at[8 * i + 6], w.at[8 * i + 7]
         of = os = gb = g00 = g01 = g10 = g11 = splat(ZERO)
         for c in range(0, KP, WIDTH):
-            gf = gs = splat(ZERO)  # gradients of what is written along k
-            for a in range(K):
-                ka = spread(w.z, k + a)
-                gf, gs = fma(load(g.state, a * KP + c), ka, gf), fma(load(g.state, size + a * KP + c), ka, gs)
-            o = load(w.o, i * KP + c)
-            gf, gs = fma(o, r0 * qk, gf), fma(o, r1 * qk, gs)
+            o, value = load(w.o, i * KP + c), load(w.z, v + c)
+            gf, gs = fma(o, r0 * qk, load(g.rows, 4 * KP + c)), fma(o, r1 * qk, load(g.rows, 5 * KP + c))
             kf, ks = load(w.k_state, 2 * i * KP + c), load(w.k_state, (2 * i + 1) * KP + c)
-            value = load(w.z, v + c)
             ef, es = sub(value, fma(kf, m00, mul(ks, m01))), sub(value, fma(kf, m10, mul(ks, m11)))
             of, os, gb = fma(o, ef, of), fma(o, es, os), fma(gf, ef, fma(gs, es, gb))
             gf, gs = mul(gf, beta), mul(gs, beta)
@@ -673,9 +699,8 @@ def recur_backward(n, K, p, w, g):
             store(g.rows, 2 * KP + c, fma(gf, m00, mul(gs, m10))), store(g.rows, 3 * KP + c, fma(gf, m01, mul(gs, m11)))
         o_fast, o_slow = beta * total(of), beta * total(os)
         g00, g01, g10, g11 = sub(ZERO, g00), sub(ZERO, g01), sub(ZERO, g10), sub(ZERO, g11)
-        read_fast = read_slow = ZERO
         for a in range(K):
-            ka, qa, of, os, gk = w.z[k + a], w.z[q + a], splat(ZERO), splat(ZERO), splat(ZERO)
+            qa, of, os, gk = w.z[q + a], splat(ZERO), splat(ZERO), splat(ZERO)
             for c in range(0, KP, WIDTH):
                 f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
                 o = load(w.o, i * KP + c)
@@ -683,21 +708,30 @@ def recur_backward(n, K, p, w, g):
                 of, os = fma(f, o, of), fma(s, o, os)
                 gk = fma(gf, load(g.rows, c), fma(gs, load(g.rows, KP + c), gk))
                 gk = sub(gk, fma(f, load(g.rows, 2 * KP + c), mul(s, load(g.rows, 3 * KP + c))))
-            fast, slow = total(of), total(os)
-            fast, slow = m00 * fast + m01 * slow + ka * o_fast, m10 * fast + m11 * slow + ka * o_slow
-            read_fast, read_slow = read_fast + qa * fast, read_slow + qa * slow
-            g.z[q + a], g.z[k + a] = r0 * fast + r1 * slow, total(gk)
+            store(g.lines, a * WIDTH, of), store(g.lines, (KP + a) * WIDTH, os)
+            store(g.lines, (2 * KP + a) * WIDTH, gk)
+        read_fast = read_slow = splat(ZERO)
+        for a in range(0, KP, WIDTH):
+            f, s = sums(g.lines, a * WIDTH), sums(g.lines, (KP + a) * WIDTH)
+            ka, qa = load(w.z, k + a), load(w.z, q + a)
+            fast, slow = fma(f, m00, fma(s, m01, mul(ka, o_fast))), fma(f, m10, fma(s, m11, mul(ka, o_slow)))
+            read_fast, read_slow = fma(qa, fast, read_fast), fma(qa, slow, read_slow)
+            store(g.z, q + a, fma(fast, r0, mul(slow, r1))), store(g.z, k + a, sums(g.lines, (2 * KP + a) * WIDTH))
+        earlier = w.order[max(j - 1, 0)] * wide + KP
         for c in range(0, KP, WIDTH):
             o, uf, us = load(w.o, i * KP + c), load(g.rows, 2 * KP + c), load(g.rows, 3 * KP + c)
+            next_f = next_s = splat(ZERO)
             for a in range(K):
                 f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
-                ka, qa = spread(w.z, k + a), w.z[q + a]
+                ka, qa, kb = spread(w.z, k + a), w.z[q + a], spread(w.z, earlier + a)
                 gf, gs = fma(o, r0 * qa, load(g.state, a * KP + c)), fma(o, r1 * qa, load(g.state, size + a * KP + c))
                 g00, g01, g10, g11 = fma(f, gf, g00), fma(s, gf, g01), fma(f, gs, g10), fma(s, gs, g11)
-                store(g.state, a * KP + c, sub(fma(gf, m00, mul(gs, m10)), mul(uf, ka)))
-                store(g.state, size + a * KP + c, sub(fma(gf, m01, mul(gs, m11)), mul(us, ka)))
+                f, s = sub(fma(gf, m00, mul(gs, m10)), mul(uf, ka)), sub(fma(gf, m01, mul(gs, m11)), mul(us, ka))
+                store(g.state, a * KP + c, f), store(g.state, size + a * KP + c, s)
+                next_f, next_s = fma(f, kb, next_f), fma(s, kb, next_s)
+            store(g.rows, 4 * KP + c, next_f), store(g.rows, 5 * KP + c, next_s)
         g.at[8 * i], g.at[8 * i + 1], g.at[8 * i + 2], g.at[8 * i + 3] = total(g00), total(g01), total(g10), total(g11)
-        g.at[8 * i + 4], g.at[8 * i + 5], g.at[8 * i + 6] = total(gb), read_fast, read_slow
+        g.at[8 * i + 4], g.at[8 * i + 5], g.at[8 * i + 6] = total(gb), total(read_fast), total(read_slow)
 
 
 @njit(**PART)
@@ -949,7 +983,7 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
     wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
     state, z, at = zeros(size), zeros((BLOCK + 3) * wide), zeros(8 * BLOCK)
     pre, form = zeros(BLOCK * HIDDEN), zeros(BLOCK)
-    rows, logits, error = zeros(4 * KP), zeros(5), zeros(2 * BLOCK * KP)
+    rows, lines, logits, error = zeros(6 * KP), zeros(3 * KP * WIDTH), zeros(5), zeros(2 * BLOCK * KP)
     error_t, state_t, pairs = zeros(2 * KP * BLOCK), zeros(2 * KP * KP), zeros(7 * BLOCK)
     for task in range(first, groups * each, stride):
         group, h0 = task // each, task % each * per_task
@@ -959,7 +993,7 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                 g = Gradients(g_conv[i * 4 * wide:(i + 1) * 4 * wide], g_bilinear[i * KP * KP:(i + 1) * KP * KP],
                               g_mlp[i * 2 * KP * HIDDEN:(i + 1) * 2 * KP * HIDDEN],
                               g_small[i * 3 * HIDDEN:(i + 1) * 3 * HIDDEN], g_norm[i * KP:(i + 1) * KP],
-                              g_numbers[i * 2:(i + 1) * 2], state, z, at, pre, form, rows,
+                              g_numbers[i * 2:(i + 1) * 2], state, z, at, pre, form, rows, lines,
                               error, error_t, state_t, pairs)
                 g.state[:] = ZERO
                 if len(grad_final):
@@ -1001,7 +1035,7 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                                 grad = sub(load(g.rows, c), mul(load(w.o, i * KP + c), along))
                                 store(w.o, i * KP + c, mul(grad, inverse))
                         if start or len(initial):
-                            recur_backward(n, K, p, w, g)
+                            recur_backward(K, p, w, g)
                         else:
                             recur_from_zero_backward(n < length or len(grad_final), K, w, g)
                     else:
