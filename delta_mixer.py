@@ -374,7 +374,7 @@ def fastest_mixer(x: Tensor, channels: int) -> Callable:
 # ----------------------------------------------------------------------------------------------------------------------
 # What stands between the matrix products of a layer, on a CPU
 
-ROWS = 1024  # tokens in work at once where no gradient is wanted: what a CPU's caches hold
+ROWS = 2048  # tokens in work at once where no gradient is wanted: what `encode` puts into a batch on a CPU
 
 
 def fuses(x: Tensor, *widths: int) -> bool:
