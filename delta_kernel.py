@@ -5,7 +5,8 @@ normalisation, resonance flux, gates, both delta-rule states and the output norm
 32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. Where no initial states are
 given, the first BLOCK tokens are done without states (`recur_from_zero`) in the backward pass, and in the forward pass
 if no more follow (padding counts) and no final states are wanted. The formulas are those of `parallel_mixer`, its twin
-in PyTorch; the tests compare the two.
+in PyTorch; the tests compare the two. Without gradients it also adds the projection's bias. Below it stand the kernels
+of what is between a layer's other matrix products: GELU and layer normalisation.
 
 The backward pass has from the forward pass the states at the starts of blocks of BLOCK tokens, and computes all else
 anew, block by block from the end. Parameters' gradients are summed per group of sentences, then over the groups: the
@@ -186,8 +187,8 @@ def sums(typingctx, array, index):
         found = [builder.load(builder.gep(first, [ir.Constant(ir.IntType(64), i)]), align=4) for i in range(WIDTH)]
         step = 1
         while len(found) > 1:  # of two, the sums of lanes `step` apart: the first one's where lane & step is 0
-            lanes_of = [[lane if bool(lane & step) == odd else (lane ^ step) for lane in range(WIDTH)] for odd in (0, 1)]
-            masks = [ir.Constant(WHOLE, [lane + WIDTH * bool(i & step) for i, lane in enumerate(x)]) for x in lanes_of]
+            masks = [ir.Constant(WHOLE, [(lane & ~step | part) + WIDTH * bool(lane & step) for lane in range(WIDTH)])
+                     for part in (0, step)]
             found = [builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks), FAST)
                      for x, y in zip(found[::2], found[1::2])]
             step *= 2
@@ -242,7 +243,6 @@ def sigmoid(x):
 # head's own order
 
 
-
 class Weights(NamedTuple):
     """Parameters of one head."""
     conv: np.ndarray  # (4, 3, KP)
@@ -252,7 +252,7 @@ class Weights(NamedTuple):
     mlp_t: np.ndarray  # its transpose
     small: np.ndarray  # (3, HIDDEN): the MLP's weight of the bilinear form, its biases, its output weights
     norm: np.ndarray  # (KP), of the output
-    numbers: np.ndarray  # (8): scale of the bilinear form, bias of the MLP's output, then of the five gates
+    numbers: np.ndarray  # (8): scale of the bilinear form, bias of the MLP's output, of the five gates; 1 with a bias
     bias: np.ndarray  # (3, KP), of q, k, v before the convolution
 
 
@@ -275,9 +275,9 @@ class Work(NamedTuple):
     k_state: np.ndarray  # (BLOCK, 2, KP), S^T k of both states before the token
     states: np.ndarray  # (slots, 2, K, KP)
     slot: np.ndarray  # (BLOCK), where in `states` the state before the token is
+    order: np.ndarray  # (BLOCK + 1), which tokens of the block are real, and their number
     # Of `recur_from_zero`: tokens are the real ones, a row is of one token, its entries of those before it and itself;
     # of `decay` and `weight` only the first row is used unless all are kept
-    order: np.ndarray  # (BLOCK + 1), which tokens of the block are real, and their number
     keys: np.ndarray  # (KP, BLOCK), k of each
     beta: np.ndarray  # (BLOCK), beta of each
     products: np.ndarray  # (2, BLOCK, BLOCK), k . k and q . k
@@ -343,7 +343,7 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
             to = (3 + i) * wide + part * KP
             if real:
                 copy_row(proj, token * row + (part * heads + h) * K, w.x, to, K)
-                for c in range(0, KP, WIDTH):
+                for c in range(0, KP if p.numbers[7] else 0, WIDTH):
                     store(w.x, to + c, add(load(w.x, to + c), load(p.bias, part * KP + c)))
             else:
                 for c in range(0, KP, WIDTH):
@@ -425,8 +425,10 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
 
 
 @njit(**PART)
-def recur(n, slot, step, K, w):
-    """Both states over the block's tokens, from slot `slot` of w.states on; `step` 1 keeps those before each token.
+def recur(n, step, K, w):
+    """Both states over the block's tokens, from the first slot of w.states on; `step` 1 keeps those before each token.
+
+    At least one token is real.
 
     Columns of the states are independent of one another. As a token changes them, what the next one reads of them is
     summed up: so no sum waits for itself, as it would in a pass of its own.
@@ -434,7 +436,7 @@ def recur(n, slot, step, K, w):
     KP = len(w.o) // BLOCK
     wide, size, m = 3 * KP, K * KP, 0
     for i in range(n):
-        w.slot[i] = slot + m * step
+        w.slot[i] = m * step
         if w.real[i]:
             w.order[m], product = i, splat(ZERO)
             for c in range(i * wide, i * wide + KP, WIDTH):
@@ -442,8 +444,8 @@ def recur(n, slot, step, K, w):
             w.at[8 * i + 7] = total(product)
             m += 1
     w.order[BLOCK] = m
-    for c in range(0, KP if m else 0, WIDTH):
-        old, k = slot * 2 * size + c, w.order[0] * wide + KP
+    for c in range(0, KP, WIDTH):
+        old, k = c, w.order[0] * wide + KP
         kf = ks = qf = qs = splat(ZERO)  # S^T k and S^T q of the states before the token
         for a in range(K):
             f, s = load(w.states, old + a * KP), load(w.states, old + size + a * KP)
@@ -467,7 +469,6 @@ def recur(n, slot, step, K, w):
                 ka, qa = spread(w.z, next_k + a), spread(w.z, next_k - KP + a)
                 kf, ks, qf, qs = fma(f, ka, kf), fma(s, ka, ks), fma(f, qa, qf), fma(s, qa, qs)
             old = new
-    return slot + m * step
 
 
 @njit(**PART)
@@ -572,6 +573,7 @@ def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm, b
             p.norm[h * KP + a] = norm[h * K + a]
         p.numbers[8 * h], p.numbers[8 * h + 1] = scale[h], out_bias[0]
         if len(bias):
+            p.numbers[8 * h + 7] = ONE
             for part in range(3):
                 copy_row(bias, (part * heads + h) * K, p.bias, (3 * h + part) * KP, K)
             for gate in range(5):
@@ -653,7 +655,7 @@ def forward(first, stride, groups, per_task, batch, length, row, K, heads, rever
                         prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
                                 hierarchical, read_gates, row, proj, mask, keep, p, w)
                         if n < length or len(initial) or len(final):
-                            recur(n, 0, 0, K, w)
+                            recur(n, 0, K, w)
                         else:
                             recur_from_zero(n, 0, K, w)
                     for i in range(n):
@@ -673,7 +675,7 @@ def recur_backward(K, p, w, g):
     """Gradients of q, k, v and `at` of the block's tokens from those of o, which stand in w.o, and of later states."""
     KP, m = len(p.norm), w.order[BLOCK]
     wide, size = 3 * KP, K * KP
-    for c in range(0, KP if m else 0, WIDTH):
+    for c in range(0, KP, WIDTH):
         k, gf, gs = w.order[m - 1] * wide + KP, splat(ZERO), splat(ZERO)
         for a in range(K):
             gf = fma(load(g.state, a * KP + c), spread(w.z, k + a), gf)
@@ -1013,7 +1015,7 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                         prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
                                 hierarchical, read_gates, row, proj, mask, keep, p, w)
                         if start or len(initial):
-                            recur(n, 0, 1, K, w)
+                            recur(n, 1, K, w)
                         else:
                             recur_from_zero(n, 1, K, w)
                         for i in range(n):  # the output norm: w.o becomes the gradient of what was read
@@ -1188,6 +1190,14 @@ def in_threads(count: int, kernel: Callable, *args: Any) -> None:
         raise errors.pop()
 
 
+PER_THREAD = 1 << 18  # numbers of a row-wise kernel that are worth a thread: waking one takes 0.2 ms or more
+
+
+def share_rows(kernel: Callable, x: Tensor, *args: Any) -> None:
+    """A kernel of rows, x (N, width), on as many threads as are worth it."""
+    in_threads(max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD)), kernel, *x.shape, flat(x), *args)
+
+
 def share_heads(kernel: Callable, batch: int, heads: int, *args: Any) -> None:
     """`forward` or `backward` on as many threads as PyTorch uses; more threads, fewer heads in a task."""
     groups, threads = max(1, min(batch, GROUPS)), torch.get_num_threads()
@@ -1240,18 +1250,17 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *in
 
 def gelu(x: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     """Exact GELU of x + bias into `out`, which may be x. x, out (N, F) float32, bias (F); F a multiple of 16."""
-    in_threads(max(1, min(torch.get_num_threads(), len(x))), gelu_rows, *x.shape, flat(x), flat(bias), flat(out))
+    share_rows(gelu_rows, x, flat(bias), flat(out))
     return out
 
 
 def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
     """gelu(x + bias) anew, (N, F); `grad`, of that, becomes the gradient of x in place."""
-    out, threads = torch.empty_like(x), max(1, min(torch.get_num_threads(), len(x)))
-    in_threads(threads, gelu_backward_rows, *x.shape, flat(x), flat(bias), flat(grad), flat(out))
+    out = torch.empty_like(x)
+    share_rows(gelu_backward_rows, x, flat(bias), flat(grad), flat(out))
     return out
 
 
 def add_and_normalise(x: Tensor, bias: Tensor, norm: torch.nn.LayerNorm) -> None:
     """x = norm(x + bias), in place. x (N, D) float32, bias (D); D a multiple of 16."""
-    in_threads(max(1, min(torch.get_num_threads(), len(x))), normalise_rows, *x.shape, flat(x), flat(bias),
-               flat(norm.weight), flat(norm.bias), f32(norm.eps))
+    share_rows(normalise_rows, x, flat(bias), flat(norm.weight), flat(norm.bias), f32(norm.eps))

@@ -304,7 +304,7 @@ def differentiate(ctx, grad_o, grad_final, _):
 mixer.register_autograd(differentiate, setup_context=keep_inputs)
 
 
-def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int) -> None:
+def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int, bias: Tensor | None = None) -> None:
     """ValueError if an argument of the mixer does not fit the others: the kernel reads memory by these shapes."""
     proj, mask, keep, conv, *_ = inputs
     if proj.dim() != 3 or conv.dim() != 4:
@@ -316,6 +316,8 @@ def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int) -> None:
                          f"got {row} and {reverse_heads}")
     if proj.device.type == "cuda" and K not in CUDA_CHANNELS:
         raise ValueError(f"the CUDA kernels take heads of {CUDA_CHANNELS} channels, got {K}")
+    if bias is not None and (bias.shape != (row,) or bias.device.type != "cpu" or proj.is_cuda):
+        raise ValueError(f"bias must be numbers of shape {(row,)} on a CPU, got {tuple(bias.shape)} on {bias.device}")
     shapes = {"mask": (batch, length), "keep": (batch, length, heads), "conv_weight": (4, 3, heads, K),
               "flux_bilinear": (heads, K, K), "flux_scale": (heads,), "flux_in_weight": (HIDDEN, 2 * K + 1),
               "flux_in_bias": (HIDDEN,), "flux_out_weight": (HIDDEN,), "flux_out_bias": (1,), "o_norm": (heads, K),
@@ -344,13 +346,15 @@ def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_wei
     """
     inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
               flux_out_bias, o_norm, initial_state)
-    check_inputs(inputs, reverse_heads)
+    check_inputs(inputs, reverse_heads, bias)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if bias is not None and wanted:
+        raise ValueError("bias is for calls without gradients: add it to proj")
     if bias is not None:
         o, final, _ = found = outputs(proj, conv_weight, output_final_state, False)
         kernels("cpu").mixer_forward(*found, proj, mask, keep, inputs[3:11], initial_state, reverse_heads,
                                      (convolution, flux, coupling, hierarchical, read_gates), bias)
         return o, final if output_final_state else None
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, _ = mixer(*inputs, reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
                         output_final_state, wanted)
     return o, final if output_final_state else None
@@ -412,7 +416,8 @@ def finish_layer(x: Tensor, read: Tensor, o_proj: nn.Linear, norm: nn.LayerNorm,
                  ffn_norm: nn.LayerNorm) -> Tensor:
     """What follows a layer's mixer, without gradients and in place of x, which `fuses`: x, read (..., D) -> (..., D).
 
-    x = norm(x + o_proj(read)), then ffn_norm(x + down(gelu(up(x)))). Sums with x are the matrix products' own, biases
+    x = norm(x + o_proj(read)), then ffn_norm(x + down(gelu(up(x)))), by the layers' tensors: no hooks are
+    called, and all have biases. Sums with x are the matrix products' own, biases
     the kernel's, so that no tensor is read or written for one of these alone.
     """
     cpu, rows = kernels("cpu"), x.flatten(0, -2)
@@ -421,7 +426,7 @@ def finish_layer(x: Tensor, read: Tensor, o_proj: nn.Linear, norm: nn.LayerNorm,
         cpu.add_and_normalise(piece.addmm_(part, o_proj.weight.T), o_proj.bias, norm)
         raised = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
         cpu.add_and_normalise(piece.addmm_(cpu.gelu(raised, up.bias, raised), down.weight.T), down.bias, ffn_norm)
-    return x
+    return rows.view_as(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

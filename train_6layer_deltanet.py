@@ -711,6 +711,7 @@ class DeltaNetStudent(PreTrainedModel):
         wanted = output_state_overlap and self.config.hierarchical_memory
         x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
         fused = not (rate or torch.is_grad_enabled()) and kernel.fuses(x, self.config.d_model, self.config.ffn_size)
+        fused = fused and self.deltanet_layers[0].mixer in (None, kernel.hierarchical_mixer)  # not found to be wrong
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
             if fused:

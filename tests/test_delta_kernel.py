@@ -290,6 +290,11 @@ def test_wrong_input_is_one_clear_line(position, wrong, message):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="reverse_heads"):
         script.kernel.hierarchical_mixer(*example(9), reverse_heads=3)
+    with pytest.raises(ValueError, match="bias must be"):
+        script.kernel.hierarchical_mixer(*example(9), bias=torch.zeros(7))
+    inputs = example(9)
+    with pytest.raises(ValueError, match="without gradients"):
+        script.kernel.hierarchical_mixer(inputs[0].requires_grad_(), *inputs[1:], bias=inputs[0][0, 0].detach())
 
 
 def test_gradients_of_outputs_or_of_the_final_state_alone():
@@ -313,7 +318,10 @@ def test_lower_precision_inputs():
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (300, 48)])
-def test_gelu_and_its_gradient(shape):
+@pytest.mark.parametrize("per_thread", [1, 1 << 18])
+def test_gelu_and_its_gradient(shape, per_thread, threads, monkeypatch):
+    threads(2)
+    monkeypatch.setattr(script.kernel.kernels("cpu"), "PER_THREAD", per_thread)
     x, bias = 3 * torch.randn(shape, requires_grad=True), torch.randn(shape[1])
     x.retain_grad()
     y, grad = torch.nn.functional.gelu(x.double() + bias), torch.randn(shape)
@@ -350,6 +358,7 @@ def test_without_gradients_a_layer_is_the_same(width, threads, monkeypatch):
     ids, mask = torch.randint(50, (3, 20)), torch.ones(3, 20)
     mask[1, 7:] = 0
     monkeypatch.setattr(script.kernel, "ROWS", 7)
+    monkeypatch.setattr(script.kernel.kernels("cpu"), "PER_THREAD", 1)
     calls, finish = [], script.kernel.finish_layer
     monkeypatch.setattr(script.kernel, "finish_layer", lambda *args: calls.append(1) or finish(*args))
     expected, _ = student.hidden_states(ids, mask)
