@@ -299,7 +299,7 @@ class Gradients(NamedTuple):
     at: np.ndarray  # (BLOCK, 8)
     pre: np.ndarray  # (BLOCK, HIDDEN)
     form: np.ndarray  # (BLOCK)
-    rows: np.ndarray  # (6, KP), vectors of the token in work; the last two: S^T k of `state` and the token before it
+    rows: np.ndarray  # (6, KP), vectors of the token in work; the last two: `state`^T k, k of the token before it
     lines: np.ndarray  # (3, KP, WIDTH), whose rows are yet to be summed up
     error: np.ndarray  # (2, BLOCK, KP), of w.error
     error_t: np.ndarray  # (2, KP, BLOCK), no gradients: w.error transposed
