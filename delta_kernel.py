@@ -15,6 +15,8 @@ order does not depend on threads.
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import math
 import os
 import sys
@@ -29,7 +31,7 @@ from .delta_mixer import BLOCK, HIDDEN
 
 try:  # in a `try`, as transformers refuses a model of which a file imports, outside of one, what is not installed
     from llvmlite import ir
-    from numba import njit, typeof, types
+    from numba import cfunc, njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic, models, register_model
 except ImportError:
@@ -63,6 +65,9 @@ lanes = Lanes()
 class LanesModel(models.PrimitiveModel):
     def __init__(self, manager, numba_type):
         super().__init__(manager, numba_type, VECTOR)
+
+
+FLOATS, FLAGS = types.Array(types.float32, 1, "C"), types.Array(types.boolean, 1, "C")
 
 
 def constant(value: float) -> ir.Constant:
@@ -124,6 +129,43 @@ def prefetch(typingctx, array, index):
         builder.call(function, [address, number(0), number(2), number(1)])
         return context.get_dummy_value()
     return types.none(array, types.intp), codegen
+
+
+def reader(*kinds: types.Type) -> Callable:
+    """A function that reads a kernel's arguments of these types, as `in_threads` lays them down, as a tuple."""
+    @intrinsic
+    def read(typingctx, call):
+        def codegen(context, builder, signature, args):
+            def word():
+                return builder.load(builder.gep(place, [ir.Constant(ir.IntType(64), next(at))]))
+
+            place, at, found = builder.inttoptr(args[0], ir.IntType(64).as_pointer()), itertools.count(1), []
+            for kind in kinds:
+                value = word()
+                if isinstance(kind, types.Array):
+                    array = context.make_array(kind)(context, builder)
+                    data = builder.inttoptr(value, array.data.type)
+                    width = ir.Constant(ir.IntType(64), context.get_abi_sizeof(data.type.pointee))
+                    context.populate_array(array, data=data, shape=[word()], strides=[width], itemsize=width,
+                                           meminfo=None)
+                    value = array._getvalue()
+                elif kind == types.float32:
+                    value = builder.bitcast(builder.trunc(value, ir.IntType(32)), ir.FloatType())
+                elif kind == types.boolean:
+                    value = builder.trunc(value, ir.IntType(1))
+                found.append(value)
+            return context.make_tuple(builder, signature.return_type, found)
+        return types.Tuple(kinds)(types.intp), codegen
+    return read
+
+
+@intrinsic
+def take(typingctx, call):
+    """The number of the next task, for the thread that asks."""
+    def codegen(context, builder, signature, args):
+        word = ir.IntType(64)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], word.as_pointer()), word(1), "monotonic")
+    return types.intp(types.intp), codegen
 
 
 def elementwise(build: Callable) -> Callable:
@@ -557,42 +599,63 @@ def inverse_rms(o, i, K):
     return ONE / math.sqrt(total(square) / f32(K) + f32(1e-6))
 
 
-@njit(**JIT)
-def pack(K, KP, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm, bias):
-    """The parameters of all heads, one head after the other, as `Weights`; `bias`, as a row of `proj`, may be empty."""
+@njit(**PART)
+def packed_size(K, heads):
+    """Of all heads' `Weights`: how many numbers a head has of its own, and how many there are in all."""
+    KP = (K + WIDTH - 1) // WIDTH * WIDTH
+    own = 2 * KP * KP + 16 * KP + WIDTH
+    return own, heads * own + HIDDEN * (4 * KP + 3)
+
+
+@njit(**PART)
+def of_head(packed, h, K, heads):
+    """The `Weights` of head h."""
+    KP = (K + WIDTH - 1) // WIDTH * WIDTH
+    own, end = packed_size(K, heads)
+    conv, mlp = h * own, heads * own
+    bilinear, mlp_t = conv + 12 * KP, mlp + 2 * HIDDEN * KP
+    bilinear_t, small = bilinear + KP * KP, mlp_t + 2 * HIDDEN * KP
+    norm = bilinear_t + KP * KP
+    bias = norm + KP
+    numbers = bias + 3 * KP
+    return Weights(packed[conv:bilinear], packed[bilinear:bilinear_t], packed[bilinear_t:norm], packed[mlp:mlp_t],
+                   packed[mlp_t:small], packed[small:end], packed[norm:bias], packed[numbers:conv + own],
+                   packed[bias:numbers])
+
+
+pack_arguments = reader(types.intp, types.boolean, *[FLOATS] * 10)
+
+
+def pack(call):
+    """`packed`, all heads' `Weights`, from the parameters; `bias` may be empty, `transposed`: bilinear_t is wanted."""
+    K, transposed, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm, bias, packed = pack_arguments(call)
     heads = len(scale)
-    p = Weights(zeros(heads * 12 * KP), zeros(heads * KP * KP), zeros(heads * KP * KP), zeros(HIDDEN * 2 * KP),
-                zeros(HIDDEN * 2 * KP), zeros(3 * HIDDEN), zeros(heads * KP), zeros(8 * heads),
-                zeros(heads * 3 * KP))
+    if take(call):
+        return
+    packed[:] = ZERO
     for h in range(heads):
+        p = of_head(packed, h, K, heads)
+        KP = len(p.norm)
         for part in range(12):
-            copy_row(conv, (part * heads + h) * K, p.conv, (h * 12 + part) * KP, K)
+            copy_row(conv, (part * heads + h) * K, p.conv, part * KP, K)
         for a in range(K):
-            for c in range(K):
-                p.bilinear[(h * KP + a) * KP + c] = p.bilinear_t[(h * KP + c) * KP + a] = bilinear[(h * K + a) * K + c]
-            p.norm[h * KP + a] = norm[h * K + a]
-        p.numbers[8 * h], p.numbers[8 * h + 1] = scale[h], out_bias[0]
+            copy_row(bilinear, (h * K + a) * K, p.bilinear, a * KP, K)
+            for c in range(K if transposed else 0):
+                p.bilinear_t[c * KP + a] = bilinear[(h * K + a) * K + c]
+        copy_row(norm, h * K, p.norm, 0, K)
+        p.numbers[0], p.numbers[1] = scale[h], out_bias[0]
         if len(bias):
-            p.numbers[8 * h + 7] = ONE
+            p.numbers[7] = ONE
             for part in range(3):
-                copy_row(bias, (part * heads + h) * K, p.bias, (3 * h + part) * KP, K)
+                copy_row(bias, (part * heads + h) * K, p.bias, part * KP, K)
             for gate in range(5):
-                p.numbers[8 * h + 2 + gate] = bias[(3 * K + gate) * heads + h]
-    for m in range(HIDDEN):
+                p.numbers[2 + gate] = bias[(3 * K + gate) * heads + h]
+    for m in range(HIDDEN):  # the MLP is of all heads
         for a in range(K):
             for part in range(2):
                 weight = mlp[m * (2 * K + 1) + part * K + a]
                 p.mlp[(2 * m + part) * KP + a] = p.mlp_t[(part * KP + a) * HIDDEN + m] = weight
         p.small[m], p.small[HIDDEN + m], p.small[2 * HIDDEN + m] = mlp[m * (2 * K + 1) + 2 * K], mlp_bias[m], mlp_out[m]
-    return p
-
-
-@njit(**PART)
-def of_head(p, h, KP):
-    """The parameters of head h."""
-    return Weights(p.conv[h * 12 * KP:(h + 1) * 12 * KP], p.bilinear[h * KP * KP:(h + 1) * KP * KP],
-                   p.bilinear_t[h * KP * KP:(h + 1) * KP * KP], p.mlp, p.mlp_t, p.small, p.norm[h * KP:(h + 1) * KP],
-                   p.numbers[8 * h:8 * h + 8], p.bias[h * 3 * KP:(h + 1) * 3 * KP])
 
 
 @njit(**PART)
@@ -622,22 +685,23 @@ def any_real(b, start, n, length, reverse, mask):
     return False
 
 
-@njit(**JIT)
-def forward(first, stride, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling,
-            hierarchical, read_gates, parameters, proj, mask, keep, initial, o, final, saved):
-    """Tasks first, first + stride, ...: a task is `per_task` heads of the sentences g, g + groups, ...
+MIXER = (*[types.intp] * 8, *[types.boolean] * 5, FLOATS, FLOATS, FLAGS, FLAGS, FLOATS)
+forward_arguments, backward_arguments = reader(*MIXER, *[FLOATS] * 3), reader(*MIXER, *[FLOATS] * 11)
 
-    Absent arrays are empty.
-    """
+
+def forward(call):
+    """A task is `per_task` heads of the sentences g, g + groups, ... Absent arrays are empty."""
+    (groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
+     read_gates, parameters, proj, mask, keep, initial, o, final, saved) = forward_arguments(call)
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, size = new_work(K, KP, 1), 2 * K * KP
     blocks, each = (length + BLOCK - 1) // BLOCK, (heads + per_task - 1) // per_task
-    line = zeros(KP)
-    for task in range(first, groups * each, stride):
+    line, task = zeros(KP), take(call)
+    while task < groups * each:
         h0 = task % each * per_task
         for b in range(task // each, batch, groups):
             for h in range(h0, min(h0 + per_task, heads)):
-                p, reverse = of_head(parameters, h, KP), h >= reversed_from
+                p, reverse = of_head(parameters, h, K, heads), h >= reversed_from
                 w.states[:] = ZERO
                 if len(initial):
                     copy_state(initial, (b * heads + h) * 2 * K * K, K, w.states, 0, KP, K)
@@ -668,6 +732,7 @@ def forward(first, stride, groups, per_task, batch, length, row, K, heads, rever
                         copy_row(line, 0, o, ((b * length + t) * heads + h) * K, K)
                 if len(final):
                     copy_state(w.states, 0, KP, final, (b * heads + h) * 2 * K * K, K, K)
+        task = take(call)
 
 
 @njit(**PART)
@@ -975,11 +1040,11 @@ def input_backward(n, convolution, p, w, g):
         store(g.conv, 2 * wide + c, s2), store(g.conv, 3 * wide + c, s3)
 
 
-@njit(**JIT)
-def backward(first, stride, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling,
-             hierarchical, read_gates, parameters, proj, mask, keep, initial, saved, grad_o, grad_final, grad_proj,
-             grad_initial, g_conv, g_bilinear, g_mlp, g_small, g_norm, g_numbers):
+def backward(call):
     """Gradients, tasks as in `forward`; those of parameters go to the rows (group, head) of g_conv and the others."""
+    (groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
+     read_gates, parameters, proj, mask, keep, initial, saved, grad_o, grad_final, grad_proj, grad_initial, g_conv,
+     g_bilinear, g_mlp, g_small, g_norm, g_numbers) = backward_arguments(call)
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, each = new_work(K, KP, BLOCK + 1), (heads + per_task - 1) // per_task
     wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
@@ -987,11 +1052,12 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
     pre, form = zeros(BLOCK * HIDDEN), zeros(BLOCK)
     rows, lines, logits, error = zeros(6 * KP), zeros(3 * KP * WIDTH), zeros(5), zeros(2 * BLOCK * KP)
     error_t, state_t, pairs = zeros(2 * KP * BLOCK), zeros(2 * KP * KP), zeros(7 * BLOCK)
-    for task in range(first, groups * each, stride):
+    task = take(call)
+    while task < groups * each:
         group, h0 = task // each, task % each * per_task
         for b in range(group, batch, groups):
             for h in range(h0, min(h0 + per_task, heads)):
-                p, reverse, i = of_head(parameters, h, KP), h >= reversed_from, group * heads + h
+                p, reverse, i = of_head(parameters, h, K, heads), h >= reversed_from, group * heads + h
                 g = Gradients(g_conv[i * 4 * wide:(i + 1) * 4 * wide], g_bilinear[i * KP * KP:(i + 1) * KP * KP],
                               g_mlp[i * 2 * KP * HIDDEN:(i + 1) * 2 * KP * HIDDEN],
                               g_small[i * 3 * HIDDEN:(i + 1) * 3 * HIDDEN], g_norm[i * KP:(i + 1) * KP],
@@ -1071,6 +1137,7 @@ def backward(first, stride, groups, per_task, batch, length, row, K, heads, reve
                             store(g.z, (BLOCK + i) * wide + c, load(g.z, i * wide + c))
                 if len(grad_initial):
                     copy_state(g.state, 0, KP, grad_initial, (b * heads + h) * 2 * K * K, K, K)
+        task = take(call)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1088,48 +1155,68 @@ def upper_tail(z, density):
     return mul(mul(fma(tail, t, splat(f32(0.254829592 / 2))), t), density)
 
 
-@njit(**JIT)
-def gelu_rows(first, stride, rows, width, x, bias, out):
-    """out = gelu(x + bias), rows of `width` numbers, a multiple of 16; shares as the tasks of `forward`."""
-    for row in range(first * rows // stride, (first + 1) * rows // stride):
-        for c in range(0, width, WIDTH):
-            value = add(load(x, row * width + c), load(bias, c))
-            size = largest(value, sub(ZERO, value))
-            tail = upper_tail(size, exp(mul(mul(value, value), f32(-0.5))))
-            store(out, row * width + c, sub(largest(value, splat(ZERO)), mul(size, tail)))
+gelu_arguments, gelu_backward_arguments, norm_arguments = (
+    reader(*[types.intp] * 3, *arrays) for arrays in ([FLOATS] * 3, [FLOATS] * 4, [FLOATS] * 4 + [types.float32]))
 
 
-@njit(**JIT)
-def gelu_backward_rows(first, stride, rows, width, x, bias, grad, out):
+@njit(**PART)
+def share(call, pieces, rows):
+    """The rows, from one to before another, of the next of so many pieces; none if all are taken."""
+    piece = min(take(call), pieces)
+    return piece * rows // pieces, min(piece + 1, pieces) * rows // pieces
+
+
+def gelu_rows(call):
+    """out = gelu(x + bias), rows of `width` numbers, a multiple of 16."""
+    pieces, rows, width, x, bias, out = gelu_arguments(call)
+    start, end = share(call, pieces, rows)
+    while start < end:
+        for row in range(start, end):
+            for c in range(0, width, WIDTH):
+                value = add(load(x, row * width + c), load(bias, c))
+                size = largest(value, sub(ZERO, value))
+                tail = upper_tail(size, exp(mul(mul(value, value), f32(-0.5))))
+                store(out, row * width + c, sub(largest(value, splat(ZERO)), mul(size, tail)))
+        start, end = share(call, pieces, rows)
+
+
+def gelu_backward_rows(call):
     """out = gelu(x + bias), and grad becomes the gradient of x: times Phi(x) + x phi(x)."""
-    for row in range(first * rows // stride, (first + 1) * rows // stride):
-        for c in range(0, width, WIDTH):
-            at, value = row * width + c, add(load(x, row * width + c), load(bias, c))
-            size, density = largest(value, sub(ZERO, value)), exp(mul(mul(value, value), f32(-0.5)))
-            tail = upper_tail(size, density)
-            store(out, at, sub(largest(value, splat(ZERO)), mul(size, tail)))
-            half, sign = f32(0.5), div(value, largest(size, splat(f32(1e-30))))
-            phi = fma(sign, sub(half, tail), half)
-            store(grad, at, mul(load(grad, at), fma(mul(value, f32(1 / math.sqrt(2 * math.pi))), density, phi)))
+    pieces, rows, width, x, bias, grad, out = gelu_backward_arguments(call)
+    start, end = share(call, pieces, rows)
+    while start < end:
+        for row in range(start, end):
+            for c in range(0, width, WIDTH):
+                at, value = row * width + c, add(load(x, row * width + c), load(bias, c))
+                size, density = largest(value, sub(ZERO, value)), exp(mul(mul(value, value), f32(-0.5)))
+                tail = upper_tail(size, density)
+                store(out, at, sub(largest(value, splat(ZERO)), mul(size, tail)))
+                half, sign = f32(0.5), div(value, largest(size, splat(f32(1e-30))))
+                phi = fma(sign, sub(half, tail), half)
+                store(grad, at, mul(load(grad, at), fma(mul(value, f32(1 / math.sqrt(2 * math.pi))), density, phi)))
+        start, end = share(call, pieces, rows)
 
 
-@njit(**JIT)
-def normalise_rows(first, stride, rows, width, x, bias, weight, shift, eps):
+def normalise_rows(call):
     """x + bias, of mean 0 and variance 1 in a row of `width` numbers, a multiple of 16, times weight, plus shift."""
-    for row in range(first * rows // stride, (first + 1) * rows // stride):
-        at, mean, square = row * width, splat(ZERO), splat(ZERO)
-        for c in range(0, width, WIDTH):
-            value = add(load(x, at + c), load(bias, c))
-            mean = add(mean, value)
-            store(x, at + c, value)
-        mean = splat(total(mean) / f32(width))
-        for c in range(0, width, WIDTH):
-            value = sub(load(x, at + c), mean)
-            square = fma(value, value, square)
-            store(x, at + c, value)
-        inverse = splat(ONE / math.sqrt(total(square) / f32(width) + eps))
-        for c in range(0, width, WIDTH):
-            store(x, at + c, fma(mul(load(x, at + c), inverse), load(weight, c), load(shift, c)))
+    pieces, rows, width, x, bias, weight, shift, eps = norm_arguments(call)
+    start, end = share(call, pieces, rows)
+    while start < end:
+        for row in range(start, end):
+            at, mean, square = row * width, splat(ZERO), splat(ZERO)
+            for c in range(0, width, WIDTH):
+                value = add(load(x, at + c), load(bias, c))
+                mean = add(mean, value)
+                store(x, at + c, value)
+            mean = splat(total(mean) / f32(width))
+            for c in range(0, width, WIDTH):
+                value = sub(load(x, at + c), mean)
+                square = fma(value, value, square)
+                store(x, at + c, value)
+            inverse = splat(ONE / math.sqrt(total(square) / f32(width) + eps))
+            for c in range(0, width, WIDTH):
+                store(x, at + c, fma(mul(load(x, at + c), inverse), load(weight, c), load(shift, c)))
+        start, end = share(call, pieces, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1150,84 +1237,98 @@ def forget_openmp() -> None:
 os.register_at_fork(after_in_child=forget_openmp)
 
 
-def ready(kernel: Any, *args: Any) -> None:
-    """Compile `kernel` for these arguments, or load it from the cache on disk; says so if that takes long."""
-    if kernel.signatures:
-        return
+@functools.cache
+def compiled(kernel: Callable) -> Any:
+    """`kernel` as Numba's C function, compiled or from the cache on disk; says so if that takes long."""
     note = threading.Timer(2, print, ["note: compiling the CPU kernel, once; it is kept for later runs"],
                            {"file": sys.stderr})
     note.daemon = True
     note.start()
-    kernel.compile(tuple(map(typeof, args)))
-    note.cancel()
+    try:
+        return cfunc(types.void(types.intp), **JIT)(kernel)
+    finally:
+        note.cancel()
 
 
-def in_threads(count: int, kernel: Callable, *args: Any) -> None:
-    """kernel(i, count, *args) for i below `count`, in threads, this one among them. Safe for concurrent callers."""
-    ready(kernel, 0, count, *args)
-    tasks, errors = iter(range(count)), []  # one iterator for all: each thread takes what is left
+def in_threads(kernel: Callable, tasks: int, threads: int, *arguments: Any) -> None:
+    """The kernel with these arguments on so many threads, this one among them. Safe for concurrent callers.
 
-    def work(_: Any = None) -> None:
-        try:
-            for i in tasks:
-                kernel(i, count, *args)
-        except BaseException as error:
-            errors.append(error)
-
-    if count == 1:
-        work()
+    What it is given is an array: how many of the `tasks` are taken, then the arguments, a tensor by its address and
+    size. The threads need nothing of Python meanwhile. MemoryError if none of them got its work space.
+    """
+    words = [0]
+    for x in arguments:
+        if isinstance(x, Tensor):
+            words += x.data_ptr(), x.numel()
+        else:
+            words.append(x if isinstance(x, int) else int(f32(x).view(np.int32)))
+    call, function = np.array(words, np.int64), compiled(kernel).ctypes
+    address = call.ctypes.data
+    if threads == 1:
+        function(address)
     elif openmp:
         # As many as PyTorch's operators use, as a smaller team would end the threads that the next operator needs.
-        openmp(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work), None, max(count, torch.get_num_threads()), 0)
+        openmp(function, ctypes.c_void_p(address), max(threads, torch.get_num_threads()), 0)
     else:
-        others = [threading.Thread(target=work) for _ in range(1, count)]
+        others = [threading.Thread(target=function, args=(address,)) for _ in range(1, threads)]
         for thread in others:
             thread.start()
-        work()
+        function(address)
         for thread in others:
             thread.join()
-    if errors:
-        raise errors.pop()
+    if call[0] < tasks:
+        raise MemoryError(f"no memory for the work space of the CPU kernel's {kernel.__name__}")
 
 
-PER_THREAD = 1 << 18  # numbers of a row-wise kernel that are worth a thread: waking one takes 0.2 ms or more
+PER_THREAD = 1 << 16  # numbers of a row-wise kernel that are worth a thread
 
 
-def share_rows(kernel: Callable, x: Tensor, *args: Any) -> None:
-    """A kernel of rows, x (N, width), on as many threads as are worth it."""
-    in_threads(max(1, min(torch.get_num_threads(), x.numel() // PER_THREAD)), kernel, *x.shape, flat(x), *args)
+def share_rows(kernel: Callable, x: Tensor, *arguments: Any) -> None:
+    """A kernel of rows, x (N, width), on as many threads as are worth it, one piece for each."""
+    threads = max(1, min(torch.get_num_threads(), len(x), x.numel() // PER_THREAD))
+    in_threads(kernel, threads, threads, threads, *x.shape, flat(x), *arguments)
 
 
-def share_heads(kernel: Callable, batch: int, heads: int, *args: Any) -> None:
+def share_heads(kernel: Callable, batch: int, heads: int, *arguments: Any) -> None:
     """`forward` or `backward` on as many threads as PyTorch uses; more threads, fewer heads in a task."""
     groups, threads = max(1, min(batch, GROUPS)), torch.get_num_threads()
     per_task = heads if threads == 1 else max(1, min(heads, groups * heads // (2 * threads)))
-    in_threads(min(threads, groups * -(-heads // per_task)), kernel, groups, per_task, batch, *args)
+    tasks = groups * -(-heads // per_task)
+    in_threads(kernel, tasks, min(threads, tasks), groups, per_task, batch, *arguments)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What delta_mixer.py calls
 
 
-def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """A tensor's numbers as a flat array; empty for None."""
+def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor, its numbers one after the other; an empty one for None."""
     if tensor is None:
-        return np.zeros(0, bool if dtype == torch.bool else f32)
-    return tensor.detach().to(dtype).contiguous().view(-1).numpy()
+        return torch.empty(0, dtype=dtype)
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
 
 
-def arguments(proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None,
-              reverse_heads: int, switches: tuple[bool, ...], bias: Tensor | None = None) -> tuple[Any, ...]:
+def packed(parameters: list[Tensor], bias: Tensor | None, transposed: bool) -> Tensor:
+    """All heads' `Weights`; `transposed`: with what the backward pass alone needs."""
+    *_, heads, K = parameters[0].shape
+    found = torch.empty(packed_size(K, heads)[1])  # which begins at a cache line
+    in_threads(pack, 1, 1, K, transposed, *map(flat, (*parameters, bias)), found)
+    return found
+
+
+def arguments(transposed: bool, proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor],
+              initial_state: Tensor | None, reverse_heads: int, switches: tuple[bool, ...], bias: Tensor | None = None,
+              ) -> tuple[Any, ...]:
     """What `forward` and `backward` take alike, from the batch on; `bias` (R): what `proj` lacks."""
     (batch, length, row), (_, _, heads, K) = proj.shape, parameters[0].shape
     return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches,
-            pack(K, -(-K // WIDTH) * WIDTH, *map(flat, parameters), flat(bias)), flat(proj), flat(mask, torch.bool),
-            flat(keep, torch.bool), flat(initial_state))
+            packed(parameters, bias, transposed), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool),
+            flat(initial_state))
 
 
 def mixer_forward(o: Tensor, final: Tensor, saved: Tensor, *inputs: Any) -> None:
     """Fill `o`, `final` and `saved`, made by `outputs`; empty ones are not wanted. `inputs` as of `arguments`."""
-    share_heads(forward, *arguments(*inputs), flat(o), flat(final), flat(saved))
+    share_heads(forward, *arguments(False, *inputs), flat(o), flat(final), flat(saved))
 
 
 def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *inputs: Any) -> list[Tensor]:
@@ -1238,7 +1339,7 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *in
     grad_proj, grad_initial = torch.zeros(proj.shape), torch.empty(0 if initial_state is None else initial_state.shape)
     shapes = ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))
     sums = [torch.zeros(groups, heads, *shape) for shape in shapes]
-    share_heads(backward, *arguments(*inputs), flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj),
+    share_heads(backward, *arguments(True, *inputs), flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj),
                 flat(grad_initial), *map(flat, sums))
     conv, bilinear, mlp, small, norm, numbers = (x.sum(0) for x in sums)
     mlp, small, numbers_sum = mlp.sum(0), small.sum(0), numbers.sum(0)
@@ -1263,4 +1364,4 @@ def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
 
 def add_and_normalise(x: Tensor, bias: Tensor, norm: torch.nn.LayerNorm) -> None:
     """x = norm(x + bias), in place. x (N, D) float32, bias (D); D a multiple of 16."""
-    share_rows(normalise_rows, x, flat(bias), flat(norm.weight), flat(norm.bias), f32(norm.eps))
+    share_rows(normalise_rows, x, flat(bias), flat(norm.weight), flat(norm.bias), norm.eps)

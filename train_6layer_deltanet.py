@@ -536,20 +536,23 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         """The D x D weights of q, k, v and o, as views."""
         return [*self.qkv_proj.weight.chunk(3), self.o_proj.weight]
 
-    def projection(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Weight (R, D) and bias (R) of q, k, v and the logits of the gates of the heads `part`, as one layer.
+    def project(self, x: Tensor, part: slice, fused: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """q, k, v and the logits of the gates of the heads `part`, (B, T, R), and if `fused` the `bias` that they lack.
 
         R is a multiple of 16: other rows cost a third more on a CPU.
         """
-        heads, fill = self.cfg.num_heads, -(part.stop - part.start) * (3 * self.o_norm.shape[-1] + 5) % 16
-
-        def rows(name: str) -> Tensor:
-            """`weight` or `bias` of what the heads need of both layers, (R, ...)."""
-            qkv, gates = getattr(self.qkv_proj, name), getattr(self.gate_proj, name)
-            chosen = [x.unflatten(0, (count, heads, -1))[:, part].flatten(0, 2) for x, count in ((qkv, 3), (gates, 5))]
-            return torch.cat([*chosen, qkv.new_zeros(fill, *qkv.shape[1:])])
-
-        return rows("weight"), rows("bias")
+        heads = self.cfg.num_heads
+        (qkv, gates), biases = ([getattr(layer, name).unflatten(0, (count, heads, -1))[:, part].flatten(0, 2)
+                                 for layer, count in ((self.qkv_proj, 3), (self.gate_proj, 5))]
+                                for name in ("weight", "bias"))
+        fill = -(len(qkv) + len(gates)) % 16
+        bias = torch.cat([*biases, biases[0].new_zeros(fill)])
+        if not fused:
+            return F.linear(x, torch.cat([qkv, gates, qkv.new_zeros(fill, x.shape[-1])]), bias), {}
+        proj = x.new_empty(*x.shape[:2], len(bias))  # two products, as joining the weights takes longer for short texts
+        for weight, out in zip((qkv, gates), proj.flatten(0, 1).split([len(qkv), len(gates), fill], 1)):
+            torch.mm(x.flatten(0, 1), weight.T, out=out)
+        return proj, {"bias": bias}
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
@@ -582,9 +585,9 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         if self.training and cfg.state_dropout > 0:
             keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
         reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
-        mixer, (weight, bias) = self.mixer or kernel.fastest_mixer(x, channels), self.projection(part)
+        mixer = self.mixer or kernel.fastest_mixer(x, channels)
         fused = mixer is kernel.hierarchical_mixer and not torch.is_grad_enabled() and kernel.fuses(x)
-        proj, options = (x @ weight.T, {"bias": bias}) if fused else (F.linear(x, weight, bias), {})
+        proj, options = self.project(x, part, fused)
         with torch.autocast(x.device.type, enabled=False):
             return mixer(proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part],
                          self.flux_bilinear[part], torch.exp(-self.flux_log_temperature.view(heads)[part]),
