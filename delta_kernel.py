@@ -18,6 +18,7 @@ import ctypes
 import functools
 import itertools
 import math
+import operator
 import os
 import sys
 import threading
@@ -132,14 +133,18 @@ def prefetch(typingctx, array, index):
 
 
 def reader(*kinds: types.Type) -> Callable:
-    """A function that reads a kernel's arguments of these types, as `in_threads` lays them down, as a tuple."""
+    """A function that reads a kernel's arguments of these types, as a tuple, from where `in_threads` lays them down.
+
+    A kernel's `call` is the address of an array of whole numbers: how many tasks are taken, how many threads have come,
+    then the arguments: flags and whole numbers, the bits of a float32, an array's address and size.
+    """
     @intrinsic
     def read(typingctx, call):
         def codegen(context, builder, signature, args):
             def word():
                 return builder.load(builder.gep(place, [ir.Constant(ir.IntType(64), next(at))]))
 
-            place, at, found = builder.inttoptr(args[0], ir.IntType(64).as_pointer()), itertools.count(1), []
+            place, at, found = builder.inttoptr(args[0], ir.IntType(64).as_pointer()), itertools.count(2), []
             for kind in kinds:
                 value = word()
                 if isinstance(kind, types.Array):
@@ -159,13 +164,19 @@ def reader(*kinds: types.Type) -> Callable:
     return read
 
 
-@intrinsic
-def take(typingctx, call):
-    """The number of the next task, for the thread that asks."""
-    def codegen(context, builder, signature, args):
-        word = ir.IntType(64)
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], word.as_pointer()), word(1), "monotonic")
-    return types.intp(types.intp), codegen
+def counter(at: int) -> Callable:
+    """A function that counts in place `at` of a `call`, for all its threads; returns the number before."""
+    @intrinsic
+    def count(typingctx, call):
+        def codegen(context, builder, signature, args):
+            word = ir.IntType(64)
+            place = builder.gep(builder.inttoptr(args[0], word.as_pointer()), [word(at)])
+            return builder.atomic_rmw("add", place, word(1), "monotonic")
+        return types.intp(types.intp), codegen
+    return count
+
+
+take, come = counter(0), counter(1)  # a task's number, a thread's number
 
 
 def elementwise(build: Callable) -> Callable:
@@ -294,7 +305,8 @@ class Weights(NamedTuple):
     mlp_t: np.ndarray  # its transpose
     small: np.ndarray  # (3, HIDDEN): the MLP's weight of the bilinear form, its biases, its output weights
     norm: np.ndarray  # (KP), of the output
-    numbers: np.ndarray  # (8): scale of the bilinear form, bias of the MLP's output, of the five gates; 1 with a bias
+    # (8, and 8 unused): scale of the bilinear form, bias of the MLP's output, of the five gates; 1 with a bias
+    numbers: np.ndarray
     bias: np.ndarray  # (3, KP), of q, k, v before the convolution
 
 
@@ -603,7 +615,7 @@ def inverse_rms(o, i, K):
 def packed_size(K, heads):
     """Of all heads' `Weights`: how many numbers a head has of its own, and how many there are in all."""
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
-    own = 2 * KP * KP + 16 * KP + WIDTH
+    own = 12 * KP + 2 * KP * KP + KP + 3 * KP + WIDTH  # conv, bilinear and its transpose, norm, bias, numbers
     return own, heads * own + HIDDEN * (4 * KP + 3)
 
 
@@ -630,8 +642,7 @@ def pack(call):
     """`packed`, all heads' `Weights`, from the parameters; `bias` may be empty, `transposed`: bilinear_t is wanted."""
     K, transposed, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm, bias, packed = pack_arguments(call)
     heads = len(scale)
-    if take(call):
-        return
+    take(call)  # the only task
     packed[:] = ZERO
     for h in range(heads):
         p = of_head(packed, h, K, heads)
@@ -685,14 +696,16 @@ def any_real(b, start, n, length, reverse, mask):
     return False
 
 
-MIXER = (*[types.intp] * 8, *[types.boolean] * 5, FLOATS, FLOATS, FLAGS, FLAGS, FLOATS)
+MIXER = (*[types.intp] * 9, *[types.boolean] * 5, FLOATS, FLOATS, FLAGS, FLAGS, FLOATS)
 forward_arguments, backward_arguments = reader(*MIXER, *[FLOATS] * 3), reader(*MIXER, *[FLOATS] * 11)
 
 
 def forward(call):
     """A task is `per_task` heads of the sentences g, g + groups, ... Absent arrays are empty."""
-    (groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
+    (threads, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
      read_gates, parameters, proj, mask, keep, initial, o, final, saved) = forward_arguments(call)
+    if come(call) >= threads:
+        return
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, size = new_work(K, KP, 1), 2 * K * KP
     blocks, each = (length + BLOCK - 1) // BLOCK, (heads + per_task - 1) // per_task
@@ -1042,9 +1055,11 @@ def input_backward(n, convolution, p, w, g):
 
 def backward(call):
     """Gradients, tasks as in `forward`; those of parameters go to the rows (group, head) of g_conv and the others."""
-    (groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
+    (threads, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
      read_gates, parameters, proj, mask, keep, initial, saved, grad_o, grad_final, grad_proj, grad_initial, g_conv,
      g_bilinear, g_mlp, g_small, g_norm, g_numbers) = backward_arguments(call)
+    if come(call) >= threads:
+        return
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, each = new_work(K, KP, BLOCK + 1), (heads + per_task - 1) // per_task
     wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
@@ -1253,15 +1268,19 @@ def compiled(kernel: Callable) -> Any:
 def in_threads(kernel: Callable, tasks: int, threads: int, *arguments: Any) -> None:
     """The kernel with these arguments on so many threads, this one among them. Safe for concurrent callers.
 
-    What it is given is an array: how many of the `tasks` are taken, then the arguments, a tensor by its address and
-    size. The threads need nothing of Python meanwhile. MemoryError if none of them got its work space.
+    The threads need nothing of Python meanwhile. Tensors: float32 or bool, one number after the other; ValueError for
+    those without memory on a CPU, MemoryError if no thread got its work space.
     """
-    words = [0]
+    words = [0, 0]
     for x in arguments:
         if isinstance(x, Tensor):
-            words += x.data_ptr(), x.numel()
+            address, size = x.data_ptr(), x.numel()
+            if not x.is_cpu or (size and not address):
+                raise ValueError(f"the CPU kernel needs tensors with memory on a CPU, got {type(x).__name__} of shape "
+                                 f"{tuple(x.shape)} on {x.device}")
+            words += address, size
         else:
-            words.append(x if isinstance(x, int) else int(f32(x).view(np.int32)))
+            words.append(int(f32(x).view(np.int32)) if isinstance(x, float) else operator.index(x))
     call, function = np.array(words, np.int64), compiled(kernel).ctypes
     address = call.ctypes.data
     if threads == 1:
@@ -1270,7 +1289,10 @@ def in_threads(kernel: Callable, tasks: int, threads: int, *arguments: Any) -> N
         # As many as PyTorch's operators use, as a smaller team would end the threads that the next operator needs.
         openmp(function, ctypes.c_void_p(address), max(threads, torch.get_num_threads()), 0)
     else:
-        others = [threading.Thread(target=function, args=(address,)) for _ in range(1, threads)]
+        def work(*kept: Any) -> None:  # what it works on, also if this thread is interrupted
+            function(address)
+
+        others = [threading.Thread(target=work, args=(call, *arguments)) for _ in range(1, threads)]
         for thread in others:
             thread.start()
         function(address)
@@ -1286,7 +1308,7 @@ PER_THREAD = 1 << 16  # numbers of a row-wise kernel that are worth a thread
 def share_rows(kernel: Callable, x: Tensor, *arguments: Any) -> None:
     """A kernel of rows, x (N, width), on as many threads as are worth it, one piece for each."""
     threads = max(1, min(torch.get_num_threads(), len(x), x.numel() // PER_THREAD))
-    in_threads(kernel, threads, threads, threads, *x.shape, flat(x), *arguments)
+    in_threads(kernel, threads, threads, threads, *map(int, x.shape), flat(x), *arguments)
 
 
 def share_heads(kernel: Callable, batch: int, heads: int, *arguments: Any) -> None:
@@ -1294,7 +1316,8 @@ def share_heads(kernel: Callable, batch: int, heads: int, *arguments: Any) -> No
     groups, threads = max(1, min(batch, GROUPS)), torch.get_num_threads()
     per_task = heads if threads == 1 else max(1, min(heads, groups * heads // (2 * threads)))
     tasks = groups * -(-heads // per_task)
-    in_threads(kernel, tasks, min(threads, tasks), groups, per_task, batch, *arguments)
+    threads = min(threads, tasks)
+    in_threads(kernel, tasks, threads, threads, groups, per_task, batch, *arguments)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1304,14 +1327,15 @@ def share_heads(kernel: Callable, batch: int, heads: int, *arguments: Any) -> No
 def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The tensor, its numbers one after the other; an empty one for None."""
     if tensor is None:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
 
 
 def packed(parameters: list[Tensor], bias: Tensor | None, transposed: bool) -> Tensor:
     """All heads' `Weights`; `transposed`: with what the backward pass alone needs."""
-    *_, heads, K = parameters[0].shape
-    found = torch.empty(packed_size(K, heads)[1])  # which begins at a cache line
+    heads, K = map(int, parameters[0].shape[2:])
+    size = packed_size.py_func(K, heads)[1]
+    found = torch.empty(size, dtype=torch.float32, device="cpu")  # it begins at a cache line
     in_threads(pack, 1, 1, K, transposed, *map(flat, (*parameters, bias)), found)
     return found
 
@@ -1320,7 +1344,7 @@ def arguments(transposed: bool, proj: Tensor, mask: Tensor, keep: Tensor | None,
               initial_state: Tensor | None, reverse_heads: int, switches: tuple[bool, ...], bias: Tensor | None = None,
               ) -> tuple[Any, ...]:
     """What `forward` and `backward` take alike, from the batch on; `bias` (R): what `proj` lacks."""
-    (batch, length, row), (_, _, heads, K) = proj.shape, parameters[0].shape
+    (batch, length, row), (_, _, heads, K) = map(int, proj.shape), map(int, parameters[0].shape)
     return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches,
             packed(parameters, bias, transposed), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool),
             flat(initial_state))
@@ -1336,9 +1360,11 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *in
     proj, _, _, parameters, initial_state, *_ = inputs
     batch, (_, _, heads, K) = len(proj), parameters[0].shape
     groups, KP = min(batch, GROUPS), -(-K // WIDTH) * WIDTH
-    grad_proj, grad_initial = torch.zeros(proj.shape), torch.empty(0 if initial_state is None else initial_state.shape)
+    options = {"dtype": torch.float32, "device": "cpu"}
+    grad_proj = torch.zeros(proj.shape, **options)
+    grad_initial = torch.empty(0 if initial_state is None else initial_state.shape, **options)
     shapes = ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))
-    sums = [torch.zeros(groups, heads, *shape) for shape in shapes]
+    sums = [torch.zeros(groups, heads, *shape, **options) for shape in shapes]
     share_heads(backward, *arguments(True, *inputs), flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj),
                 flat(grad_initial), *map(flat, sums))
     conv, bilinear, mlp, small, norm, numbers = (x.sum(0) for x in sums)
@@ -1364,4 +1390,4 @@ def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
 
 def add_and_normalise(x: Tensor, bias: Tensor, norm: torch.nn.LayerNorm) -> None:
     """x = norm(x + bias), in place. x (N, D) float32, bias (D); D a multiple of 16."""
-    share_rows(normalise_rows, x, flat(bias), flat(norm.weight), flat(norm.bias), norm.eps)
+    share_rows(normalise_rows, x, flat(bias), flat(norm.weight), flat(norm.bias), float(norm.eps))

@@ -384,7 +384,7 @@ ROWS = 2048  # tokens in work at once where no gradient is wanted: what `encode`
 def fuses(x: Tensor, *widths: int) -> bool:
     """Whether the CPU's kernel does the elementwise parts of layers of these widths for `x`: in float32 alone."""
     plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and not any(n % 16 for n in widths)
-    return not x.is_cuda and plain and not torch.compiler.is_compiling() and has_kernel(x)
+    return not x.is_cuda and plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and has_kernel(x)
 
 
 class RecomputedFeedForward(torch.autograd.Function):

@@ -537,7 +537,8 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         return [*self.qkv_proj.weight.chunk(3), self.o_proj.weight]
 
     def project(self, x: Tensor, part: slice, fused: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """q, k, v and the logits of the gates of the heads `part`, (B, T, R), and if `fused` the `bias` that they lack.
+        """q, k, v and the logits of the gates of the heads `part`, (B, T, R), and if `fused` the `bias` (R) that the
+        kernel adds; else it is added here.
 
         R is a multiple of 16: other rows cost a third more on a CPU.
         """
@@ -550,7 +551,8 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         if not fused:
             return F.linear(x, torch.cat([qkv, gates, qkv.new_zeros(fill, x.shape[-1])]), bias), {}
         proj = x.new_empty(*x.shape[:2], len(bias))  # two products, as joining the weights takes longer for short texts
-        for weight, out in zip((qkv, gates), proj.flatten(0, 1).split([len(qkv), len(gates), fill], 1)):
+        q_k_v, logits, _ = proj.flatten(0, 1).split([len(qkv), len(gates), fill], 1)  # nothing reads what fills a row
+        for weight, out in ((qkv, q_k_v), (gates, logits)):
             torch.mm(x.flatten(0, 1), weight.T, out=out)
         return proj, {"bias": bias}
 

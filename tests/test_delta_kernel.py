@@ -46,7 +46,10 @@ def results(form, inputs, **options) -> list[torch.Tensor]:
     leaves = [x if x is None or not x.is_floating_point() else x.detach().clone().requires_grad_() for x in inputs]
     o, final = form(*leaves, **{"reverse_heads": 1, "output_final_state": True, **options})
     generator = torch.Generator().manual_seed(3)
-    weigh = lambda x: (x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum()  # noqa: E731
+
+    def weigh(x):
+        return (x * torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.dtype)).sum()
+
     (weigh(o) if final is None else weigh(o) + weigh(final)).backward()
     leaves = [x for x in leaves if x is not None and x.is_floating_point()]
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
@@ -213,6 +216,39 @@ def test_a_kernel_that_got_no_work_space_is_an_error(openmp, count, threads, mon
         monkeypatch.setattr(module, "openmp", None)
     with pytest.raises(MemoryError, match="no memory for the work space of the CPU kernel's no_room"):
         module.in_threads(no_room, 4, count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_changes_nothing(dtype):
+    inputs = example(40, "padded")
+    expected = results(script.kernel.hierarchical_mixer, inputs)
+    torch.set_default_dtype(dtype)
+    try:
+        found = results(script.kernel.hierarchical_mixer, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_tensors_without_memory_are_refused():
+    module = script.kernel.kernels("cpu")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(torch.ones(4, 32))
+        with pytest.raises(ValueError, match=r"needs tensors with memory on a CPU, got FakeTensor of shape \(4, 32\)"):
+            module.in_threads(module.gelu_rows, 1, 1, 1, 4, 32, fake, fake, fake)
+    meta = torch.ones(4, 32, device="meta")
+    with pytest.raises(ValueError, match="on meta"):
+        module.in_threads(module.gelu_rows, 1, 1, 1, 4, 32, meta, meta, meta)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+def test_traced_student_is_the_student():
+    cfg = script.DeltaNetConfig(vocab_size=50, d_model=32, num_heads=2, num_layers=1, ffn_size=64)
+    student, ids = script.DeltaNetStudent(cfg).eval(), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        traced = torch.jit.trace_module(student, {"forward": ids}, strict=False)
+        torch.testing.assert_close(traced(ids + 7)["last_hidden_state"], student(ids + 7).last_hidden_state)
 
 
 @pytest.mark.slow
