@@ -32,6 +32,7 @@ from .delta_mixer import BLOCK, HIDDEN
 
 try:  # in a `try`, as transformers refuses a model of which a file imports, outside of one, what is not installed
     from llvmlite import ir
+    from llvmlite.binding import get_host_cpu_features
     from numba import cfunc, njit, types
     from numba.core import cgutils
     from numba.extending import intrinsic, models, register_model
@@ -39,11 +40,12 @@ except ImportError:
     raise
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Vectors of 16 float32 as a Numba type: what is written as a vector is one in the machine code; sums stay in registers
+# Vectors of float32 as a Numba type: what is written as a vector is one in the machine code; sums stay in registers
 
 WIDTH = 16
+# Of the vectors of loops that hold a dozen of them at once: half as wide where that is more than there are registers.
+NARROW = WIDTH if get_host_cpu_features().get("avx512f") else WIDTH // 2
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
-VECTOR, WHOLE = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(ir.IntType(32), WIDTH)
 JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
 # Of functions that kernels call, which are inlined: if they were called, a process that has just compiled them would
 # link them otherwise than one that reads the cache, and the last bits of the two's results would differ.
@@ -53,70 +55,113 @@ ZERO, ONE = f32(0), f32(1)
 
 
 class Lanes(types.Type):
-    """Numba's type of such a vector."""
+    """Numba's type of a vector of `width` float32."""
 
-    def __init__(self):
-        super().__init__("float32x16")
+    def __init__(self, width: int):
+        super().__init__(f"float32x{width}")
+        self.width = width
+
+    def of(self, kind: ir.Type, value: Any = None) -> Any:
+        """LLVM's vector type of as many of `kind`, or such a constant, of `value` in every place."""
+        vector = ir.VectorType(kind, self.width)
+        return vector if value is None else ir.Constant(vector, [value] * self.width)
 
 
-lanes = Lanes()
+lanes = Lanes(WIDTH)
+FLOAT, INTEGER = ir.FloatType(), ir.IntType(32)
 
 
 @register_model(Lanes)
 class LanesModel(models.PrimitiveModel):
     def __init__(self, manager, numba_type):
-        super().__init__(manager, numba_type, VECTOR)
+        super().__init__(manager, numba_type, numba_type.of(FLOAT))
 
 
 FLOATS, FLAGS = types.Array(types.float32, 1, "C"), types.Array(types.boolean, 1, "C")
 
 
-def constant(value: float) -> ir.Constant:
-    return ir.Constant(VECTOR, [float(f32(value))] * WIDTH)
-
-
 def as_vectors(context, builder, signature, args) -> list[ir.Value]:
-    """The arguments as vectors: a scalar stands for a vector of it."""
-    found = []
+    """The arguments as vectors of the result's type: a scalar stands for a vector of it."""
+    found, result = [], signature.return_type
     for kind, value in zip(signature.args, args):
-        if kind != lanes:
-            value = context.cast(builder, value, kind, types.float32)
-            value = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            value = builder.shuffle_vector(value, ir.Constant(VECTOR, ir.Undefined), ir.Constant(WHOLE, [0] * WIDTH))
+        if kind != result:
+            value, none = context.cast(builder, value, kind, types.float32), ir.Constant(result.of(FLOAT), ir.Undefined)
+            value = builder.insert_element(none, value, INTEGER(0))
+            value = builder.shuffle_vector(value, none, result.of(INTEGER, 0))
         found.append(value)
     return found
 
 
-def vector_pointer(context, builder, signature, args) -> ir.Value:
+def address(context, builder, signature, args) -> ir.Value:
     """Where element args[1] of the array args[0] stands."""
     data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
-    return builder.bitcast(builder.gep(data, [args[1]]), VECTOR.as_pointer())
+    return builder.gep(data, [args[1]])
 
 
-def llvm(builder, name: str, result: ir.Type, *args: ir.Value, **options: Any) -> ir.Value:
-    """Call LLVM's own function `name` for vectors of this width."""
-    kind = ir.FunctionType(result, [a.type for a in args])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32")
+def vector_address(kind: Lanes, context, builder, signature, args) -> ir.Value:
+    """The same of a vector that begins there."""
+    return builder.bitcast(address(context, builder, signature, args), kind.of(FLOAT).as_pointer())
+
+
+def llvm(builder, name: str, kind: Lanes, result: ir.Type, *args: ir.Value, **options: Any) -> ir.Value:
+    """Call LLVM's own function `name` for vectors of this kind."""
+    function = ir.FunctionType(result, [a.type for a in args])
+    function = cgutils.get_or_insert_function(builder.module, function, f"llvm.{name}.v{kind.width}f32")
     return builder.call(function, args, **options)
 
 
-@intrinsic
-def load(typingctx, array, index):
-    """array[index:index + 16] of a flat float32 array."""
-    def codegen(*given):
-        value = given[1].load(vector_pointer(*given))
-        value.align = 4
-        return value
-    return lanes(array, types.intp), codegen
+def made(kind: Lanes) -> tuple[Callable, Callable, Callable]:
+    """What makes vectors of this kind: `load`, `splat` and `sums`."""
+    @intrinsic
+    def load(typingctx, array, index):
+        """array[index:index + width] of a flat float32 array."""
+        def codegen(context, builder, signature, args):
+            value = builder.load(vector_address(kind, context, builder, signature, args))
+            value.align = 4
+            return value
+        return kind(array, types.intp), codegen
+
+    @intrinsic
+    def splat(typingctx, x):
+        """A vector of x."""
+        return kind(x), lambda *given: as_vectors(*given)[0]
+
+    @intrinsic
+    def sums(typingctx, array, index):
+        """A vector of the sums of as many vectors, which stand one after the other from array[index] on."""
+        def codegen(context, builder, signature, args):
+            first, width = vector_address(kind, context, builder, signature, args), kind.width
+            found = [builder.load(builder.gep(first, [INTEGER(i)]), align=4) for i in range(width)]
+            step = 1
+            while len(found) > 1:  # of two, the sums of lanes `step` apart: the first one's where lane & step is 0
+                masks = [ir.Constant(kind.of(INTEGER), [(lane & ~step | part) + width * bool(lane & step)
+                                                        for lane in range(width)]) for part in (0, step)]
+                found = [builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks), FAST)
+                         for x, y in zip(found[::2], found[1::2])]
+                step *= 2
+            return found[0]
+        return kind(array, types.intp), codegen
+
+    return load, splat, sums
+
+
+load, splat, sums = made(lanes)
+load_n, splat_n, sums_n = made(Lanes(NARROW))
 
 
 @intrinsic
 def store(typingctx, array, index, value):
-    """array[index:index + 16] = value."""
+    """array[index:index + width] = value."""
     def codegen(context, builder, signature, args):
-        builder.store(args[2], vector_pointer(context, builder, signature, args)).align = 4
+        builder.store(args[2], vector_address(value, context, builder, signature, args)).align = 4
         return context.get_dummy_value()
-    return types.none(array, types.intp, lanes), codegen
+    return types.none(array, types.intp, value), codegen
+
+
+@intrinsic
+def item(typingctx, array, index):
+    """array[index], without Numba's look whether an index counts from the end."""
+    return types.float32(array, types.intp), lambda *given: given[1].load(address(*given))
 
 
 @intrinsic
@@ -125,9 +170,9 @@ def prefetch(typingctx, array, index):
     def codegen(context, builder, signature, args):
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        address = builder.bitcast(vector_pointer(context, builder, signature, args), byte)
+        at = builder.bitcast(address(context, builder, signature, args), byte)
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [address, number(0), number(2), number(1)])
+        builder.call(function, [at, number(0), number(2), number(1)])
         return context.get_dummy_value()
     return types.none(array, types.intp), codegen
 
@@ -182,7 +227,8 @@ take, come = counter(0), counter(1)  # a task's number, a thread's number
 def elementwise(build: Callable) -> Callable:
     """An operation on vectors, or on vectors and scalars, from its LLVM instructions."""
     def typed(*kinds):
-        return lanes(*kinds), lambda *given: build(given[1], *as_vectors(*given))
+        kind = next(kind for kind in kinds if isinstance(kind, Lanes))
+        return kind(*kinds), lambda *given: build(given[1], *as_vectors(*given))
     return typed
 
 
@@ -208,45 +254,11 @@ def sub(typingctx, x, y):
 
 
 @intrinsic
-def splat(typingctx, x):
-    """A vector of x."""
-    return elementwise(lambda b, x: x)(x)
-
-
-@intrinsic
-def spread(typingctx, array, index):
-    """A vector of array[index], without Numba's look whether an index counts from the end."""
-    def codegen(context, builder, signature, args):
-        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
-        kinds = lanes(types.float32)
-        return as_vectors(context, builder, kinds, [builder.load(builder.gep(data, [args[1]]))])[0]
-    return lanes(array, types.intp), codegen
-
-
-@intrinsic
 def total(typingctx, x):
     """The sum of a vector's entries."""
     def codegen(context, builder, signature, args):
-        zero = ir.Constant(ir.FloatType(), 0.0)
-        return llvm(builder, "vector.reduce.fadd", ir.FloatType(), zero, args[0], fastmath=FAST)
-    return types.float32(lanes), codegen
-
-
-@intrinsic
-def sums(typingctx, array, index):
-    """A vector of the sums of 16 vectors, which stand one after the other from array[index] on."""
-    def codegen(context, builder, signature, args):
-        first = vector_pointer(context, builder, signature, args)
-        found = [builder.load(builder.gep(first, [ir.Constant(ir.IntType(64), i)]), align=4) for i in range(WIDTH)]
-        step = 1
-        while len(found) > 1:  # of two, the sums of lanes `step` apart: the first one's where lane & step is 0
-            masks = [ir.Constant(WHOLE, [(lane & ~step | part) + WIDTH * bool(lane & step) for lane in range(WIDTH)])
-                     for part in (0, step)]
-            found = [builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks), FAST)
-                     for x, y in zip(found[::2], found[1::2])]
-            step *= 2
-        return found[0]
-    return lanes(array, types.intp), codegen
+        return llvm(builder, "vector.reduce.fadd", x, FLOAT, FLOAT(0.0), args[0], fastmath=FAST)
+    return types.float32(x), codegen
 
 
 @intrinsic
@@ -267,6 +279,9 @@ def exp(typingctx, x):
     The argument is split as in Cephes' expf (Moshier 1992). Not-a-number stays so.
     """
     def build(builder, x):
+        def constant(value):
+            return lanes.of(FLOAT, float(f32(value)))
+
         def polynomial(x, *coefficients):
             result = constant(coefficients[0])
             for coefficient in coefficients[1:]:
@@ -275,13 +290,12 @@ def exp(typingctx, x):
 
         for sign, limit in ((">", constant(87.0)), ("<", constant(-87.0))):
             x = builder.select(builder.fcmp_ordered(sign, x, limit), limit, x)
-        n = llvm(builder, "floor", VECTOR, polynomial(x, math.log2(math.e), 0.5))
+        n = llvm(builder, "floor", lanes, x.type, polynomial(x, math.log2(math.e), 0.5))
         for part in (-0.693359375, 2.12194440e-4):
             x = builder.fadd(x, builder.fmul(n, constant(part), FAST), FAST)
         rest = polynomial(x, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
-        exponent = builder.add(builder.fptosi(n, WHOLE), ir.Constant(WHOLE, [127] * WIDTH))
-        power = builder.shl(exponent, ir.Constant(WHOLE, [23] * WIDTH))
-        return builder.fmul(rest, builder.bitcast(power, VECTOR), FAST)
+        exponent = builder.add(builder.fptosi(n, lanes.of(INTEGER)), lanes.of(INTEGER, 127))
+        return builder.fmul(rest, builder.bitcast(builder.shl(exponent, lanes.of(INTEGER, 23)), x.type), FAST)
 
     return elementwise(build)(x)
 
@@ -354,7 +368,7 @@ class Gradients(NamedTuple):
     pre: np.ndarray  # (BLOCK, HIDDEN)
     form: np.ndarray  # (BLOCK)
     rows: np.ndarray  # (6, KP), vectors of the token in work; the last two: `state`^T k, k of the token before it
-    lines: np.ndarray  # (3, KP, WIDTH), whose rows are yet to be summed up
+    lines: np.ndarray  # (3, KP, NARROW), whose rows are yet to be summed up
     error: np.ndarray  # (2, BLOCK, KP), of w.error
     error_t: np.ndarray  # (2, KP, BLOCK), no gradients: w.error transposed
     state_t: np.ndarray  # (2, KP, KP), transposed `state`
@@ -440,15 +454,15 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
                 u0 = u1 = u2 = u3 = splat(ZERO)
                 for a in range(K):
                     weight = load(p.bilinear, a * KP + c)
-                    u0, u1 = fma(weight, spread(w.z, k0 + a), u0), fma(weight, spread(w.z, k1 + a), u1)
-                    u2, u3 = fma(weight, spread(w.z, k2 + a), u2), fma(weight, spread(w.z, k3 + a), u3)
+                    u0, u1 = fma(weight, item(w.z, k0 + a), u0), fma(weight, item(w.z, k1 + a), u1)
+                    u2, u3 = fma(weight, item(w.z, k2 + a), u2), fma(weight, item(w.z, k3 + a), u3)
                 store(w.u, i * KP + c, u0), store(w.u, (i + 1) * KP + c, u1)
                 store(w.u, (i + 2) * KP + c, u2), store(w.u, (i + 3) * KP + c, u3)
             h0 = h1 = h2 = h3 = load(p.small, HIDDEN)
             for a in range(2 * KP):  # k and v stand side by side
                 weight = load(p.mlp_t, a * HIDDEN)
-                h0, h1 = fma(weight, spread(w.z, k0 + a), h0), fma(weight, spread(w.z, k1 + a), h1)
-                h2, h3 = fma(weight, spread(w.z, k2 + a), h2), fma(weight, spread(w.z, k3 + a), h3)
+                h0, h1 = fma(weight, item(w.z, k0 + a), h0), fma(weight, item(w.z, k1 + a), h1)
+                h2, h3 = fma(weight, item(w.z, k2 + a), h2), fma(weight, item(w.z, k3 + a), h3)
             store(w.pre, i * HIDDEN, h0), store(w.pre, (i + 1) * HIDDEN, h1)
             store(w.pre, (i + 2) * HIDDEN, h2), store(w.pre, (i + 3) * HIDDEN, h3)
         for i in range(n4):
@@ -492,35 +506,35 @@ def recur(n, step, K, w):
     for i in range(n):
         w.slot[i] = m * step
         if w.real[i]:
-            w.order[m], product = i, splat(ZERO)
-            for c in range(i * wide, i * wide + KP, WIDTH):
-                product = fma(load(w.z, c), load(w.z, c + KP), product)
+            w.order[m], product = i, splat_n(ZERO)
+            for c in range(i * wide, i * wide + KP, NARROW):
+                product = fma(load_n(w.z, c), load_n(w.z, c + KP), product)
             w.at[8 * i + 7] = total(product)
             m += 1
     w.order[BLOCK] = m
-    for c in range(0, KP, WIDTH):
+    for c in range(0, KP, NARROW):
         old, k = c, w.order[0] * wide + KP
-        kf = ks = qf = qs = splat(ZERO)  # S^T k and S^T q of the states before the token
+        kf = ks = qf = qs = splat_n(ZERO)  # S^T k and S^T q of the states before the token
         for a in range(K):
-            f, s = load(w.states, old + a * KP), load(w.states, old + size + a * KP)
-            ka, qa = spread(w.z, k + a), spread(w.z, k - KP + a)
+            f, s = load_n(w.states, old + a * KP), load_n(w.states, old + size + a * KP)
+            ka, qa = item(w.z, k + a), item(w.z, k - KP + a)
             kf, ks, qf, qs = fma(f, ka, kf), fma(s, ka, ks), fma(f, qa, qf), fma(s, qa, qs)
         for j in range(m):
             i, new = w.order[j], old + step * 2 * size
             m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
             beta, r0, r1, qk = w.at[8 * i + 4], w.at[8 * i + 5], w.at[8 * i + 6], w.at[8 * i + 7]
             store(w.k_state, 2 * i * KP + c, kf), store(w.k_state, (2 * i + 1) * KP + c, ks)
-            value, k, next_k = load(w.z, i * wide + 2 * KP + c), i * wide + KP, w.order[min(j + 1, m - 1)] * wide + KP
+            value, k, next_k = load_n(w.z, i * wide + 2 * KP + c), i * wide + KP, w.order[min(j + 1, m - 1)] * wide + KP
             df = mul(sub(value, fma(kf, m00, mul(ks, m01))), beta)  # what is written along k
             ds = mul(sub(value, fma(kf, m10, mul(ks, m11))), beta)
             read = fma(qf, r0 * m00 + r1 * m10, mul(qs, r0 * m01 + r1 * m11))
             store(w.o, i * KP + c, fma(fma(df, r0, mul(ds, r1)), qk, read))
-            kf = ks = qf = qs = splat(ZERO)
+            kf = ks = qf = qs = splat_n(ZERO)
             for a in range(K):
-                f, s, ka = load(w.states, old + a * KP), load(w.states, old + size + a * KP), spread(w.z, k + a)
+                f, s, ka = load_n(w.states, old + a * KP), load_n(w.states, old + size + a * KP), item(w.z, k + a)
                 f, s = fma(f, m00, fma(s, m01, mul(df, ka))), fma(f, m10, fma(s, m11, mul(ds, ka)))
                 store(w.states, new + a * KP, f), store(w.states, new + size + a * KP, s)
-                ka, qa = spread(w.z, next_k + a), spread(w.z, next_k - KP + a)
+                ka, qa = item(w.z, next_k + a), item(w.z, next_k - KP + a)
                 kf, ks, qf, qs = fma(f, ka, kf), fma(s, ka, ks), fma(f, qa, qf), fma(s, qa, qs)
             old = new
 
@@ -551,14 +565,14 @@ def recur_from_zero(n, keep, K, w):
     for j in range(0, m, 4):
         i0, i1 = w.order[j] * wide, w.order[min(j + 1, m - 1)] * wide
         i2, i3 = w.order[min(j + 2, m - 1)] * wide, w.order[min(j + 3, m - 1)] * wide
-        for s in range(0, j + 4, WIDTH):
-            k0 = k1 = k2 = k3 = q0 = q1 = q2 = q3 = splat(ZERO)
+        for s in range(0, j + 4, NARROW):
+            k0 = k1 = k2 = k3 = q0 = q1 = q2 = q3 = splat_n(ZERO)
             for a in range(K):
-                key, b = load(w.keys, a * BLOCK + s), a + KP
-                k0, k1 = fma(key, spread(w.z, i0 + b), k0), fma(key, spread(w.z, i1 + b), k1)
-                k2, k3 = fma(key, spread(w.z, i2 + b), k2), fma(key, spread(w.z, i3 + b), k3)
-                q0, q1 = fma(key, spread(w.z, i0 + a), q0), fma(key, spread(w.z, i1 + a), q1)
-                q2, q3 = fma(key, spread(w.z, i2 + a), q2), fma(key, spread(w.z, i3 + a), q3)
+                key, b = load_n(w.keys, a * BLOCK + s), a + KP
+                k0, k1 = fma(key, item(w.z, i0 + b), k0), fma(key, item(w.z, i1 + b), k1)
+                k2, k3 = fma(key, item(w.z, i2 + b), k2), fma(key, item(w.z, i3 + b), k3)
+                q0, q1 = fma(key, item(w.z, i0 + a), q0), fma(key, item(w.z, i1 + a), q1)
+                q2, q3 = fma(key, item(w.z, i2 + a), q2), fma(key, item(w.z, i3 + a), q3)
             at = j * BLOCK + s
             store(w.products, at, k0), store(w.products, at + BLOCK, k1)
             store(w.products, at + 2 * BLOCK, k2), store(w.products, at + 3 * BLOCK, k3)
@@ -570,30 +584,31 @@ def recur_from_zero(n, keep, K, w):
         beta, r0, r1 = w.beta[j], w.at[8 * i + 5], w.at[8 * i + 6]
         w.products[j * BLOCK + j] = ZERO
         qk = w.products[BB + j * BLOCK + j] * beta
-        for s in range(0, j + 1, WIDTH):
-            p00 = p01 = p10 = p11 = splat(ZERO)
+        for s in range(0, j + 1, NARROW):
+            p00 = p01 = p10 = p11 = splat_n(ZERO)
             if j > s:
                 at = here - BLOCK * keep + s
-                p00, p01 = load(w.decay, at), load(w.decay, BB + at)
-                p10, p11 = load(w.decay, 2 * BB + at), load(w.decay, 3 * BB + at)
+                p00, p01 = load_n(w.decay, at), load_n(w.decay, BB + at)
+                p10, p11 = load_n(w.decay, 2 * BB + at), load_n(w.decay, 3 * BB + at)
                 p00, p10 = fma(p00, m00, mul(p10, m01)), fma(p00, m10, mul(p10, m11))
                 p01, p11 = fma(p01, m00, mul(p11, m01)), fma(p01, m10, mul(p11, m11))
-            at, written = here + s, load(w.beta, s)
+            at, written = here + s, load_n(w.beta, s)
             store(w.decay, at, p00), store(w.decay, BB + at, p01)
             store(w.decay, 2 * BB + at, p10), store(w.decay, 3 * BB + at, p11)
-            kk, qs = mul(load(w.products, j * BLOCK + s), written), mul(load(w.products, BB + j * BLOCK + s), written)
+            kk = mul(load_n(w.products, j * BLOCK + s), written)
+            qs = mul(load_n(w.products, BB + j * BLOCK + s), written)
             store(w.weight, at, mul(kk, p00)), store(w.weight, BB + at, mul(kk, p01))
             store(w.weight, 2 * BB + at, mul(kk, p10)), store(w.weight, 3 * BB + at, mul(kk, p11))
             store(w.weight, 4 * BB + at, mul(qs, fma(p00, r0, mul(p10, r1))))
             store(w.weight, 5 * BB + at, mul(qs, fma(p01, r0, mul(p11, r1))))
-        for c in range(0, KP, WIDTH):
-            f0 = f1 = s0 = s1 = o0 = o1 = splat(ZERO)
+        for c in range(0, KP, NARROW):
+            f0 = f1 = s0 = s1 = o0 = o1 = splat_n(ZERO)
             for s in range(j):
-                f, e, at = load(w.error, s * KP + c), load(w.error, other + s * KP + c), here + s
-                f0, f1 = fma(f, spread(w.weight, at), f0), fma(e, spread(w.weight, BB + at), f1)
-                s0, s1 = fma(f, spread(w.weight, 2 * BB + at), s0), fma(e, spread(w.weight, 3 * BB + at), s1)
-                o0, o1 = fma(f, spread(w.weight, 4 * BB + at), o0), fma(e, spread(w.weight, 5 * BB + at), o1)
-            value = load(w.z, i * wide + 2 * KP + c)
+                f, e, at = load_n(w.error, s * KP + c), load_n(w.error, other + s * KP + c), here + s
+                f0, f1 = fma(f, item(w.weight, at), f0), fma(e, item(w.weight, BB + at), f1)
+                s0, s1 = fma(f, item(w.weight, 2 * BB + at), s0), fma(e, item(w.weight, 3 * BB + at), s1)
+                o0, o1 = fma(f, item(w.weight, 4 * BB + at), o0), fma(e, item(w.weight, 5 * BB + at), o1)
+            value = load_n(w.z, i * wide + 2 * KP + c)
             f, e = sub(value, add(f0, f1)), sub(value, add(s0, s1))
             store(w.error, j * KP + c, f), store(w.error, other + j * KP + c, e)
             store(w.o, i * KP + c, add(add(o0, o1), fma(f, qk * r0, mul(e, qk * r1))))
@@ -753,22 +768,22 @@ def recur_backward(K, p, w, g):
     """Gradients of q, k, v and `at` of the block's tokens from those of o, which stand in w.o, and of later states."""
     KP, m = len(p.norm), w.order[BLOCK]
     wide, size = 3 * KP, K * KP
-    for c in range(0, KP, WIDTH):
-        k, gf, gs = w.order[m - 1] * wide + KP, splat(ZERO), splat(ZERO)
+    for c in range(0, KP, NARROW):
+        k, gf, gs = w.order[m - 1] * wide + KP, splat_n(ZERO), splat_n(ZERO)
         for a in range(K):
-            gf = fma(load(g.state, a * KP + c), spread(w.z, k + a), gf)
-            gs = fma(load(g.state, size + a * KP + c), spread(w.z, k + a), gs)
+            gf = fma(load_n(g.state, a * KP + c), item(w.z, k + a), gf)
+            gs = fma(load_n(g.state, size + a * KP + c), item(w.z, k + a), gs)
         store(g.rows, 4 * KP + c, gf), store(g.rows, 5 * KP + c, gs)
     for j in range(m - 1, -1, -1):
         i = w.order[j]
         old, q, k, v = w.slot[i] * 2 * size, i * wide, i * wide + KP, i * wide + 2 * KP
         m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
         beta, r0, r1, qk = w.at[8 * i + 4], w.at[8 * i + 5], w.at[8 * i + 6], w.at[8 * i + 7]
-        of = os = gb = g00 = g01 = g10 = g11 = splat(ZERO)
-        for c in range(0, KP, WIDTH):
-            o, value = load(w.o, i * KP + c), load(w.z, v + c)
-            gf, gs = fma(o, r0 * qk, load(g.rows, 4 * KP + c)), fma(o, r1 * qk, load(g.rows, 5 * KP + c))
-            kf, ks = load(w.k_state, 2 * i * KP + c), load(w.k_state, (2 * i + 1) * KP + c)
+        of = os = gb = g00 = g01 = g10 = g11 = splat_n(ZERO)
+        for c in range(0, KP, NARROW):
+            o, value = load_n(w.o, i * KP + c), load_n(w.z, v + c)
+            gf, gs = fma(o, r0 * qk, load_n(g.rows, 4 * KP + c)), fma(o, r1 * qk, load_n(g.rows, 5 * KP + c))
+            kf, ks = load_n(w.k_state, 2 * i * KP + c), load_n(w.k_state, (2 * i + 1) * KP + c)
             ef, es = sub(value, fma(kf, m00, mul(ks, m01))), sub(value, fma(kf, m10, mul(ks, m11)))
             of, os, gb = fma(o, ef, of), fma(o, es, os), fma(gf, ef, fma(gs, es, gb))
             gf, gs = mul(gf, beta), mul(gs, beta)
@@ -780,31 +795,33 @@ def recur_backward(K, p, w, g):
         o_fast, o_slow = beta * total(of), beta * total(os)
         g00, g01, g10, g11 = sub(ZERO, g00), sub(ZERO, g01), sub(ZERO, g10), sub(ZERO, g11)
         for a in range(K):
-            qa, of, os, gk = w.z[q + a], splat(ZERO), splat(ZERO), splat(ZERO)
-            for c in range(0, KP, WIDTH):
-                f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
-                o = load(w.o, i * KP + c)
-                gf, gs = fma(o, r0 * qa, load(g.state, a * KP + c)), fma(o, r1 * qa, load(g.state, size + a * KP + c))
+            qa, of, os, gk = w.z[q + a], splat_n(ZERO), splat_n(ZERO), splat_n(ZERO)
+            for c in range(0, KP, NARROW):
+                f, s = load_n(w.states, old + a * KP + c), load_n(w.states, old + size + a * KP + c)
+                o = load_n(w.o, i * KP + c)
+                gf = fma(o, r0 * qa, load_n(g.state, a * KP + c))
+                gs = fma(o, r1 * qa, load_n(g.state, size + a * KP + c))
                 of, os = fma(f, o, of), fma(s, o, os)
-                gk = fma(gf, load(g.rows, c), fma(gs, load(g.rows, KP + c), gk))
-                gk = sub(gk, fma(f, load(g.rows, 2 * KP + c), mul(s, load(g.rows, 3 * KP + c))))
-            store(g.lines, a * WIDTH, of), store(g.lines, (KP + a) * WIDTH, os)
-            store(g.lines, (2 * KP + a) * WIDTH, gk)
-        read_fast = read_slow = splat(ZERO)
-        for a in range(0, KP, WIDTH):
-            f, s = sums(g.lines, a * WIDTH), sums(g.lines, (KP + a) * WIDTH)
-            ka, qa = load(w.z, k + a), load(w.z, q + a)
+                gk = fma(gf, load_n(g.rows, c), fma(gs, load_n(g.rows, KP + c), gk))
+                gk = sub(gk, fma(f, load_n(g.rows, 2 * KP + c), mul(s, load_n(g.rows, 3 * KP + c))))
+            store(g.lines, a * NARROW, of), store(g.lines, (KP + a) * NARROW, os)
+            store(g.lines, (2 * KP + a) * NARROW, gk)
+        read_fast = read_slow = splat_n(ZERO)
+        for a in range(0, KP, NARROW):
+            f, s = sums_n(g.lines, a * NARROW), sums_n(g.lines, (KP + a) * NARROW)
+            ka, qa = load_n(w.z, k + a), load_n(w.z, q + a)
             fast, slow = fma(f, m00, fma(s, m01, mul(ka, o_fast))), fma(f, m10, fma(s, m11, mul(ka, o_slow)))
             read_fast, read_slow = fma(qa, fast, read_fast), fma(qa, slow, read_slow)
-            store(g.z, q + a, fma(fast, r0, mul(slow, r1))), store(g.z, k + a, sums(g.lines, (2 * KP + a) * WIDTH))
+            store(g.z, q + a, fma(fast, r0, mul(slow, r1))), store(g.z, k + a, sums_n(g.lines, (2 * KP + a) * NARROW))
         earlier = w.order[max(j - 1, 0)] * wide + KP
-        for c in range(0, KP, WIDTH):
-            o, uf, us = load(w.o, i * KP + c), load(g.rows, 2 * KP + c), load(g.rows, 3 * KP + c)
-            next_f = next_s = splat(ZERO)
+        for c in range(0, KP, NARROW):
+            o, uf, us = load_n(w.o, i * KP + c), load_n(g.rows, 2 * KP + c), load_n(g.rows, 3 * KP + c)
+            next_f = next_s = splat_n(ZERO)
             for a in range(K):
-                f, s = load(w.states, old + a * KP + c), load(w.states, old + size + a * KP + c)
-                ka, qa, kb = spread(w.z, k + a), w.z[q + a], spread(w.z, earlier + a)
-                gf, gs = fma(o, r0 * qa, load(g.state, a * KP + c)), fma(o, r1 * qa, load(g.state, size + a * KP + c))
+                f, s = load_n(w.states, old + a * KP + c), load_n(w.states, old + size + a * KP + c)
+                ka, qa, kb = item(w.z, k + a), w.z[q + a], item(w.z, earlier + a)
+                gf = fma(o, r0 * qa, load_n(g.state, a * KP + c))
+                gs = fma(o, r1 * qa, load_n(g.state, size + a * KP + c))
                 g00, g01, g10, g11 = fma(f, gf, g00), fma(s, gf, g01), fma(f, gs, g10), fma(s, gs, g11)
                 f, s = sub(fma(gf, m00, mul(gs, m10)), mul(uf, ka)), sub(fma(gf, m01, mul(gs, m11)), mul(us, ka))
                 store(g.state, a * KP + c, f), store(g.state, size + a * KP + c, s)
@@ -825,23 +842,23 @@ def end_backward(K, w, g):
     for s in range(m):
         k, at, beta = w.order[s] * wide + KP, last + s, w.beta[s]
         p00, p01, p10, p11 = w.decay[at], w.decay[BB + at], w.decay[2 * BB + at], w.decay[3 * BB + at]
-        g00 = g01 = g10 = g11 = splat(ZERO)
-        for c in range(0, KP, WIDTH):
-            gf = gs = splat(ZERO)  # of what is added to both states along k
+        g00 = g01 = g10 = g11 = splat_n(ZERO)
+        for c in range(0, KP, NARROW):
+            gf = gs = splat_n(ZERO)  # of what is added to both states along k
             for a in range(K):
-                gf = fma(load(g.state, a * KP + c), spread(w.z, k + a), gf)
-                gs = fma(load(g.state, size + a * KP + c), spread(w.z, k + a), gs)
-            f, e = load(w.error, s * KP + c), load(w.error, other + s * KP + c)
+                gf = fma(load_n(g.state, a * KP + c), item(w.z, k + a), gf)
+                gs = fma(load_n(g.state, size + a * KP + c), item(w.z, k + a), gs)
+            f, e = load_n(w.error, s * KP + c), load_n(w.error, other + s * KP + c)
             g00, g01, g10, g11 = fma(gf, f, g00), fma(gf, e, g01), fma(gs, f, g10), fma(gs, e, g11)
             store(g.error, s * KP + c, mul(fma(gf, p00, mul(gs, p10)), beta))
             store(g.error, other + s * KP + c, mul(fma(gf, p01, mul(gs, p11)), beta))
             store(g.rows, c, mul(fma(f, p00, mul(e, p01)), beta))
             store(g.rows, KP + c, mul(fma(f, p10, mul(e, p11)), beta))
-        for c in range(0, KP, WIDTH):
-            gf = gs = splat(ZERO)
+        for c in range(0, KP, NARROW):
+            gf = gs = splat_n(ZERO)
             for a in range(K):
-                gf = fma(load(g.state_t, a * KP + c), spread(g.rows, a), gf)
-                gs = fma(load(g.state_t, (KP + a) * KP + c), spread(g.rows, KP + a), gs)
+                gf = fma(load_n(g.state_t, a * KP + c), item(g.rows, a), gf)
+                gs = fma(load_n(g.state_t, (KP + a) * KP + c), item(g.rows, KP + a), gs)
             store(g.z, k + c, add(gf, gs))
         t00, t01, t10, t11 = total(g00), total(g01), total(g10), total(g11)
         g.pairs[s], g.pairs[BLOCK + s] = beta * t00, beta * t01
@@ -861,56 +878,56 @@ def recur_from_zero_backward(later, K, w, g):
         for c in range(K):
             f, e = (w.error[j * KP + c], w.error[other + j * KP + c]) if j < m else (ZERO, ZERO)
             g.error_t[c * BLOCK + j], g.error_t[(KP + c) * BLOCK + j] = f, e
-        for c in range(0, KP, WIDTH):
+        for c in range(0, KP, NARROW):
             if j < m and not later:
-                store(g.error, j * KP + c, splat(ZERO)), store(g.error, other + j * KP + c, splat(ZERO))
-                store(g.z, w.order[j] * wide + KP + c, splat(ZERO))
+                store(g.error, j * KP + c, splat_n(ZERO)), store(g.error, other + j * KP + c, splat_n(ZERO))
+                store(g.z, w.order[j] * wide + KP + c, splat_n(ZERO))
     for j in range(m - 1, -1, -1):
         i = w.order[j]
         m00, m01, m10, m11 = w.at[8 * i], w.at[8 * i + 1], w.at[8 * i + 2], w.at[8 * i + 3]
         r0, r1, q, k = w.at[8 * i + 5], w.at[8 * i + 6], i * wide, i * wide + KP
-        for c in range(0, KP, WIDTH):
-            f0 = f1 = f2 = s0 = s1 = s2 = splat(ZERO)
+        for c in range(0, KP, NARROW):
+            f0 = f1 = f2 = s0 = s1 = s2 = splat_n(ZERO)
             for t in range(j + 1, m):
-                at, o = t * BLOCK + j, load(w.o, w.order[t] * KP + c)
-                f, e = load(g.error, t * KP + c), load(g.error, other + t * KP + c)
-                f0, s0 = fma(o, spread(w.weight, 4 * BB + at), f0), fma(o, spread(w.weight, 5 * BB + at), s0)
-                f1, s1 = fma(f, spread(w.weight, at), f1), fma(f, spread(w.weight, BB + at), s1)
-                f2, s2 = fma(e, spread(w.weight, 2 * BB + at), f2), fma(e, spread(w.weight, 3 * BB + at), s2)
-            o, at = load(w.o, i * KP + c), j * BLOCK + j
-            f0, s0 = fma(o, spread(w.weight, 4 * BB + at), f0), fma(o, spread(w.weight, 5 * BB + at), s0)
-            f0 = sub(add(load(g.error, j * KP + c), f0), add(f1, f2))
-            s0 = sub(add(load(g.error, other + j * KP + c), s0), add(s1, s2))
+                at, o = t * BLOCK + j, load_n(w.o, w.order[t] * KP + c)
+                f, e = load_n(g.error, t * KP + c), load_n(g.error, other + t * KP + c)
+                f0, s0 = fma(o, item(w.weight, 4 * BB + at), f0), fma(o, item(w.weight, 5 * BB + at), s0)
+                f1, s1 = fma(f, item(w.weight, at), f1), fma(f, item(w.weight, BB + at), s1)
+                f2, s2 = fma(e, item(w.weight, 2 * BB + at), f2), fma(e, item(w.weight, 3 * BB + at), s2)
+            o, at = load_n(w.o, i * KP + c), j * BLOCK + j
+            f0, s0 = fma(o, item(w.weight, 4 * BB + at), f0), fma(o, item(w.weight, 5 * BB + at), s0)
+            f0 = sub(add(load_n(g.error, j * KP + c), f0), add(f1, f2))
+            s0 = sub(add(load_n(g.error, other + j * KP + c), s0), add(s1, s2))
             store(g.error, j * KP + c, f0), store(g.error, other + j * KP + c, s0)
             store(g.z, i * wide + 2 * KP + c, add(f0, s0))
-        g00 = g01 = g10 = g11 = read_fast = read_slow = splat(ZERO)
-        for s in range(0, j + 1, WIDTH):
-            of = os = c00 = c01 = c10 = c11 = splat(ZERO)  # of the weights in what is read; of the others, negative
+        g00 = g01 = g10 = g11 = read_fast = read_slow = splat_n(ZERO)
+        for s in range(0, j + 1, NARROW):
+            of = os = c00 = c01 = c10 = c11 = splat_n(ZERO)  # of the weights in what is read; of the others, negative
             for c in range(K):
-                f, e = load(g.error_t, c * BLOCK + s), load(g.error_t, (KP + c) * BLOCK + s)
-                o, x, y = spread(w.o, i * KP + c), spread(g.error, j * KP + c), spread(g.error, other + j * KP + c)
+                f, e = load_n(g.error_t, c * BLOCK + s), load_n(g.error_t, (KP + c) * BLOCK + s)
+                o, x, y = item(w.o, i * KP + c), item(g.error, j * KP + c), item(g.error, other + j * KP + c)
                 of, os, c00, c01 = fma(f, o, of), fma(e, o, os), fma(f, x, c00), fma(e, x, c01)
                 c10, c11 = fma(f, y, c10), fma(e, y, c11)
-            at, beta = j * BLOCK + s, load(w.beta, s)
-            p00, p01 = load(w.decay, at), load(w.decay, BB + at)
-            p10, p11 = load(w.decay, 2 * BB + at), load(w.decay, 3 * BB + at)
-            kk, qk = load(w.products, at), load(w.products, BB + at)
+            at, beta = j * BLOCK + s, load_n(w.beta, s)
+            p00, p01 = load_n(w.decay, at), load_n(w.decay, BB + at)
+            p10, p11 = load_n(w.decay, 2 * BB + at), load_n(w.decay, 3 * BB + at)
+            kk, qk = load_n(w.products, at), load_n(w.products, BB + at)
             fast, slow = fma(of, p00, mul(os, p01)), fma(of, p10, mul(os, p11))
             gq = fma(fast, r0, mul(slow, r1))
             gk = sub(ZERO, fma(c00, p00, fma(c01, p01, fma(c10, p10, mul(c11, p11)))))
-            store(g.pairs, 4 * BLOCK + s, fma(qk, gq, fma(kk, gk, load(g.pairs, 4 * BLOCK + s))))
+            store(g.pairs, 4 * BLOCK + s, fma(qk, gq, fma(kk, gk, load_n(g.pairs, 4 * BLOCK + s))))
             store(g.pairs, 5 * BLOCK + s, mul(gq, beta)), store(g.pairs, 6 * BLOCK + s, mul(gk, beta))
             kk, qk = mul(kk, beta), mul(qk, beta)
             read_fast, read_slow = fma(qk, fast, read_fast), fma(qk, slow, read_slow)
             of, os = mul(of, qk), mul(os, qk)
-            c00 = sub(fma(of, r0, load(g.pairs, s)), mul(kk, c00))
-            c01 = sub(fma(os, r0, load(g.pairs, BLOCK + s)), mul(kk, c01))
-            c10 = sub(fma(of, r1, load(g.pairs, 2 * BLOCK + s)), mul(kk, c10))
-            c11 = sub(fma(os, r1, load(g.pairs, 3 * BLOCK + s)), mul(kk, c11))
+            c00 = sub(fma(of, r0, load_n(g.pairs, s)), mul(kk, c00))
+            c01 = sub(fma(os, r0, load_n(g.pairs, BLOCK + s)), mul(kk, c01))
+            c10 = sub(fma(of, r1, load_n(g.pairs, 2 * BLOCK + s)), mul(kk, c10))
+            c11 = sub(fma(os, r1, load_n(g.pairs, 3 * BLOCK + s)), mul(kk, c11))
             if j > s:
                 at -= BLOCK
-                p00, p01 = load(w.decay, at), load(w.decay, BB + at)
-                p10, p11 = load(w.decay, 2 * BB + at), load(w.decay, 3 * BB + at)
+                p00, p01 = load_n(w.decay, at), load_n(w.decay, BB + at)
+                p10, p11 = load_n(w.decay, 2 * BB + at), load_n(w.decay, 3 * BB + at)
                 g00, g01 = fma(c00, p00, fma(c01, p01, g00)), fma(c00, p10, fma(c01, p11, g01))
                 g10, g11 = fma(c10, p00, fma(c11, p01, g10)), fma(c10, p10, fma(c11, p11, g11))
             store(g.pairs, s, fma(c00, m00, mul(c10, m10))), store(g.pairs, BLOCK + s, fma(c01, m00, mul(c11, m10)))
@@ -918,13 +935,13 @@ def recur_from_zero_backward(later, K, w, g):
             store(g.pairs, 3 * BLOCK + s, fma(c01, m01, mul(c11, m11)))
         g.at[8 * i], g.at[8 * i + 1], g.at[8 * i + 2], g.at[8 * i + 3] = total(g00), total(g01), total(g10), total(g11)
         g.at[8 * i + 4], g.at[8 * i + 5], g.at[8 * i + 6] = g.pairs[4 * BLOCK + j], total(read_fast), total(read_slow)
-        for c in range(0, KP, WIDTH):
-            query, key, both = load(w.z, q + c), load(w.z, k + c), g.pairs[5 * BLOCK + j]
-            gq, gk = mul(key, both), fma(query, both, load(g.z, k + c))
+        for c in range(0, KP, NARROW):
+            query, key, both = load_n(w.z, q + c), load_n(w.z, k + c), g.pairs[5 * BLOCK + j]
+            gq, gk = mul(key, both), fma(query, both, load_n(g.z, k + c))
             for s in range(j):
                 at, of_q, of_k = w.order[s] * wide + KP + c, g.pairs[5 * BLOCK + s], g.pairs[6 * BLOCK + s]
-                gq, gk = fma(load(w.z, at), of_q, gq), fma(load(w.z, at), of_k, gk)
-                store(g.z, at, fma(query, of_q, fma(key, of_k, load(g.z, at))))
+                gq, gk = fma(load_n(w.z, at), of_q, gq), fma(load_n(w.z, at), of_k, gk)
+                store(g.z, at, fma(query, of_q, fma(key, of_k, load_n(g.z, at))))
             store(g.z, q + c, gq), store(g.z, k + c, gk)
 
 
@@ -985,12 +1002,12 @@ def flux_backward(n, K, p, w, g):
         for c in range(0, KP, WIDTH):
             gk0 = gk1 = splat(ZERO)
             for a in range(0, KP, 2):
-                gk0 = fma(load(p.bilinear_t, a * KP + c), spread(w.z, v + a), gk0)
-                gk1 = fma(load(p.bilinear_t, (a + 1) * KP + c), spread(w.z, v + a + 1), gk1)
+                gk0 = fma(load(p.bilinear_t, a * KP + c), item(w.z, v + a), gk0)
+                gk1 = fma(load(p.bilinear_t, (a + 1) * KP + c), item(w.z, v + a + 1), gk1)
             gk = fma(add(gk0, gk1), g.form[i], load(g.z, k + c))
             gv = fma(load(w.u, i * KP + c), g.form[i], load(g.z, v + c))
             for m in range(HIDDEN):
-                unit = spread(g.pre, i * HIDDEN + m)
+                unit = item(g.pre, i * HIDDEN + m)
                 gk, gv = fma(load(p.mlp, 2 * m * KP + c), unit, gk), fma(load(p.mlp, (2 * m + 1) * KP + c), unit, gv)
             store(g.z, k + c, gk), store(g.z, v + c, gv)
     store(g.small, 0, g_first), store(g.small, HIDDEN, g_bias), store(g.small, 2 * HIDDEN, g_last)
@@ -1003,8 +1020,8 @@ def flux_backward(n, K, p, w, g):
             s2, s3 = load(g.bilinear, at + 2 * KP), load(g.bilinear, at + 3 * KP)
             for i in range(n):
                 k, v = i * wide + KP + a, mul(load(w.z, i * wide + 2 * KP + c), g.form[i])
-                s0, s1 = fma(v, spread(w.z, k), s0), fma(v, spread(w.z, k + 1), s1)
-                s2, s3 = fma(v, spread(w.z, k + 2), s2), fma(v, spread(w.z, k + 3), s3)
+                s0, s1 = fma(v, item(w.z, k), s0), fma(v, item(w.z, k + 1), s1)
+                s2, s3 = fma(v, item(w.z, k + 2), s2), fma(v, item(w.z, k + 3), s3)
             store(g.bilinear, at, s0), store(g.bilinear, at + KP, s1)
             store(g.bilinear, at + 2 * KP, s2), store(g.bilinear, at + 3 * KP, s3)
     for c in range(0, 2 * KP, WIDTH):
@@ -1014,8 +1031,8 @@ def flux_backward(n, K, p, w, g):
             s2, s3 = load(g.mlp, at + 2 * two), load(g.mlp, at + 3 * two)
             for i in range(n):
                 u, z = i * HIDDEN + m, load(w.z, i * wide + KP + c)
-                s0, s1 = fma(z, spread(g.pre, u), s0), fma(z, spread(g.pre, u + 1), s1)
-                s2, s3 = fma(z, spread(g.pre, u + 2), s2), fma(z, spread(g.pre, u + 3), s3)
+                s0, s1 = fma(z, item(g.pre, u), s0), fma(z, item(g.pre, u + 1), s1)
+                s2, s3 = fma(z, item(g.pre, u + 2), s2), fma(z, item(g.pre, u + 3), s3)
             store(g.mlp, at, s0), store(g.mlp, at + two, s1)
             store(g.mlp, at + 2 * two, s2), store(g.mlp, at + 3 * two, s3)
 
@@ -1065,7 +1082,7 @@ def backward(call):
     wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
     state, z, at = zeros(size), zeros((BLOCK + 3) * wide), zeros(8 * BLOCK)
     pre, form = zeros(BLOCK * HIDDEN), zeros(BLOCK)
-    rows, lines, logits, error = zeros(6 * KP), zeros(3 * KP * WIDTH), zeros(5), zeros(2 * BLOCK * KP)
+    rows, lines, logits, error = zeros(6 * KP), zeros(3 * KP * NARROW), zeros(5), zeros(2 * BLOCK * KP)
     error_t, state_t, pairs = zeros(2 * KP * BLOCK), zeros(2 * KP * KP), zeros(7 * BLOCK)
     task = take(call)
     while task < groups * each:
