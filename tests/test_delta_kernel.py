@@ -89,6 +89,25 @@ def test_texts_that_start_from_nothing(length, channels, case, final):
     assert_equal(kernel, expected)
 
 
+def test_processors_with_more_or_fewer_registers(monkeypatch):
+    """Vectors of the recurrence's loops are of 16 or of 8 numbers, as this processor's are not."""
+    source, line = script.KERNEL_FILES["delta_kernel.py"], b"NARROW = WIDTH if"
+    assert line in source
+    module = script.kernel.kernels("cpu")
+    other_width = {16: b"NARROW = 8 if", 8: b"NARROW = 16 if"}[module.NARROW]
+    other_source = source.replace(line, other_width).replace(b"else WIDTH // 2", b"else " + other_width[9:11])
+    monkeypatch.setitem(script.KERNEL_FILES, "delta_kernel.py", other_source)
+    other = script.load_kernel()
+    assert other.kernels("cpu").NARROW == 24 - module.NARROW
+    for length, channels in ((17, 5), (31, 32), (70, 32)):
+        inputs = example(length, "hole", channels=channels)
+        assert_equal(results(other.hierarchical_mixer, inputs), results(REFERENCE, inputs))
+        inputs[11] = None
+        for final in (False, True):
+            assert_equal(*(results(form, inputs, output_final_state=final)
+                           for form in (other.hierarchical_mixer, REFERENCE)))
+
+
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("length, channels", [(32, 32), (31, 5), (70, 32), (70, 5)])
 def test_a_text_does_not_see_what_one_before_it_left(length, channels, state, threads):
