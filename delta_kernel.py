@@ -32,9 +32,9 @@ from .delta_mixer import BLOCK, HIDDEN
 
 try:  # in a `try`, as transformers refuses a model of which a file imports, outside of one, what is not installed
     from llvmlite import ir
-    from llvmlite.binding import get_host_cpu_features
     from numba import cfunc, njit, types
     from numba.core import cgutils
+    from numba.core.codegen import get_host_cpu_features
     from numba.extending import intrinsic, models, register_model
 except ImportError:
     raise
@@ -44,7 +44,7 @@ except ImportError:
 
 WIDTH = 16
 # Of the vectors of loops that hold a dozen of them at once: half as wide where that is more than there are registers.
-NARROW = WIDTH if get_host_cpu_features().get("avx512f") else WIDTH // 2
+NARROW = WIDTH if "+avx512f" in get_host_cpu_features() else WIDTH // 2
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
 JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
 # Of functions that kernels call, which are inlined: if they were called, a process that has just compiled them would
