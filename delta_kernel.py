@@ -43,7 +43,8 @@ except ImportError:
 # Vectors of float32 as a Numba type: what is written as a vector is one in the machine code; sums stay in registers
 
 WIDTH = 16
-# Of the vectors of loops that hold a dozen of them at once: half as wide where that is more than there are registers.
+# Of the vectors that `load_n`, `splat_n` and `sums_n` make, for loops that hold a dozen at once: as AVX512 has registers
+# for, else half of it.
 NARROW = WIDTH if "+avx512f" in get_host_cpu_features() else WIDTH // 2
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
 JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
@@ -792,18 +793,26 @@ def recur_backward(K, p, w, g):
             g00, g01, g10, g11 = fma(gf, kf, g00), fma(gf, ks, g01), fma(gs, kf, g10), fma(gs, ks, g11)
             store(g.rows, c, mul(ef, beta)), store(g.rows, KP + c, mul(es, beta))
             store(g.rows, 2 * KP + c, fma(gf, m00, mul(gs, m10))), store(g.rows, 3 * KP + c, fma(gf, m01, mul(gs, m11)))
+            store(g.rows, 4 * KP + c, splat_n(ZERO)), store(g.rows, 5 * KP + c, splat_n(ZERO))
         o_fast, o_slow = beta * total(of), beta * total(os)
         g00, g01, g10, g11 = sub(ZERO, g00), sub(ZERO, g01), sub(ZERO, g10), sub(ZERO, g11)
+        earlier = w.order[max(j - 1, 0)] * wide + KP
         for a in range(K):
-            qa, of, os, gk = w.z[q + a], splat_n(ZERO), splat_n(ZERO), splat_n(ZERO)
+            ka, qa, kb = item(w.z, k + a), item(w.z, q + a), item(w.z, earlier + a)
+            of = os = gk = splat_n(ZERO)
             for c in range(0, KP, NARROW):
                 f, s = load_n(w.states, old + a * KP + c), load_n(w.states, old + size + a * KP + c)
-                o = load_n(w.o, i * KP + c)
+                o, uf, us = load_n(w.o, i * KP + c), load_n(g.rows, 2 * KP + c), load_n(g.rows, 3 * KP + c)
                 gf = fma(o, r0 * qa, load_n(g.state, a * KP + c))
                 gs = fma(o, r1 * qa, load_n(g.state, size + a * KP + c))
                 of, os = fma(f, o, of), fma(s, o, os)
                 gk = fma(gf, load_n(g.rows, c), fma(gs, load_n(g.rows, KP + c), gk))
-                gk = sub(gk, fma(f, load_n(g.rows, 2 * KP + c), mul(s, load_n(g.rows, 3 * KP + c))))
+                gk = sub(sub(gk, mul(f, uf)), mul(s, us))
+                g00, g01, g10, g11 = fma(f, gf, g00), fma(s, gf, g01), fma(f, gs, g10), fma(s, gs, g11)
+                f, s = sub(fma(gf, m00, mul(gs, m10)), mul(uf, ka)), sub(fma(gf, m01, mul(gs, m11)), mul(us, ka))
+                store(g.state, a * KP + c, f), store(g.state, size + a * KP + c, s)
+                store(g.rows, 4 * KP + c, fma(f, kb, load_n(g.rows, 4 * KP + c)))
+                store(g.rows, 5 * KP + c, fma(s, kb, load_n(g.rows, 5 * KP + c)))
             store(g.lines, a * NARROW, of), store(g.lines, (KP + a) * NARROW, os)
             store(g.lines, (2 * KP + a) * NARROW, gk)
         read_fast = read_slow = splat_n(ZERO)
@@ -813,20 +822,6 @@ def recur_backward(K, p, w, g):
             fast, slow = fma(f, m00, fma(s, m01, mul(ka, o_fast))), fma(f, m10, fma(s, m11, mul(ka, o_slow)))
             read_fast, read_slow = fma(qa, fast, read_fast), fma(qa, slow, read_slow)
             store(g.z, q + a, fma(fast, r0, mul(slow, r1))), store(g.z, k + a, sums_n(g.lines, (2 * KP + a) * NARROW))
-        earlier = w.order[max(j - 1, 0)] * wide + KP
-        for c in range(0, KP, NARROW):
-            o, uf, us = load_n(w.o, i * KP + c), load_n(g.rows, 2 * KP + c), load_n(g.rows, 3 * KP + c)
-            next_f = next_s = splat_n(ZERO)
-            for a in range(K):
-                f, s = load_n(w.states, old + a * KP + c), load_n(w.states, old + size + a * KP + c)
-                ka, qa, kb = item(w.z, k + a), w.z[q + a], item(w.z, earlier + a)
-                gf = fma(o, r0 * qa, load_n(g.state, a * KP + c))
-                gs = fma(o, r1 * qa, load_n(g.state, size + a * KP + c))
-                g00, g01, g10, g11 = fma(f, gf, g00), fma(s, gf, g01), fma(f, gs, g10), fma(s, gs, g11)
-                f, s = sub(fma(gf, m00, mul(gs, m10)), mul(uf, ka)), sub(fma(gf, m01, mul(gs, m11)), mul(us, ka))
-                store(g.state, a * KP + c, f), store(g.state, size + a * KP + c, s)
-                next_f, next_s = fma(f, kb, next_f), fma(s, kb, next_s)
-            store(g.rows, 4 * KP + c, next_f), store(g.rows, 5 * KP + c, next_s)
         g.at[8 * i], g.at[8 * i + 1], g.at[8 * i + 2], g.at[8 * i + 3] = total(g00), total(g01), total(g10), total(g11)
         g.at[8 * i + 4], g.at[8 * i + 5], g.at[8 * i + 6] = total(gb), total(read_fast), total(read_slow)
 
@@ -1378,7 +1373,8 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *in
     batch, (_, _, heads, K) = len(proj), parameters[0].shape
     groups, KP = min(batch, GROUPS), -(-K // WIDTH) * WIDTH
     options = {"dtype": torch.float32, "device": "cpu"}
-    grad_proj = torch.zeros(proj.shape, **options)
+    grad_proj = torch.empty(proj.shape, **options)
+    grad_proj[..., heads * (3 * K + 5):] = 0  # what fills a row: nothing reads it
     grad_initial = torch.empty(0 if initial_state is None else initial_state.shape, **options)
     shapes = ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))
     sums = [torch.zeros(groups, heads, *shape, **options) for shape in shapes]

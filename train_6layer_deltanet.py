@@ -543,7 +543,12 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         R is a multiple of 16: other rows cost a third more on a CPU.
         """
         heads = self.cfg.num_heads
-        (qkv, gates), biases = ([getattr(layer, name).unflatten(0, (count, heads, -1))[:, part].flatten(0, 2)
+
+        def rows(tensor: Tensor, count: int) -> Tensor:
+            whole = part == slice(0, heads)
+            return tensor if whole else tensor.unflatten(0, (count, heads, -1))[:, part].flatten(0, 2)
+
+        (qkv, gates), biases = ([rows(getattr(layer, name), count)
                                  for layer, count in ((self.qkv_proj, 3), (self.gate_proj, 5))]
                                 for name in ("weight", "bias"))
         fill = -(len(qkv) + len(gates)) % 16
