@@ -34,7 +34,6 @@ try:  # in a `try`, as transformers refuses a model of which a file imports, out
     from llvmlite import ir
     from numba import cfunc, njit, types
     from numba.core import cgutils
-    from numba.core.codegen import get_host_cpu_features
     from numba.extending import intrinsic, models, register_model
 except ImportError:
     raise
@@ -42,10 +41,19 @@ except ImportError:
 # ----------------------------------------------------------------------------------------------------------------------
 # Vectors of float32 as a Numba type: what is written as a vector is one in the machine code; sums stay in registers
 
+def has_avx512() -> bool:
+    """Whether Numba compiles for AVX512, by what its cache on disk goes by too; False where it does not say."""
+    try:
+        from numba.core.registry import cpu_target
+        return "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
+    except (ImportError, AttributeError, LookupError, TypeError):
+        return False
+
+
 WIDTH = 16
-# Of the vectors that `load_n`, `splat_n` and `sums_n` make, for loops that hold a dozen at once: as AVX512 has registers
-# for, else half of it.
-NARROW = WIDTH if "+avx512f" in get_host_cpu_features() else WIDTH // 2
+# That of `load_n`, `splat_n` and `sums_n`, for loops that hold a dozen vectors at once: AVX512 has 32 registers of 16
+# numbers, AVX2 16 of 8.
+NARROW = WIDTH if has_avx512() else WIDTH // 2
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
 JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
 # Of functions that kernels call, which are inlined: if they were called, a process that has just compiled them would
@@ -1374,7 +1382,7 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *in
     groups, KP = min(batch, GROUPS), -(-K // WIDTH) * WIDTH
     options = {"dtype": torch.float32, "device": "cpu"}
     grad_proj = torch.empty(proj.shape, **options)
-    grad_proj[..., heads * (3 * K + 5):] = 0  # what fills a row: nothing reads it
+    grad_proj[..., heads * (3 * K + 5):] = 0  # what fills a row; the projection's gradient multiplies it by zeros
     grad_initial = torch.empty(0 if initial_state is None else initial_state.shape, **options)
     shapes = ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))
     sums = [torch.zeros(groups, heads, *shape, **options) for shape in shapes]
