@@ -2538,7 +2538,7 @@ class Trainer:
     def step_gradients(self, batch: list[MicroBatch], step: int, cached: bool | None = None) -> dict[str, Tensor]:
         """Add the gradients of step `step` to the student's parameters; returns each loss, and the weighted `total`.
 
-        `cached` (default: when there are several micro-batches) keeps no graph between the forward passes and the
+        `cached` (default: when a process has several micro-batches) keeps no graph between the forward passes and the
         losses: embeddings of all micro-batches first, their gradients from the losses of the whole batch, then each
         micro-batch forward again with the same dropout masks (GradCache, Gao et al. 2021, arXiv:2101.06983).
 
@@ -2547,7 +2547,7 @@ class Trainer:
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
         cfg, processes = self.long_cfg if batch[0].long else self.cfg, self.processes
-        cached = len(batch) > 1 if cached is None or self.replica else cached
+        cached = len(batch) > processes.count if cached is None else cached
         # By turns, as the longest micro-batches come last.
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]
         batch = [replace(micro) for micro in self.upload(batch)]
@@ -2556,8 +2556,10 @@ class Trainer:
         for i in own:
             self.teach(batch[i])
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
+        differentiable = self.replica or self.forward
         with torch.set_grad_enabled(not cached):
-            passes = [self.forward(batch[i], seeds[i], tokens, sentences) for i in own]
+            passes = [(self.forward if cached else differentiable)(batch[i], seeds[i], tokens, sentences) for i in own]
+        graphs = dict(zip(own, passes))
         if self.replica:
             passes = self.exchange(passes, own, batch)
 
@@ -2579,12 +2581,12 @@ class Trainer:
             micro, leaf = batch[i], leaves[i]
             with self.replica.no_sync() if self.replica and i != own[-1] else nullcontext():
                 if cached:
-                    passes[i] = (self.replica or self.forward)(micro, seeds[i], tokens, sentences)
-                vectors, local = passes[i]
+                    graphs[i] = differentiable(micro, seeds[i], tokens, sentences)
+                vectors, local = graphs.pop(i)
                 ends = [(vectors, leaf.grad)] if leaf.grad is not None else []
                 ends += [(torch.stack([*local.values()]), self.weights(local, cfg))] if local else []
                 torch.autograd.backward(*zip(*((x, grad) for x, grad in ends if x.requires_grad)))
-            micro.states = passes[i] = None
+            micro.states = None
         if cfg["orthogonal_reg_weight"]:  # the same on every process, so it is added after their sum
             loss = orthogonal_regularisation_loss(self.student)
             (cfg["orthogonal_reg_weight"] * loss).backward()

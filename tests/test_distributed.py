@@ -80,11 +80,16 @@ class Torchrun:
 
 
 def dump_first_step(path: str) -> None:
-    """Write the losses and the gradients of step 1, without and with dropout, to `path` and the rank."""
-    original, names = script.Trainer.step_gradients, ("dropout", "state_dropout")
+    """Write step 1's losses and gradients, without and with dropout, to `path`-MICRO-BATCHES-RANK.pt.
+
+    Beside them the weights, and how many forward passes this process took each time.
+    """
+    original, forward, names = script.Trainer.step_gradients, script.Trainer.forward, ("dropout", "state_dropout")
+    taken = []
 
     def step_gradients(self, batch, step, cached=None):
         rates, found = [getattr(self.student.config, name) for name in names], {}
+        taken.clear()
         for kind, values in {"off": [0.0, 0.0], "on": rates}.items() if step == 1 else ():
             for name, value in zip(names, values):
                 setattr(self.student.config, name, value)
@@ -92,10 +97,14 @@ def dump_first_step(path: str) -> None:
             found[kind] = losses, {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
             self.student.zero_grad(set_to_none=True)
             weights = {n: p.detach().clone() for n, p in self.student.named_parameters()}
-            torch.save([found, weights], f"{path}-{RANK}.pt")
+            torch.save([found, weights, len(taken) / 2], f"{path}-{len(batch)}-{RANK}.pt")
         return original(self, batch, step, cached)
 
-    script.Trainer.step_gradients = step_gradients
+    def counted(self, *arguments):
+        taken.append(arguments)
+        return forward(self, *arguments)
+
+    script.Trainer.step_gradients, script.Trainer.forward = step_gradients, counted
 
 
 def spoil_and_slow_rank_1(_: str) -> None:
@@ -132,13 +141,18 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+# A micro-batch for each of two processes, which then keep the graph of their forward passes; one process caches.
+ONE_EACH = {"gradient_accumulation_steps": 2, "total_steps": 1, "log_interval": 1}
+
+
 def words(cfg: dict[str, Any], output: Path, **changes: Any) -> list[str]:
     return kill_soak.command_line(cfg | changes | {"output_dir": str(output)})
 
 
 @pytest.fixture(scope="module")
 def two(tiny, folder) -> Path:
-    inside = [["dump_first_step", str(folder / "step-of-2")], words(tiny, folder / "two")]
+    inside = [["dump_first_step", str(folder / "step-of-2")], words(tiny, folder / "two"),
+              words(tiny, folder / "two-at-once", **ONE_EACH)]
     run = Torchrun(2, folder / "two", tiny, inside=inside)
     assert run.wait() == 0, run.text()
     assert "processes: 2; pairs per step: 12; micro-batch: 2 x 5; negatives per anchor: 11" in run.text()
@@ -168,9 +182,10 @@ def four(tiny, two, folder) -> Path:
 @pytest.fixture(scope="module")
 def one(tiny, two, folder) -> Path:
     runs = forked.server()
-    for output, changes, prepare in (("one", {}, ["test_distributed", "dump_first_step", str(folder / "step-of-1")]),
+    dump = ["test_distributed", "dump_first_step", str(folder / "step-of-1")]
+    for output, changes, prepare in (("one", {}, dump), ("one-at-once", ONE_EACH, dump),
                                      ("two-then-one", {"resume_from_step": -1}, None)):
-        if changes:
+        if prepare is None:
             cut(two, folder / output)
         log = folder / f"{output}.log"
         run = runs.start(tiny | changes | {"output_dir": str(folder / output)}, log, prepare)
@@ -195,23 +210,39 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-@pytest.mark.parametrize("dropout", ["off", "on"])
-def test_losses_and_gradients_of_the_first_step(several, folder, dropout):
-    count, _ = several
-    (expected, _) = torch.load(folder / "step-of-1-0.pt")
+def check_first_step(folder: Path, count: int, parts: int, dropout: str, tolerance: float = 1e-5) -> list[float]:
+    """Losses and gradients of step 1 in `parts` micro-batches, in `count` processes as in one; each's forward passes."""
+    forwards = []
+    expected, *_ = torch.load(folder / f"step-of-1-{parts}-0.pt")
     losses, gradients = expected[dropout]
     assert set(losses) == {*script.LOSS_WEIGHTS, "total"} and min(losses.values()) > 0
     assert dropout == "off" or abs(losses["total"] - expected["off"][0]["total"]) > 1e-3
     for rank in range(count):
-        (found, _) = torch.load(folder / f"step-of-{count}-{rank}.pt")
+        found, _, taken = torch.load(folder / f"step-of-{count}-{parts}-{rank}.pt")
+        forwards.append(taken)
         assert found[dropout][0] == pytest.approx(losses, abs=1e-6, rel=0)
         assert found[dropout][1].keys() == gradients.keys()
         for name, gradient in gradients.items():
-            assert (found[dropout][1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+            assert (found[dropout][1][name] - gradient).norm() <= tolerance * gradient.norm(), name
+    return forwards
+
+
+@pytest.mark.parametrize("dropout", ["off", "on"])
+def test_losses_and_gradients_of_the_first_step(several, folder, dropout):
+    count, _ = several
+    own = sorted(len(range(rank, 5, count)) for rank in range(count))
+    assert sorted(check_first_step(folder, count, 5, dropout)) == [2 * n for n in own]  # gradient caching: twice each
+
+
+@pytest.mark.parametrize("dropout", ["off", "on"])
+def test_a_micro_batch_for_each_process_goes_forward_once(one, folder, dropout):
+    # Without gradients a layer is rounded otherwise, so that the losses of cached gradients are, too.
+    assert check_first_step(folder, 2, 2, dropout, 1e-4) == [1, 1]
+    assert check_first_step(folder, 1, 2, dropout) == [4]
 
 
 def test_weights_after_20_steps(several, one, folder):
-    start = torch.load(folder / "step-of-1-0.pt")[1]
+    start = torch.load(folder / "step-of-1-5-0.pt")[1]
     moved = furthest(weights(one), {name: start[name] for name in weights(one)})
     assert moved > 1e-3 and furthest(weights(several[1]), weights(one)) < 1e-4
 
