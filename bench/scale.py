@@ -35,10 +35,11 @@ from scipy.optimize import nnls
 PARTS = ("compute", "waiting", "gather", "reduction", "data", "step")
 SIZES = [2**n for n in range(14, 25, 2)]  # bytes of the all-reduces that latency and bandwidth are fitted to
 BACKWARD = 0.4  # of a micro-batch's time: teacher 1, student forward 1 and again 1, its backward 2
+BACKWARD_ALONE = 0.5  # where a process has one micro-batch, which goes forward once
 ASSUMED = {  # of H100 nodes; rates are parts of the data sheets', for a reader to replace
-    # 1.32 TFLOP of matrix products at flop_per_s: 256 pairs of 24 tokens, forward twice, by bench/launches.py. Beside
-    # them its 900 operators, of one group of lengths, are launched in 5 ms, 6 us each.
-    "micro_batch_s": 0.0132,
+    # 1.05 TFLOP of matrix products at flop_per_s: 256 pairs of 24 tokens, forward once, by bench/launches.py. Beside
+    # them its 712 operators, of one group of lengths, are launched in 4 ms, 5 us each.
+    "micro_batch_s": 0.0105,
     "flop_per_s": 100e12, "memory_bytes_per_s": 2e12,  # of 495e12 (TF32) and 3.35e12, for products 384 deep
     "loss_passes": 16,  # reads and writes of N x N float32 by a loss on the cosines of all sentences and its gradient
     "node_bytes_per_s": 200e9, "node_latency_s": 3e-5,  # NVLink, of 450e9 a direction
@@ -173,7 +174,7 @@ def cluster(nodes: int, gpus: int, micro_pairs: int, sentences: float, size: int
     parts = {"compute": compute,
              "losses": n**2 * (8 * d / a["flop_per_s"] + 4 * a["loss_passes"] / a["memory_bytes_per_s"]),
              "gather": several * (3 * latency + 8 * d * n * byte),
-             "reduction": several * reduction(latency, byte, size, BACKWARD * compute)}
+             "reduction": several * reduction(latency, byte, size, BACKWARD_ALONE * compute)}
     return {"nodes": nodes, "gpus": gpus, "pairs": pairs, **parts, "device": sum(parts.values()),
             "batch": pairs * one["batch_pair_s"], "window": pairs * one["window_pair_s"],
             "loss_matrix_bytes": 4 * n**2}
