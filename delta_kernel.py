@@ -41,6 +41,7 @@ except ImportError:
 # ----------------------------------------------------------------------------------------------------------------------
 # Vectors of float32 as a Numba type: what is written as a vector is one in the machine code; sums stay in registers
 
+
 def has_avx512() -> bool:
     """Whether Numba compiles for AVX512, by what its cache on disk goes by too; False where it does not say."""
     try:
@@ -177,7 +178,7 @@ def item(typingctx, array, index):
 def prefetch(typingctx, array, index):
     """Have array[index] brought into the second-level cache; `index` may lie outside."""
     def codegen(context, builder, signature, args):
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        byte, number = ir.IntType(8).as_pointer(), INTEGER
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         at = builder.bitcast(address(context, builder, signature, args), byte)
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -209,7 +210,7 @@ def reader(*kinds: types.Type) -> Callable:
                                            meminfo=None)
                     value = array._getvalue()
                 elif kind == types.float32:
-                    value = builder.bitcast(builder.trunc(value, ir.IntType(32)), ir.FloatType())
+                    value = builder.bitcast(builder.trunc(value, INTEGER), FLOAT)
                 elif kind == types.boolean:
                     value = builder.trunc(value, ir.IntType(1))
                 found.append(value)

@@ -2724,7 +2724,8 @@ def plot_curves(folder: Path, teacher_scores: dict[str, float], group: str) -> N
         points = [(line["step"], line[key]) for line in lines if key in line]
         (rate if key == "lr" else losses).plot(*zip(*points), label=key.removeprefix("loss/"))
     losses.set(title="losses", xlabel="step", yscale="log")
-    losses.legend(fontsize=7)
+    if losses.lines:  # a run shorter than log_interval has none
+        losses.legend(fontsize=7)
     rows = [{key.removeprefix(f"{group}/"): value for key, value in line.items()} for line in lines]
     plot_spearman(scores, rows, teacher_scores, group)
     rate.set(title="learning rate", xlabel="step")

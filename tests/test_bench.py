@@ -78,6 +78,18 @@ def test_encode(tmp_path):
                  "speed_against_attention", "student_peak_bytes", "attention_peak_bytes", "student_bytes_per_token")
 
 
+def test_kernel(tmp_path):
+    """Against the committed version, where there is a git repository."""
+    against = ["HEAD"] if (ROOT / ".git").exists() else []
+    result = quick("kernel", tmp_path, "--against", *against)
+    assert result["settings"]["versions"] == ["now", *against]
+    assert [(row["texts"], row["tokens"]) for row in result["rows"]] == [(2, 16), (1, 40)]
+    for row in result["rows"]:
+        for part in ("forward", "both", "model"):
+            positive(row[part], "now", *against)
+        assert row["both"]["now"]["min"] > row["forward"]["now"]["min"]
+
+
 def test_data(tmp_path):
     result = quick("data", tmp_path)
     assert [row["times"] for row in result["indexing"]] == [row["times"] for row in result["starts"]] == [1, 2]
@@ -175,3 +187,6 @@ def test_help_and_bad_input(tmp_path):
     assert done.returncode == 0 and "--json" in done.stdout and "--quick" in done.stdout
     done = bench("data", "--data_dir", str(tmp_path / "none"))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    done = bench("kernel", "--against", "no-such-revision")
+    assert done.returncode == 2 and done.stderr.startswith("error: --against no-such-revision: "), done.stderr
+    assert done.stderr.count("\n") == 1

@@ -142,7 +142,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 # A micro-batch for each of two processes, which then keep the graph of their forward passes; one process caches.
-ONE_EACH = {"gradient_accumulation_steps": 2, "total_steps": 1, "log_interval": 1}
+ONE_EACH = {"gradient_accumulation_steps": 2, "total_steps": 1}
 
 
 def words(cfg: dict[str, Any], output: Path, **changes: Any) -> list[str]:
