@@ -2538,16 +2538,19 @@ class Trainer:
     def step_gradients(self, batch: list[MicroBatch], step: int, cached: bool | None = None) -> dict[str, Tensor]:
         """Add the gradients of step `step` to the student's parameters; returns each loss, and the weighted `total`.
 
-        `cached` (default: when a process has several micro-batches) keeps no graph between the forward passes and the
-        losses: embeddings of all micro-batches first, their gradients from the losses of the whole batch, then each
-        micro-batch forward again with the same dropout masks (GradCache, Gao et al. 2021, arXiv:2101.06983).
+        `cached` (default, and always in several processes: where one has several micro-batches) keeps no graph between
+        the forward passes and the losses: embeddings of all micro-batches first, their gradients from the losses of the
+        whole batch, then each micro-batch forward again with the same dropout masks (GradCache, Gao et al. 2021,
+        arXiv:2101.06983).
 
         Of several processes, each takes the micro-batches `own`. All of them compute the losses of the whole batch from
         the exchanged embeddings, so each has the exact gradients of its own ones without differentiating the exchange;
         the parameters' gradients are summed with the backward pass of the last micro-batch.
         """
         cfg, processes = self.long_cfg if batch[0].long else self.cfg, self.processes
-        cached = len(batch) > processes.count if cached is None else cached
+        # The same on every process, or DistributedDataParallel's first step would meet the exchange in another order.
+        several = len(batch) > processes.count
+        cached = several if cached is None or (several and self.replica) else cached
         # By turns, as the longest micro-batches come last.
         own = [i for i in range(len(batch)) if (i + step) % processes.count == processes.rank]
         batch = [replace(micro) for micro in self.upload(batch)]
@@ -2559,7 +2562,7 @@ class Trainer:
         differentiable = self.replica or self.forward
         with torch.set_grad_enabled(not cached):
             passes = [(self.forward if cached else differentiable)(batch[i], seeds[i], tokens, sentences) for i in own]
-        graphs = dict(zip(own, passes))
+        kept = {} if cached else dict(zip(own, passes))
         if self.replica:
             passes = self.exchange(passes, own, batch)
 
@@ -2581,8 +2584,8 @@ class Trainer:
             micro, leaf = batch[i], leaves[i]
             with self.replica.no_sync() if self.replica and i != own[-1] else nullcontext():
                 if cached:
-                    graphs[i] = differentiable(micro, seeds[i], tokens, sentences)
-                vectors, local = graphs.pop(i)
+                    kept[i] = differentiable(micro, seeds[i], tokens, sentences)
+                vectors, local = kept.pop(i)
                 ends = [(vectors, leaf.grad)] if leaf.grad is not None else []
                 ends += [(torch.stack([*local.values()]), self.weights(local, cfg))] if local else []
                 torch.autograd.backward(*zip(*((x, grad) for x, grad in ends if x.requires_grad)))

@@ -6,8 +6,9 @@
 - forward: the mixer's operator without gradients; both: with its backward pass; nanoseconds a token and head, of texts
   of random numbers without padding, the convolution, flux, coupling and gates on.
 - model: MiniLM's time over the student's, both given the same token ids and no padding: no tokenising, no pooling.
-A shape is TEXTSxTOKENS of a call. Earlier versions are read from git (script and kernel files) and must have the same
-operator. Numba compiles each once. Where other programs use the machine, compare the smallest figures.
+A shape is TEXTSxTOKENS of a call; --data_dir, --cache_dir and --device mean nothing here. Earlier versions are read
+from git (script and kernel files) and must have the same operator. Numba compiles each once. Where other programs use
+the machine, compare the smallest figures.
 """
 from __future__ import annotations
 
@@ -29,16 +30,21 @@ NOW, MINILM = "now", "MiniLM"
 SHAPES = ("128x16", "64x32", "32x64", "16x128", "4x512")
 
 
+def git(revision: str, *words: str) -> bytes:
+    """What git says to `words` about `revision`."""
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode().strip().splitlines() or ["git failed"]
+        raise script.UserError(f"--against {revision}: {said[-1]}")
+    return done.stdout
+
+
 def load_version(revision: str, folder: Path) -> ModuleType:
     """The training script as git has it at `revision`, with its kernel files, from copies in `folder`."""
     folder.mkdir()
     for name in ("train_6layer_deltanet.py", *script.KERNEL_FILES):
-        done = subprocess.run(["git", "-C", str(ROOT), "show", f"{revision}:{name}"], capture_output=True)
-        if done.returncode:
-            said = done.stderr.decode().strip().splitlines() or ["git failed"]
-            raise script.UserError(f"--against {revision}: {said[-1]}")
-        (folder / name).write_bytes(done.stdout)
-    name = f"version_{revision}"
+        (folder / name).write_bytes(git(revision, "show", f"{revision}:{name}"))
+    name = f"version_{folder.name}"
     spec = importlib.util.spec_from_file_location(name, folder / "train_6layer_deltanet.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -58,7 +64,7 @@ def mixer_calls(version: ModuleType, cfg: dict[str, Any], texts: int, tokens: in
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every shape's times, of every version."""
     if args.quick:
-        args.shapes, args.repeats = ["2x16", "1x40"], 1
+        args.shapes, args.repeats = ["2x16", "1x40"], 5
     shapes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape) for shape in args.shapes]
     if not all(shapes):
         raise script.UserError(f"--shapes {' '.join(args.shapes)}: each must be TEXTSxTOKENS, as 16x128")
@@ -68,7 +74,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = script.choose_device(cfg)
     if not script.kernel.has_kernel(torch.empty(0), cfg["d_model"] // cfg["num_heads"]):
         raise script.UserError("the CPU kernel needs Numba: pip install numba")
-    versions = {NOW: script} | {r: load_version(r, folder / str(i)) for i, r in enumerate(args.against)}
+    commits = {git(r, "rev-parse", "--short", f"{r}^{{commit}}").decode().strip(): r for r in args.against}
+    versions = {NOW: script} | {c: load_version(r, folder / str(i)) for i, (c, r) in enumerate(commits.items())}
     teacher, _, origin = script.load_teacher(cfg)
     students = {name: v.build_student(v.config | {k: x for k, x in cfg.items() if k in v.config}, teacher).eval()
                 for name, v in versions.items()}

@@ -59,7 +59,10 @@ class Timed(script.Processes):
 
 
 def optimise(trainer: Any, optimizer: torch.optim.Optimizer, batch: list[script.MicroBatch], step: int) -> None:
-    """What `Run.optimise` and `Run.agree` do with a batch; the rate stays 0, where `build_optimizer` puts it."""
+    """What `Run.optimise` and `Run.agree` do with a batch; the rate stays 0, where `build_optimizer` puts it.
+
+    Of one micro-batch alone too with gradient caching, as it is one of several where the model is used.
+    """
     optimizer.zero_grad(set_to_none=True)
     values = trainer.step_gradients(batch, step, cached=True)
     script.update(optimizer, values.values(), 0.0, trainer.cfg["gradient_clip"], trainer.processes)
@@ -183,10 +186,10 @@ def cluster(nodes: int, gpus: int, micro_pairs: int, sentences: float, size: int
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measured and predicted parts, and the extrapolation."""
     if args.quick:
-        args.batches, args.repeats, args.batch_size, args.accumulation = 1, 1, 2, 2
-    if args.batches < 1 or args.accumulation < 2:
-        raise script.UserError("--batches must be at least 1, --accumulation at least 2: "
-                               "a micro-batch for each process")
+        args.batches, args.repeats, args.batch_size, args.accumulation = 1, 1, 4, 4
+    if args.batches < 1 or args.accumulation < 3:
+        raise script.UserError("--batches must be at least 1, --accumulation at least 3: "
+                               "more than a micro-batch for each process")
     paths, name = find_data(args, folder, 2000)
     cfg = configure(args, **paths, batch_size=args.batch_size, gradient_accumulation_steps=args.accumulation)
     device = script.choose_device(cfg)

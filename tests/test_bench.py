@@ -2,11 +2,15 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import forked
 import pytest
 from forked import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
 
 SPREAD = {"median", "min", "max"}
 PARTS = {"teacher", "mixers", "FFNs", "rest of student", "losses", "optimiser"}
@@ -79,15 +83,33 @@ def test_encode(tmp_path):
 
 
 def test_kernel(tmp_path):
-    """Against the committed version, where there is a git repository."""
-    against = ["HEAD"] if (ROOT / ".git").exists() else []
-    result = quick("kernel", tmp_path, "--against", *against)
-    assert result["settings"]["versions"] == ["now", *against]
+    result = quick("kernel", tmp_path)
+    assert result["settings"]["versions"] == ["now"]
     assert [(row["texts"], row["tokens"]) for row in result["rows"]] == [(2, 16), (1, 40)]
     for row in result["rows"]:
         for part in ("forward", "both", "model"):
-            positive(row[part], "now", *against)
+            positive(row[part], "now")
         assert row["both"]["now"]["min"] > row["forward"]["now"]["min"]
+
+
+def test_kernel_of_a_revision(tmp_path, monkeypatch):
+    """The version that git has is loaded, not the files at hand; a revision that there is not is one clear line."""
+    import kernel
+
+    names, repository = ("train_6layer_deltanet.py", *kernel.script.KERNEL_FILES), tmp_path / "repository"
+    repository.mkdir()
+    for name in names:
+        (repository / name).write_text((ROOT / name).read_text() + f"# of the revision: {name}\n")
+    for words in ("init -q", "add .", "-c user.name=A -c user.email=a@example.org commit -q -m first"):
+        subprocess.run(["git", "-C", str(repository), *words.split()], check=True)
+    for name in names:
+        (repository / name).write_text("not what was committed\n")
+    monkeypatch.setattr(kernel, "ROOT", repository)
+    version = kernel.load_version("HEAD", tmp_path / "copy")
+    assert version.kernel is not kernel.script.kernel
+    assert version.KERNEL_FILES["delta_kernel.py"].endswith(b"# of the revision: delta_kernel.py\n")
+    with pytest.raises(kernel.script.UserError, match="--against no-such: "):
+        kernel.load_version("no-such", tmp_path / "none")
 
 
 def test_data(tmp_path):
@@ -187,6 +209,3 @@ def test_help_and_bad_input(tmp_path):
     assert done.returncode == 0 and "--json" in done.stdout and "--quick" in done.stdout
     done = bench("data", "--data_dir", str(tmp_path / "none"))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    done = bench("kernel", "--against", "no-such-revision")
-    assert done.returncode == 2 and done.stderr.startswith("error: --against no-such-revision: "), done.stderr
-    assert done.stderr.count("\n") == 1

@@ -82,22 +82,23 @@ class Torchrun:
 def dump_first_step(path: str) -> None:
     """Write step 1's losses and gradients, without and with dropout, to `path`-MICRO-BATCHES-RANK.pt.
 
-    Beside them the weights, and how many forward passes this process took each time.
+    Beside them how many forward passes this process took, and the weights.
     """
     original, forward, names = script.Trainer.step_gradients, script.Trainer.forward, ("dropout", "state_dropout")
     taken = []
 
     def step_gradients(self, batch, step, cached=None):
         rates, found = [getattr(self.student.config, name) for name in names], {}
-        taken.clear()
         for kind, values in {"off": [0.0, 0.0], "on": rates}.items() if step == 1 else ():
             for name, value in zip(names, values):
                 setattr(self.student.config, name, value)
+            taken.clear()
             losses = {n: x.item() for n, x in original(self, copy.deepcopy(batch), step, cached).items()}
-            found[kind] = losses, {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
+            gradients = {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
+            found[kind] = losses, gradients, len(taken)
             self.student.zero_grad(set_to_none=True)
             weights = {n: p.detach().clone() for n, p in self.student.named_parameters()}
-            torch.save([found, weights, len(taken) / 2], f"{path}-{len(batch)}-{RANK}.pt")
+            torch.save([found, weights], f"{path}-{len(batch)}-{RANK}.pt")
         return original(self, batch, step, cached)
 
     def counted(self, *arguments):
@@ -142,7 +143,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 # A micro-batch for each of two processes, which then keep the graph of their forward passes; one process caches.
-ONE_EACH = {"gradient_accumulation_steps": 2, "total_steps": 1}
+ONE_EACH = {"gradient_accumulation_steps": 2, "total_steps": 3}
 
 
 def words(cfg: dict[str, Any], output: Path, **changes: Any) -> list[str]:
@@ -201,8 +202,8 @@ def several(request, one) -> tuple[int, Path]:
     return request.param, request.getfixturevalue({2: "two", 4: "four"}[request.param])
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return script.load_file(folder / "checkpoint_20.pt")["student"]
+def weights(folder: Path, step: int = 20) -> dict[str, torch.Tensor]:
+    return script.load_file(folder / f"checkpoint_{step}.pt")["student"]
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -210,35 +211,43 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def check_first_step(folder: Path, count: int, parts: int, dropout: str, tolerance: float = 1e-5) -> list[float]:
-    """Losses and gradients of step 1 in `parts` micro-batches, in `count` processes as in one; each's forward passes."""
-    forwards = []
-    expected, *_ = torch.load(folder / f"step-of-1-{parts}-0.pt")
-    losses, gradients = expected[dropout]
+def check_first_step(folder: Path, count: int, parts: int, dropout: str, tolerance: float = 1e-5) -> list[int]:
+    """Compare step 1's losses and gradients of `count` processes with one's, in `parts` micro-batches.
+
+    Returns the forward passes of the one, then of each of the others.
+    """
+    expected, _ = torch.load(folder / f"step-of-1-{parts}-0.pt")
+    losses, gradients, forwards = expected[dropout]
+    counts = [forwards]
     assert set(losses) == {*script.LOSS_WEIGHTS, "total"} and min(losses.values()) > 0
     assert dropout == "off" or abs(losses["total"] - expected["off"][0]["total"]) > 1e-3
     for rank in range(count):
-        found, _, taken = torch.load(folder / f"step-of-{count}-{parts}-{rank}.pt")
-        forwards.append(taken)
+        found, _ = torch.load(folder / f"step-of-{count}-{parts}-{rank}.pt")
+        counts.append(found[dropout][2])
         assert found[dropout][0] == pytest.approx(losses, abs=1e-6, rel=0)
         assert found[dropout][1].keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert (found[dropout][1][name] - gradient).norm() <= tolerance * gradient.norm(), name
-    return forwards
+    return counts
 
 
 @pytest.mark.parametrize("dropout", ["off", "on"])
 def test_losses_and_gradients_of_the_first_step(several, folder, dropout):
     count, _ = several
-    own = sorted(len(range(rank, 5, count)) for rank in range(count))
-    assert sorted(check_first_step(folder, count, 5, dropout)) == [2 * n for n in own]  # gradient caching: twice each
+    alone, *each = check_first_step(folder, count, 5, dropout)
+    assert alone == sum(each) == 10 and max(each) <= 2 * -(-5 // count)  # gradient caching: each micro-batch twice
 
 
 @pytest.mark.parametrize("dropout", ["off", "on"])
 def test_a_micro_batch_for_each_process_goes_forward_once(one, folder, dropout):
-    # Without gradients a layer is rounded otherwise, so that the losses of cached gradients are, too.
-    assert check_first_step(folder, 2, 2, dropout, 1e-4) == [1, 1]
-    assert check_first_step(folder, 1, 2, dropout) == [4]
+    # One process caches: its losses are of a forward pass without gradients, where layers are rounded otherwise.
+    assert check_first_step(folder, 2, 2, dropout, 1e-4) == [4, 1, 1]
+
+
+def test_weights_after_steps_of_a_micro_batch_for_each_process(two, one, folder):
+    found, expected = (weights(folder / name, 3) for name in ("two-at-once", "one-at-once"))
+    start = torch.load(folder / "step-of-1-2-0.pt")[1]
+    assert furthest(expected, {name: start[name] for name in expected}) > 1e-3 and furthest(found, expected) < 1e-4
 
 
 def test_weights_after_20_steps(several, one, folder):
