@@ -19,7 +19,8 @@ first window, spread evenly over it by their number of tokens; at a fixed length
 - parts: where a step's time goes, from marks at module borders in the forward and, by identity nodes, in the backward
   pass of further steps that are not timed otherwise; every moment belongs to one part. On CUDA the marks are events on
   the stream.
-- peak memory: of two steps on the largest batch, in a fresh process: models and step, above what the imports take.
+- peak memory: of two steps on the largest batch, in a fresh process: models and step, above what the imports take, the
+  kernel's (Numba) among them. What its compiler (LLVM) maps of its own library at the first call is in the student's.
 """
 from __future__ import annotations
 
@@ -68,9 +69,6 @@ class AttentionStudent(nn.Module):
             SimpleNamespace(projections=lambda a=layer.attention: [
                 x.weight for x in (a.self.query, a.self.key, a.self.value, a.output.dense)])
             for layer in self.bert.encoder.layer]
-
-    def weigh(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        return hidden
 
     def hidden_states(self, input_ids: Tensor, mask: Tensor,
                       output_state_overlap: bool = False) -> tuple[list[Tensor], None]:
@@ -317,6 +315,8 @@ def measured(name: str, cfg: dict[str, Any], batches: list[Batch], largest: Batc
 def worker(kind: str, cfg: dict[str, Any], shapes: list[dict[str, Any]]) -> dict[str, Any]:
     """Peak bytes of two steps on random tokens of the given shapes, the models included."""
     device = script.choose_device(cfg)
+    if script.kernel.has_kernel(torch.empty(0)):
+        script.kernel.kernels("cpu")
     start = peak_rss()
     loop, batch = make_loop(kind, cfg, script.load_teacher(cfg)[0].to(device)), []
     for micro in shapes:
