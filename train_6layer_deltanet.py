@@ -133,7 +133,7 @@ config: dict[str, Any] = {
     "data_dir": "",  # folder with train/*.jsonl.gz and sts/stsb-{dev,test}.tsv.gz; empty: the hub
     "sources": "auto",  # allnli, qqp, msmarco, wikianswers, snli, local, joined by commas; none; auto: local, else hub
     "source_alpha": 1.0,  # files are drawn in proportion to rows**alpha; 1: every pair equally often
-    "source_focus": 0.0,  # draw a source (its distance to the teacher / the mean)**source_focus times as often
+    "source_focus": 0.0,  # draw sources and lengths (distance to the teacher / the mean)**source_focus times as often
     "one_source_batches": False,  # each batch from one source, so that its negatives are hard
     "held_out_share": 0.0,  # share of all texts kept out of training with their pairs, for bench/generalise.py
     "streams": "",  # data sets read with streaming beside `sources`: hub ids or folders of JSON lines, joined by commas
@@ -194,7 +194,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "peak_learning_rate": 4e-4,  # 2e-4: the loss 5% higher after 140 steps
         "log_interval": 50,
         "slow_decay_max": 0.999,  # retentions nearer to 1 in some heads: dev +0.002 after 150 steps of 16 pairs
-        "source_focus": 1.0,  # more of what the student is still far from
+        "source_focus": 1.0,  # more of the sources, and of their lengths, that the student is still far from
         "long_share": 0.12, "long_length": 4096, "long_tokens": 4096, "long_contrastive_weight": 0.0,
     },
     "past_teacher": STAGE | {  # the second stage, of a student that match_longer has made: results/best
@@ -1519,7 +1519,7 @@ class MicroBatch:
     groups: list[tuple[Tensor, Tensor]]  # the sentences by length: a few ids and masks (N, T), each padded for itself
     restore: Tensor  # (2 n + m,), the index that puts the sentences of the groups back in the order of the keys
     lengths: list[list[int]]  # real tokens of each group's sentences
-    sources: Tensor | None = None  # (n,), the pairs' sources by number; None if they count for no source
+    strata: Tensor | None = None  # (n,), of which of `PairData.strata` the pairs are; None: of none
     long: bool = False  # whether the positives are documents and the anchors their queries
     states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, W)
     target: Tensor | None = None  # (2 n + m, W), the teacher's embeddings
@@ -1621,26 +1621,31 @@ class PairData:
 
     Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted
     by the lengths of both sides (with `one_source_batches` each source's by themselves) and cut into batches, whose
-    order is shuffled. With `source_focus` a window's shares depend on the distances that `plan` was given, too; a
-    checkpoint keeps the numbers drawn until then.
+    order is shuffled. With `source_focus` a source is drawn in four `strata` by its pairs' lengths, whose shares in
+    a window depend on the distances that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
     """
 
     WINDOW = 256
+    LENGTHS = 4
 
     def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], streams: Iterable[PairStream] = ()):
         self.cfg, self.streams = cfg, list(streams)
         self.names = [*(name for name, _ in sources), *(stream.name for stream in self.streams)]
         self.tables = [data.with_format("arrow") for _, data in sources]
-        rows = np.array([len(t) for t in self.tables], np.float64)
+        self.unit = cfg["batch_size"] if cfg["one_source_batches"] else 1  # rows drawn from one stratum at a time
+        # What is drawn by itself: a source's number and rows of its table; a stream's number, and None.
+        self.strata = [(i, rows) for i, table in enumerate(self.tables) for rows in self.by_length(table)]
+        rows = np.array([len(rows) for _, rows in self.strata], np.float64)
+        wholes = np.array([len(self.tables[i]) for i, _ in self.strata], np.float64)
         self.size = int(rows.sum())
-        shares = rows ** cfg["source_alpha"]
+        shares = wholes ** cfg["source_alpha"] * (rows / wholes)
         streamed = (cfg["stream_share"] if len(rows) else 1.0) if self.streams else 0.0
         self.shares = np.concatenate([shares / shares.sum() * (1 - streamed) if len(rows) else shares,
                                       np.full(len(self.streams), streamed / max(1, len(self.streams)))])
-        self.unit = cfg["batch_size"] if cfg["one_source_batches"] else 1  # rows drawn from one source at a time
+        self.strata += [(i, None) for i in range(len(self.tables), len(self.names))]
         # Whether the windows are drawn one after the other, by `split`, instead of each by `drawn`.
         self.planned = bool(cfg["source_focus"] or cfg["one_source_batches"])
-        self.begins = {0: np.zeros(len(self.names), np.int64)}  # by window: how many rows each source gave before it
+        self.begins = {0: np.zeros(len(self.strata), np.int64)}  # by window: how many rows each stratum gave before it
         if not self.planned and self.shares.max() * self.WINDOW * cfg["batch_size"] < len(rows):
             raise UserError(f"batch_size {cfg['batch_size']}: too small to draw from {len(rows)} sources")
         # What `load_training_data` finds: a LongData, each source's digest of its token ids, sources left out, leaks.
@@ -1650,10 +1655,19 @@ class PairData:
         # Padded tokens that are one micro-batch whatever is configured, and that a group of one length must spare.
         self.at_once = self.group_tokens = 0
 
-    def split(self, number: int, weights: np.ndarray | float = 1.0) -> np.ndarray:
-        """How many rows window `number` takes from each source, (S,), in proportion to its share times its weight.
+    def by_length(self, table: Any) -> list[np.ndarray]:
+        """The rows of a source; with `source_focus` in strata of one size, at least `unit`, by a pair's longer text."""
+        count = min(self.LENGTHS, len(table) // self.unit) if self.cfg["source_focus"] else 1
+        if count < 2:
+            return [np.arange(len(table))]
+        import pyarrow.compute as pc
+        lengths = np.maximum(*(pc.list_value_length(table.data[side]).to_numpy() for side in SIDES[:2]))
+        return [np.sort(rows) for rows in np.array_split(np.argsort(lengths, kind="stable"), count)]
 
-        Systematic sampling with a seeded start, exact in the mean: a source that has less than a batch has its turn.
+    def split(self, number: int, weights: np.ndarray | float = 1.0) -> np.ndarray:
+        """How many rows window `number` takes from each stratum, (S,), in proportion to its share times its weight.
+
+        Systematic sampling with a seeded start, exact in the mean: a stratum of less than a batch has its turn.
         """
         ends = np.cumsum(self.shares * weights)
         ends *= self.WINDOW * self.cfg["batch_size"] // self.unit / ends[-1]
@@ -1662,14 +1676,14 @@ class PairData:
         return self.unit * np.diff(np.floor(ends + start).astype(np.int64), prepend=0)
 
     def plan(self, number: int, distances: np.ndarray) -> None:
-        """Draw window `number` by the sources' `distances` (2, S): sums over pairs, and the pairs' numbers."""
+        """Draw window `number` by the strata's `distances` (2, S): sums over pairs, and the pairs' numbers."""
         sums, counts = distances
         mean = sums.sum() / max(counts.sum(), 1)
         relative = np.divide(sums, counts * mean, out=np.ones_like(sums), where=counts * mean > 0)  # 1: not known
         self.begins[number + 1] = self.drawn_before(number) + self.split(number, relative ** self.cfg["source_focus"])
 
     def drawn_before(self, number: int) -> np.ndarray:
-        """How many rows each source gives before window `number`."""
+        """How many rows each stratum gives before window `number`."""
         if not self.planned:
             return self.drawn(number * self.WINDOW * self.cfg["batch_size"])
         for i in range(max(i for i in list(self.begins) if i <= number), number):
@@ -1677,7 +1691,7 @@ class PairData:
         return self.begins[number]
 
     def drawn(self, total: int) -> np.ndarray:
-        """How many of the first `total` pairs each source gives; never falls as `total` grows by a window."""
+        """How many of the first `total` pairs each stratum gives; never falls as `total` grows by a window."""
         counts = np.floor(self.shares * total).astype(np.int64)
         counts[self.shares.argmax()] += total - counts.sum()
         return counts
@@ -1689,23 +1703,24 @@ class PairData:
         return self.windows[number].result()
 
     def read_window(self, number: int) -> dict[str, np.ndarray]:
-        """The rows of window `number` as columns: of each side the texts' ids, lengths and keys; source and epoch."""
+        """The rows of window `number` as columns: of each side the texts' ids, lengths and keys; stratum and epoch."""
         tables, origins = [], []
-        first, last = self.drawn_before(number), self.drawn_before(number + 1)
-        for i, table in enumerate(self.tables):
+        for i, (first, last) in enumerate(zip(self.drawn_before(number), self.drawn_before(number + 1))):
+            source, members = self.strata[i]
+            if members is None:
+                tables.append(self.streams[source - len(self.tables)].take(number, int(last - first)))
+                origins.append((i, 0))
+                continue
             # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A
-            # source smaller than a batch repeats itself to fill it.
-            length = len(table) // self.unit * self.unit or self.unit
-            epochs, where = np.divmod(np.arange(first[i], last[i]), length)
+            # stratum smaller than a batch repeats itself to fill it.
+            epochs, where = np.divmod(np.arange(first, last), len(members) // self.unit * self.unit or self.unit)
             for epoch in np.unique(epochs):
-                seed = stable_seed(self.cfg["seed"], self.names[i], int(epoch))
-                tables.append(table[np.sort(permuted(where[epochs == epoch] % len(table), len(table), seed))])
+                seed = stable_seed(self.cfg["seed"], self.names[source], int(epoch))
+                chosen = members[permuted(where[epochs == epoch] % len(members), len(members), seed)]
+                tables.append(self.tables[source][np.sort(chosen)])
                 origins.append((i, epoch))
-        for i, stream in enumerate(self.streams, len(self.tables)):
-            tables.append(stream.take(number, int(last[i] - first[i])))
-            origins.append((i, 0))
-        source, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
-        rows: dict[str, np.ndarray] = {"source": source, "epoch": epoch}
+        stratum, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
+        rows: dict[str, np.ndarray] = {"stratum": stratum, "epoch": epoch}
         for side in SIDES:
             texts = [text for table in tables for text in token_ids(table[side])]
             rows |= {side: np.fromiter(texts, object, len(texts)), f"{side}_length": np.array([len(x) for x in texts]),
@@ -1721,7 +1736,7 @@ class PairData:
         second = np.maximum(rows["positive_length"], rows["negative_length"])
         noise = rng.random(len(first))  # rows of equal length keep no trace of their source's order
         if cfg["one_source_batches"]:
-            batches = np.split(np.lexsort((noise, first + second, rows["epoch"], rows["source"])), self.WINDOW)
+            batches = np.split(np.lexsort((noise, first + second, rows["epoch"], rows["stratum"])), self.WINDOW)
         else:
             slices, batches = math.isqrt(self.WINDOW), []
             for piece in np.array_split(np.lexsort((noise, first)), slices):
@@ -1742,7 +1757,7 @@ class PairData:
         if self.cfg["source_focus"]:
             try:
                 self.begins = {int(i): np.array(counts, np.int64) for i, counts in plans.items()}
-                if any(counts.shape != (len(self.names),) or (counts < 0).any() for counts in self.begins.values()):
+                if any(counts.shape != (len(self.strata),) or (counts < 0).any() for counts in self.begins.values()):
                     raise ValueError
             except (AttributeError, TypeError, ValueError, OverflowError):
                 raise UserError("source_focus: the checkpoint does not say how much each source gave") from None
@@ -1774,7 +1789,7 @@ class PairData:
                 members = (lengths <= low) & (lengths > max(limits[limits < low], default=0))
                 limits = limits[(limits != low) | (members.sum() * (high - low) >= self.group_tokens)]
             found.append(MicroBatch.of(ids, [rows[f"key_{side}"][members] for side, members in sides],
-                                       zip(limits, limits), sources=torch.from_numpy(rows["source"][part])))
+                                       zip(limits, limits), strata=torch.from_numpy(rows["stratum"][part])))
         return found
 
 
@@ -2437,7 +2452,7 @@ class Trainer:
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
         self.teacher_autocast = partial(torch.autocast, "cuda", torch.float16) if cuda else self.autocast
-        self.distances: Tensor | None = None  # (2, S): a source's squared distances to the teacher, and pairs
+        self.distances: Tensor | None = None  # (2, S): each stratum's squared distances to the teacher, and pairs
         self.kept_weights: dict[tuple, Tensor] = {}
         self.replica = None
         if self.processes.count > 1:
@@ -2462,7 +2477,7 @@ class Trainer:
             for micro in batch:
                 found.append(replace(
                     micro, keys=moved(micro.keys), restore=moved(micro.restore), host_keys=micro.keys,
-                    sources=None if micro.sources is None else moved(micro.sources),
+                    strata=None if micro.strata is None else moved(micro.strata),
                     groups=[(moved(ids), moved(mask)) for ids, mask in micro.groups]))
             found[0].copied = self.copies.record_event() if self.copies else None
         return found
@@ -2472,7 +2487,7 @@ class Trainer:
         if self.copies:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(batch[0].copied)
-            for x in (x for micro in batch for x in [*sum(micro.groups, ()), micro.restore, micro.keys, micro.sources]):
+            for x in (x for micro in batch for x in [*sum(micro.groups, ()), micro.restore, micro.keys, micro.strata]):
                 if x is not None:
                     x.record_stream(stream)
 
@@ -2570,10 +2585,10 @@ class Trainer:
         student, target = gather_sides(leaves, batch), gather_sides([m.target for m in batch], batch)
         pairs = sum(m.pairs for m in batch)
         values = batch_losses(student, target, pairs, gather_sides([m.keys for m in batch], batch), cfg)
-        if self.distances is not None and batch[0].sources is not None:
+        if self.distances is not None and batch[0].strata is not None:
             apart = (student.detach() - target).square().sum(-1)[:2 * pairs].view(2, -1).mean(0).double()
             known = torch.stack([apart.nan_to_num(0.0, 0.0, 0.0), apart.isfinite().double()])
-            self.distances.index_add_(1, torch.cat([m.sources for m in batch]), known)
+            self.distances.index_add_(1, torch.cat([m.strata for m in batch]), known)
         if values:
             torch.stack([*values.values()]).backward(self.weights(values, cfg))
         values = {name: loss.detach() for name, loss in values.items()}
@@ -2941,17 +2956,17 @@ class Run:
                             "give the same data, or start again in another output_dir (nothing was changed)")
         if self.step:
             self.data.seek(self.progress.get("streams"), self.progress.get("plans"))
-        count = len(self.data.names)
+        count = len(self.data.strata)
         try:
             distances = torch.tensor(self.progress.get("distances") or [[0.0] * count] * 2, dtype=torch.float64)
             if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
                 raise ValueError
         except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} sources") from None
+            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} strata") from None
         self.fitted = self.progress.get("fitted")  # on a GPU: padded tokens of a micro-batch, device's memory in bytes
         if self.fitted is not None and not (isinstance(self.fitted, list) and [*map(type, self.fitted)] == [int, int]):
             raise UserError(f"checkpoint_{self.step}: its progress.fitted is no pair of numbers")
-        self.distances = distances.to(self.device)  # of every source's pairs to the teacher, see Trainer
+        self.distances = distances.to(self.device)  # of the pairs of `data.strata` to the teacher, see Trainer
         self.processes.wait()
         found = self.processes.table(stable_seed(self.step, config_hash(self.cfg), ours) % 2**52)
         if (found != found[0]).any():
@@ -3031,9 +3046,11 @@ class Run:
                 print(f"evaluation at step {self.step}: {error}; no score")
                 return
             scores |= {f"{split}_{metric}": value for metric, value in found.items()}
-        distances = zip(self.data.names, *self.distances.tolist())
+        distances = {name: np.zeros(2) for name in self.data.names}
+        for (source, _), found in zip(self.data.strata, self.distances.T.tolist()):
+            distances[self.data.names[source]] += found
         self.write_metrics({f"{self.group}/{key}": value for key, value in scores.items()}
-                           | {f"distance/{name}": round(sum_ / n, 6) for name, sum_, n in distances if n})
+                           | {f"distance/{name}": round(sum_ / n, 6) for name, (sum_, n) in distances.items() if n})
         self.scores = {"step": self.step, **scores}
         tqdm.write(f"step {self.step}: {cfg['sts_name']} Spearman validation {scores['validation_spearman']:.4f}, "
                    f"test {scores['test_spearman']:.4f}")

@@ -78,7 +78,7 @@ def count_step(trainer: script.Trainer, optimizer: torch.optim.AdamW, **sizes: i
     """Operators by part, and FLOP of the matrix products, of a step of the trainer's config with other `sizes`."""
     cfg = trainer.cfg | sizes
     operators, trainer.distances = Operators(), torch.zeros(2, 1, dtype=torch.float64)  # as a run measures its sources
-    micros = [replace(micro, sources=torch.zeros(micro.pairs, dtype=torch.int64)) for micro in make_batch(cfg)]
+    micros = [replace(micro, strata=torch.zeros(micro.pairs, dtype=torch.int64)) for micro in make_batch(cfg)]
     batch = trainer.upload(micros)
     plain = lambda self, x: self.down(torch.nn.functional.gelu(self.up(x)))  # noqa: E731  as on a GPU
 

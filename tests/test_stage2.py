@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,10 +95,14 @@ def test_unguided_loss_is_what_it_was():
 
 
 class Rows(list):
-    """A source of N rows without tokens, of which only the number is asked."""
+    """A source of N rows whose tokens nobody asks for: of the i-th anchor there are i % 7, of the positive i % 5."""
 
     def with_format(self, _):
         return self
+
+    @property
+    def data(self):
+        return {side: pa.array([[0] * (i % n) for i in self]) for side, n in (("anchor", 7), ("positive", 5))}
 
 
 def plan_only(sizes, **changes):
@@ -132,7 +137,7 @@ def test_batches_of_one_source(tiny, monkeypatch):
         batch = data.batch(step)
         pairs = [(a, p) for m in batch for a, p in zip(m.keys[:m.pairs].tolist(), m.keys[m.pairs:].tolist())]
         sources = {owner[pair] for pair in pairs}
-        assert len(pairs) == 4 and len(sources) == 1 and {int(x) for m in batch for x in m.sources} == sources
+        assert len(pairs) == 4 and len(sources) == 1 and {int(x) for m in batch for x in m.strata} == sources
         name = data.names[sources.pop()]
         seen[name] += 1
         assert len(set(pairs)) == (3 if name == "small" else 4)  # twice only where there are fewer than a batch's
@@ -151,16 +156,27 @@ def test_windows_are_split_exactly_in_the_mean():
     assert (np.ptp(whole, axis=0) <= 4 * 2).all()
 
 
-def test_sources_far_from_the_teacher_are_drawn_more_often():
-    data = plan_only([1000, 1000, 1000], source_focus=2.0)
-    data.plan(1, np.array([[10.0, 40.0, 0.0], [100.0, 100.0, 0.0]]))  # the third has not been drawn yet
+def test_sources_and_lengths_far_from_the_teacher_are_drawn_more_often():
+    sizes, alone = [1000, 500, 3], {"source_focus": 2.0, "source_alpha": 0.0}
+    data = plan_only(sizes, **alone)
+    assert [source for source, _ in data.strata] == [0] * 4 + [1] * 4 + [2] * 3
+    for number, size in enumerate(sizes):  # each row in one stratum, none longer than one of the next
+        members = [rows for source, rows in data.strata if source == number]
+        assert sorted(np.concatenate(members)) == list(range(size)) and np.ptp([len(x) for x in members]) <= 1
+        lengths = [[max(i % 7, i % 5) for i in rows] for rows in members]
+        assert all(max(low) <= min(high) for low, high in zip(lengths, lengths[1:])) and sorted(members[0])[0] == 0
+    assert np.allclose(data.shares, np.repeat(1 / 3, 3).repeat([4, 4, 3]) / np.repeat([4, 4, 3], [4, 4, 3]))
+    distances = np.array([[1.0, 2, 3, 4, 5, 5, 5, 5, 0, 0, 0], [10.0] * 8 + [0] * 3])  # the third is not drawn yet
+    data.plan(1, distances)
     shares = (data.drawn_before(2) - data.drawn_before(1)) / (4 * data.WINDOW)
-    weights = np.array([0.4, 1.6, 1.0]) ** 2
+    weights = data.shares * np.append(distances[0, :8] / distances[0].sum() * 8, [1] * 3) ** 2
     assert np.abs(shares - weights / weights.sum()).max() < 0.002
-    again = plan_only([1000, 1000, 1000], source_focus=2.0)
+    again = plan_only(sizes, **alone)
     again.seek({}, data.plans(0))
     assert (again.drawn_before(2) == data.drawn_before(2)).all()
-    for plans in (None, {0: [1, 2]}, {0: [1, 2, -3]}, {"x": [1, 2, 3]}):
+    for strata, changes in (([250] * 4 + [125] * 4 + [3], {**alone, "one_source_batches": True}), (sizes, {})):
+        assert [len(rows) for _, rows in plan_only(sizes, **changes).strata] == strata  # none less than a batch
+    for plans in (None, {0: [1, 2]}, {0: [1] * 10 + [-3]}, {"x": [1] * 11}):
         with pytest.raises(script.UserError, match="source_focus"):
             again.seek({}, plans)
 

@@ -44,7 +44,7 @@ def setting(device: str = "cpu", tokens: int = 12, **changes: Any,
     for micro in batch:
         (ids, mask), pairs = micro.groups[0], micro.pairs
         mask[::2, 9:] = 0
-        micro.groups, micro.sources = [(ids, mask), (ids[:1, :8], mask[:1, :8])], torch.arange(pairs) % 3
+        micro.groups, micro.strata = [(ids, mask), (ids[:1, :8], mask[:1, :8])], torch.arange(pairs) % 3
         micro.lengths, micro.long = [m.sum(1).tolist() for _, m in micro.groups], tokens > 512
         micro.keys, micro.restore = torch.cat([micro.keys, micro.keys[:1]]), torch.arange(2 * pairs + 1).flip(0)
     return trainer, script.build_optimizer(trainer.student, cfg), batch
