@@ -5,8 +5,8 @@ normalisation, resonance flux, gates, both delta-rule states and the output norm
 32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. Where no initial states are
 given, the first BLOCK tokens are done without states (`recur_from_zero`) in the backward pass, and in the forward pass
 if no more follow (padding counts) and no final states are wanted. The formulas are those of `parallel_mixer`, its twin
-in PyTorch; the tests compare the two. Without gradients it also adds the projection's bias. Below it stand the kernels
-of what is between a layer's other matrix products: GELU and layer normalisation.
+in PyTorch; the tests compare the two. For `begin_layer` it also adds the projections' biases. Below it stand the
+kernels of what is between a layer's other matrix products: GELU and layer normalisation.
 
 The backward pass has from the forward pass the states at the starts of blocks of BLOCK tokens, and computes all else
 anew, block by block from the end. Parameters' gradients are summed per group of sentences, then over the groups: the
@@ -18,10 +18,11 @@ import ctypes
 import functools
 import itertools
 import math
-import operator
 import os
+import struct
 import sys
 import threading
+from array import array
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -660,18 +661,22 @@ def of_head(packed, h, K, heads):
                    packed[bias:numbers])
 
 
-pack_arguments = reader(types.intp, types.boolean, *[FLOATS] * 10)
+pack_arguments = reader(types.intp, types.boolean, *[FLOATS] * 11)
 
 
 def pack(call):
-    """`packed`, all heads' `Weights`, from the parameters; `bias` may be empty, `transposed`: bilinear_t is wanted."""
-    K, transposed, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm, bias, packed = pack_arguments(call)
+    """`packed`, all heads' `Weights`, from the parameters; `transposed`: bilinear_t is wanted.
+
+    The biases, of q, k, v and of the gates, may be empty.
+    """
+    (K, transposed, conv, bilinear, scale, mlp, mlp_bias, mlp_out, out_bias, norm, bias, gate_bias,
+     packed) = pack_arguments(call)
     heads = len(scale)
     take(call)  # the only task
-    packed[:] = ZERO
     for h in range(heads):
         p = of_head(packed, h, K, heads)
         KP = len(p.norm)
+        p.numbers[:] = ZERO
         for part in range(12):
             copy_row(conv, (part * heads + h) * K, p.conv, part * KP, K)
         for a in range(K):
@@ -685,7 +690,7 @@ def pack(call):
             for part in range(3):
                 copy_row(bias, (part * heads + h) * K, p.bias, part * KP, K)
             for gate in range(5):
-                p.numbers[2 + gate] = bias[(3 * K + gate) * heads + h]
+                p.numbers[2 + gate] = gate_bias[gate * heads + h]
     for m in range(HIDDEN):  # the MLP is of all heads
         for a in range(K):
             for part in range(2):
@@ -1292,18 +1297,18 @@ def in_threads(kernel: Callable, tasks: int, threads: int, *arguments: Any) -> N
     The threads need nothing of Python meanwhile. Tensors: float32 or bool, one number after the other; ValueError for
     those without memory on a CPU, MemoryError if no thread got its work space.
     """
-    words = [0, 0]
+    call, function = array("q", (0, 0)), compiled(kernel).ctypes
     for x in arguments:
         if isinstance(x, Tensor):
             address, size = x.data_ptr(), x.numel()
             if not x.is_cpu or (size and not address):
                 raise ValueError(f"the CPU kernel needs tensors with memory on a CPU, got {type(x).__name__} of shape "
                                  f"{tuple(x.shape)} on {x.device}")
-            words += address, size
+            call.append(address)
+            call.append(size)
         else:
-            words.append(int(f32(x).view(np.int32)) if isinstance(x, float) else operator.index(x))
-    call, function = np.array(words, np.int64), compiled(kernel).ctypes
-    address = call.ctypes.data
+            call.append(struct.unpack("i", struct.pack("f", x))[0] if isinstance(x, float) else x)
+    address, _ = call.buffer_info()
     if threads == 1:
         function(address)
     elif openmp:
@@ -1345,34 +1350,37 @@ def share_heads(kernel: Callable, batch: int, heads: int, *arguments: Any) -> No
 # What delta_mixer.py calls
 
 
+NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
 def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """The tensor, its numbers one after the other; an empty one for None."""
     if tensor is None:
-        return torch.empty(0, dtype=dtype, device="cpu")
+        return NOTHING
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
 
 
-def packed(parameters: list[Tensor], bias: Tensor | None, transposed: bool) -> Tensor:
+def packed(parameters: list[Tensor], biases: tuple[Tensor | None, Tensor | None], transposed: bool) -> Tensor:
     """All heads' `Weights`; `transposed`: with what the backward pass alone needs."""
     heads, K = map(int, parameters[0].shape[2:])
-    size = packed_size.py_func(K, heads)[1]
-    found = torch.empty(size, dtype=torch.float32, device="cpu")  # it begins at a cache line
-    in_threads(pack, 1, 1, K, transposed, *map(flat, (*parameters, bias)), found)
+    make = torch.zeros if K % WIDTH else torch.empty  # zeros fill up rows; both begin at a cache line
+    found = make(packed_size.py_func(K, heads)[1], dtype=torch.float32, device="cpu")
+    in_threads(pack, 1, 1, K, transposed, *map(flat, (*parameters, *biases)), found)
     return found
 
 
 def arguments(transposed: bool, proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor],
-              initial_state: Tensor | None, reverse_heads: int, switches: tuple[bool, ...], bias: Tensor | None = None,
-              ) -> tuple[Any, ...]:
-    """What `forward` and `backward` take alike, from the batch on; `bias` (R): what `proj` lacks."""
+              initial_state: Tensor | None, reverse_heads: int, switches: tuple[bool, ...],
+              biases: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Any, ...]:
+    """What `forward` and `backward` take alike, from the batch on; `biases` (3 H K), (5 H): what `proj` lacks."""
     (batch, length, row), (_, _, heads, K) = map(int, proj.shape), map(int, parameters[0].shape)
     return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches,
-            packed(parameters, bias, transposed), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool),
+            packed(parameters, biases, transposed), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool),
             flat(initial_state))
 
 
-def mixer_forward(o: Tensor, final: Tensor, saved: Tensor, *inputs: Any) -> None:
-    """Fill `o`, `final` and `saved`, made by `outputs`; empty ones are not wanted. `inputs` as of `arguments`."""
+def mixer_forward(o: Tensor, final: Tensor | None, saved: Tensor | None, *inputs: Any) -> None:
+    """Fill `o`, `final` and `saved`, as `outputs` makes them; None or empty is not wanted. `inputs`: `arguments`."""
     share_heads(forward, *arguments(False, *inputs), flat(o), flat(final), flat(saved))
 
 

@@ -10,6 +10,7 @@ and the states every BLOCK tokens. A saved model carries this file along; the ch
 """
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from importlib.util import find_spec
@@ -215,6 +216,7 @@ DEVICES = {device for device, package in PACKAGES.items() if find_spec(package)}
 CUDA_CHANNELS = (16, 32, 64)  # of a head, that the CUDA kernels take
 
 
+@functools.cache
 def kernels(device: str) -> Any:
     """The module with a device's `mixer_forward` and `mixer_backward`."""
     if device == "cuda":
@@ -304,7 +306,7 @@ def differentiate(ctx, grad_o, grad_final, _):
 mixer.register_autograd(differentiate, setup_context=keep_inputs)
 
 
-def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int, bias: Tensor | None = None) -> None:
+def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int) -> None:
     """ValueError if an argument of the mixer does not fit the others: the kernel reads memory by these shapes."""
     proj, mask, keep, conv, *_ = inputs
     if proj.dim() != 3 or conv.dim() != 4:
@@ -316,8 +318,6 @@ def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int, bias: Te
                          f"got {row} and {reverse_heads}")
     if proj.device.type == "cuda" and K not in CUDA_CHANNELS:
         raise ValueError(f"the CUDA kernels take heads of {CUDA_CHANNELS} channels, got {K}")
-    if bias is not None and (bias.shape != (row,) or bias.device.type != "cpu" or proj.is_cuda):
-        raise ValueError(f"bias must be numbers of shape {(row,)} on a CPU, got {tuple(bias.shape)} on {bias.device}")
     shapes = {"mask": (batch, length), "keep": (batch, length, heads), "conv_weight": (4, 3, heads, K),
               "flux_bilinear": (heads, K, K), "flux_scale": (heads,), "flux_in_weight": (HIDDEN, 2 * K + 1),
               "flux_in_bias": (HIDDEN,), "flux_out_weight": (HIDDEN,), "flux_out_bias": (1,), "o_norm": (heads, K),
@@ -336,25 +336,16 @@ def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_wei
                        flux_out_bias: Tensor, o_norm: Tensor, initial_state: Tensor | None = None, *,
                        reverse_heads: int = 0, convolution: bool = True, flux: bool = True, coupling: bool = True,
                        hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
-                       bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                       ) -> tuple[Tensor, Tensor | None]:
     """The mixer of a layer, arguments and results as of `parallel_mixer`.
-
-    `bias` (R), where `fuses` is true and no gradient wanted: of the projection, which `proj` then lacks.
 
     Computed in float32; products on CUDA as torch.set_float32_matmul_precision says. Raises ValueError naming the first
     argument whose shape, type or device does not fit.
     """
     inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
               flux_out_bias, o_norm, initial_state)
-    check_inputs(inputs, reverse_heads, bias)
+    check_inputs(inputs, reverse_heads)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if bias is not None and wanted:
-        raise ValueError("bias is for calls without gradients: add it to proj")
-    if bias is not None:
-        o, final, _ = found = outputs(proj, conv_weight, output_final_state, False)
-        kernels("cpu").mixer_forward(*found, proj, mask, keep, inputs[3:11], initial_state, reverse_heads,
-                                     (convolution, flux, coupling, hierarchical, read_gates), bias)
-        return o, final if output_final_state else None
     o, final, _ = mixer(*inputs, reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
                         output_final_state, wanted)
     return o, final if output_final_state else None
@@ -409,6 +400,34 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     if torch.is_grad_enabled() and fuses(x, up.out_features):
         return RecomputedFeedForward.apply(x.flatten(0, -2), up.weight, up.bias, down.weight, down.bias).view_as(x)
     return down(F.gelu(up(x)))
+
+
+def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, reverse_heads: int, output_final_state: bool = False, *,
+                convolution: bool, flux: bool, coupling: bool, hierarchical: bool, read_gates: bool,
+                ) -> tuple[Tensor, Tensor | None]:
+    """What a layer's mixer reads, without gradients, of an x that `fuses`: x (B, T, D), mask (B, T) bool -> (B, T, D).
+
+    And the final states (B, H, 2, K, K) or None. By the tensors of `layer`, an EnhancedHierarchicalDeltaNet: no hooks
+    are called. q, k, v and the gates are two products, as joining the weights takes longer for short texts; their
+    biases the kernel's. Raises ValueError for a mask of another shape.
+    """
+    if mask.shape != x.shape[:2]:
+        raise ValueError(f"mask must be of shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    rows, (heads, K, _) = x.flatten(0, 1), layer.flux_bilinear.shape
+    widths = 3 * heads * K, 5 * heads
+    proj = x.new_empty(*x.shape[:2], -(-sum(widths) // 16) * 16)
+    q_k_v, gates, _ = proj.view(len(rows), -1).split([*widths, proj.shape[-1] - sum(widths)], 1)
+    torch.mm(rows, layer.qkv_proj.weight.T, out=q_k_v)
+    torch.mm(rows, layer.gate_proj.weight.T, out=gates)
+    conv = layer.conv_weight.view(4, 3, heads, K)
+    o = torch.empty_like(x)
+    final = x.new_empty(len(x), heads, 2, K, K) if output_final_state else None
+    kernels("cpu").mixer_forward(
+        o, final, None, proj, mask, None,
+        [conv, layer.flux_bilinear, torch.exp(-layer.flux_log_temperature), layer.flux_in.weight, layer.flux_in.bias,
+         layer.flux_out.weight, layer.flux_out.bias, layer.o_norm], None, reverse_heads,
+        (convolution, flux, coupling, hierarchical, read_gates), (layer.qkv_proj.bias, layer.gate_proj.bias))
+    return o, final
 
 
 @torch.no_grad()

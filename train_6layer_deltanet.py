@@ -504,6 +504,10 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         super().__init__()
         self.cfg, heads, dim = cfg, cfg.num_heads, cfg.d_model
         self.mixer: Callable | None = None  # in place of the kernel or the parallel form, with the same arguments
+        self.reverse_heads = heads - heads // 2 if cfg.bidirectional else 0
+        self.switches = {"convolution": cfg.short_convolution, "flux": cfg.resonance_flux,
+                         "coupling": cfg.cross_timescale_coupling, "hierarchical": cfg.hierarchical_memory,
+                         "read_gates": cfg.read_gates}  # options of the mixer
         channels = dim // heads
         self.qkv_proj = nn.Linear(dim, 3 * dim)
         self.gate_proj = nn.Linear(dim, 5 * heads)  # beta, a_fast, a_slow, g_fast, g_slow
@@ -536,9 +540,8 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         """The D x D weights of q, k, v and o, as views."""
         return [*self.qkv_proj.weight.chunk(3), self.o_proj.weight]
 
-    def project(self, x: Tensor, part: slice, fused: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """q, k, v and the logits of the gates of the heads `part`, (B, T, R), and if `fused` the `bias` (R) that the
-        kernel adds; else it is added here.
+    def project(self, x: Tensor, part: slice) -> Tensor:
+        """q, k, v and the logits of the gates of the heads `part`, (B, T, R).
 
         R is a multiple of 16: other rows cost a third more on a CPU.
         """
@@ -548,42 +551,33 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
             whole = part == slice(0, heads)
             return tensor if whole else tensor.unflatten(0, (count, heads, -1))[:, part].flatten(0, 2)
 
-        (qkv, gates), biases = ([rows(getattr(layer, name), count)
-                                 for layer, count in ((self.qkv_proj, 3), (self.gate_proj, 5))]
-                                for name in ("weight", "bias"))
-        fill = -(len(qkv) + len(gates)) % 16
-        bias = torch.cat([*biases, biases[0].new_zeros(fill)])
-        if not fused:
-            return F.linear(x, torch.cat([qkv, gates, qkv.new_zeros(fill, x.shape[-1])]), bias), {}
-        proj = x.new_empty(*x.shape[:2], len(bias))  # two products, as joining the weights takes longer for short texts
-        q_k_v, logits, _ = proj.flatten(0, 1).split([len(qkv), len(gates), fill], 1)  # nothing reads what fills a row
-        for weight, out in ((qkv, q_k_v), (gates, logits)):
-            torch.mm(x.flatten(0, 1), weight.T, out=out)
-        return proj, {"bias": bias}
+        weights, biases = ([rows(getattr(layer, name), count)
+                            for layer, count in ((self.qkv_proj, 3), (self.gate_proj, 5))]
+                           for name in ("weight", "bias"))
+        fill = -sum(map(len, biases)) % 16
+        return F.linear(x, *(torch.cat([*tensors, tensors[0].new_zeros(fill, *tensors[0].shape[1:])])
+                             for tensors in (weights, biases)))
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
         o, state = self.read(x, mask, output_final_state)
         return self.o_proj(o), state
 
-    def read(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
-        """`forward` before the output projection."""
-        heads, channels = self.cfg.num_heads, self.o_norm.shape[-1]
-        if frugal(self) and x[..., 0].numel() > PIECE and not output_final_state:
+    def read(self, x: Tensor, mask: Tensor, output_final_state: bool = False, fused: bool = False,
+             ) -> tuple[Tensor, Tensor | None]:
+        """`forward` before the output projection; `fused`: by `kernel.begin_layer`, where nothing is in its way."""
+        heads, channels, tokens = self.cfg.num_heads, self.o_norm.shape[-1], x.shape[0] * x.shape[1]
+        if tokens > PIECE and frugal(self) and not output_final_state:
             # Some heads at a time, as their projections take the most room.
-            out, some = torch.empty_like(x), max(1, heads * PIECE // x[..., 0].numel())
+            out, some = torch.empty_like(x), max(1, heads * PIECE // tokens)
             for first in range(0, heads, some):
                 part = slice(first, min(first + some, heads))
                 out[..., first * channels:part.stop * channels] = self.mix(x, mask, part)[0]
             return out, None
+        if fused:
+            return kernel.begin_layer(x, mask, self, self.reverse_heads, output_final_state, **self.switches)
         o, state = self.mix(x, mask, slice(0, heads), output_final_state)
         return o.to(x.dtype), state
-
-    def switches(self) -> dict[str, bool]:
-        """The mixer's options that the config sets."""
-        cfg = self.cfg
-        return {"convolution": cfg.short_convolution, "flux": cfg.resonance_flux, "read_gates": cfg.read_gates,
-                "coupling": cfg.cross_timescale_coupling, "hierarchical": cfg.hierarchical_memory}
 
     def mix(self, x: Tensor, mask: Tensor, part: slice, output_final_state: bool = False,
             ) -> tuple[Tensor, Tensor | None]:
@@ -591,16 +585,14 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
         cfg, heads, channels, keep = self.cfg, self.cfg.num_heads, self.o_norm.shape[-1], None
         if self.training and cfg.state_dropout > 0:
             keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
-        reverse = max(0, part.stop - max(part.start, heads // 2)) if cfg.bidirectional else 0
-        mixer = self.mixer or kernel.fastest_mixer(x, channels)
-        fused = mixer is kernel.hierarchical_mixer and not torch.is_grad_enabled() and kernel.fuses(x)
-        proj, options = self.project(x, part, fused)
+        reverse = max(0, part.stop - max(part.start, heads - self.reverse_heads))
+        mixer, proj = self.mixer or kernel.fastest_mixer(x, channels), self.project(x, part)
         with torch.autocast(x.device.type, enabled=False):
             return mixer(proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part],
                          self.flux_bilinear[part], torch.exp(-self.flux_log_temperature.view(heads)[part]),
                          self.flux_in.weight, self.flux_in.bias, self.flux_out.weight.view(-1), self.flux_out.bias,
                          self.o_norm.view(heads, channels)[part], reverse_heads=reverse,
-                         output_final_state=output_final_state, **self.switches(), **options)
+                         output_final_state=output_final_state, **self.switches)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -720,12 +712,13 @@ class DeltaNetStudent(PreTrainedModel):
 
         wanted = output_state_overlap and self.config.hierarchical_memory
         x = drop(self.embedding_norm(self.word_embeddings(input_ids) + positions))
-        fused = not (rate or torch.is_grad_enabled()) and kernel.fuses(x, self.config.d_model, self.config.ffn_size)
+        drawn = rate or (self.training and self.config.state_dropout)
+        fused = not (drawn or torch.is_grad_enabled()) and kernel.fuses(x, self.config.d_model, self.config.ffn_size)
         fused = fused and self.deltanet_layers[0].mixer in (None, kernel.hierarchical_mixer)  # not found to be wrong
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
             if fused:
-                o, final = mixer.read(x, mask, wanted)
+                o, final = mixer.read(x, mask, wanted, fused)
                 x = x if last_alone else x.clone()
                 x = kernel.finish_layer(x, o, mixer.o_proj, norm, ffn.up, ffn.down, ffn_norm)
             else:
@@ -778,10 +771,11 @@ def choose_mixer(student: DeltaNetStudent, cfg: dict[str, Any], device: torch.de
     Raises kernel.WrongMixer if none is right.
     """
     heads, texts = cfg["num_heads"], 2 * -(-cfg["batch_size"] // cfg["gradient_accumulation_steps"])
-    reverse, first = heads // 2 if cfg["bidirectional"] else 0, student.deltanet_layers[0]
+    first = student.deltanet_layers[0]
     found = kernel.choose_mixer(
         recurrent_hierarchical_delta_rule, device, (heads, cfg["d_model"] // heads, texts, cfg["max_length"]),
-        {"reverse_heads": reverse, **first.switches()}, cfg["precision"] == "bf16", not cfg["deterministic"], **options)
+        {"reverse_heads": first.reverse_heads, **first.switches}, cfg["precision"] == "bf16", not cfg["deterministic"],
+        **options)
     for layer in student.deltanet_layers:
         layer.mixer = found
 

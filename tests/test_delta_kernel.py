@@ -126,13 +126,30 @@ def test_a_text_does_not_see_what_one_before_it_left(length, channels, state, th
     assert all(torch.equal(*pair) for pair in zip(*found)) and found[0][1].any()
 
 
-@pytest.mark.parametrize("case", ["padded", "hole"])
+SWITCHES = ["short_convolution", "resonance_flux", "cross_timescale_coupling", "hierarchical_memory", "read_gates",
+            "bidirectional"]
+
+
+@pytest.mark.parametrize("off", ["", *SWITCHES])
 @pytest.mark.parametrize("length, channels", [(9, 32), (70, 32), (70, 5), (33, 48)])
-def test_the_kernel_adds_the_bias_of_the_projection(length, channels, case):
-    inputs, options = example(length, case, channels=channels), {"reverse_heads": 1, "output_final_state": True}
-    bias = torch.randn(inputs[0].shape[-1], generator=torch.Generator().manual_seed(4))
-    found = script.kernel.hierarchical_mixer(*inputs, **options, bias=bias)
-    assert_equal(found, REFERENCE(inputs[0] + bias, *inputs[1:], **options))
+def test_a_layer_begun_without_gradients(length, channels, off):
+    """Projections and kernel at once, which adds the biases: of every part its own random numbers."""
+    layer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(
+        d_model=4 * channels, num_heads=4, **{name: name != off for name in SWITCHES})).eval()
+    generator = torch.Generator().manual_seed(4)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    x, (_, mask, *_) = torch.randn(3, length, 4 * channels, generator=generator), example(length, "padded")
+    for mask in (mask, example(length, "hole")[1]):
+        for final in (False, True):
+            layer.mixer = REFERENCE
+            expected = layer.read(x, mask, final)
+            layer.mixer = None
+            with torch.no_grad():
+                found = layer.read(x, mask, final, fused=True)
+            assert_equal(*([t for t in tensors if t is not None] for tensors in (found, expected)))
+    with torch.no_grad(), pytest.raises(ValueError, match="mask must be of shape"):
+        layer.read(x, mask[:, 1:], fused=True)
 
 
 def test_a_first_block_of_padding_alone():
@@ -343,11 +360,6 @@ def test_wrong_input_is_one_clear_line(position, wrong, message):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="reverse_heads"):
         script.kernel.hierarchical_mixer(*example(9), reverse_heads=3)
-    with pytest.raises(ValueError, match="bias must be"):
-        script.kernel.hierarchical_mixer(*example(9), bias=torch.zeros(7))
-    inputs = example(9)
-    with pytest.raises(ValueError, match="without gradients"):
-        script.kernel.hierarchical_mixer(inputs[0].requires_grad_(), *inputs[1:], bias=inputs[0][0, 0].detach())
 
 
 def test_gradients_of_outputs_or_of_the_final_state_alone():
@@ -412,7 +424,8 @@ def test_without_gradients_a_layer_is_the_same(width, threads, monkeypatch):
     mask[1, 7:] = 0
     monkeypatch.setattr(script.kernel, "ROWS", 7)
     monkeypatch.setattr(script.kernel.kernels("cpu"), "PER_THREAD", 1)
-    calls, finish = [], script.kernel.finish_layer
+    calls, begin, finish = [], script.kernel.begin_layer, script.kernel.finish_layer
+    monkeypatch.setattr(script.kernel, "begin_layer", lambda *args, **more: calls.append(0) or begin(*args, **more))
     monkeypatch.setattr(script.kernel, "finish_layer", lambda *args: calls.append(1) or finish(*args))
     expected, _ = student.hidden_states(ids, mask)
     assert not calls and expected[0].requires_grad
@@ -422,9 +435,12 @@ def test_without_gradients_a_layer_is_the_same(width, threads, monkeypatch):
         with torch.no_grad():
             states, _ = student.hidden_states(ids, mask)
             (last,), _ = student.hidden_states(ids, mask, last_alone=True)
+            student.train().config.dropout = 0.0
+            count = len(calls)
+            student.hidden_states(ids, mask)  # state dropout is not drawn there
     finally:
         torch.set_num_threads(before)
-    assert len(calls) == (6 if width == 32 else 0)
+    assert calls == ([0, 1] * 6 if width == 32 else []) and len(calls) == count
     for a, b in zip([*states, last], [*expected, expected[-1]], strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
 

@@ -149,6 +149,7 @@ def written_out(mixer, p: dict, x: torch.Tensor, mask: torch.Tensor, keep: torch
 def test_layer_equals_its_definition(switch, form, monkeypatch):
     dropped = switch == "state_dropout"
     switched = {switch: False} if switch and not dropped else {}
+    torch.manual_seed(0)  # of some random starts the gradient is ill-conditioned, in either form
     mixer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(
         d_model=16, num_heads=4, state_dropout=0.4 if dropped else 0.0, **switched))
     mixer.mixer = script.kernel.parallel_mixer if form == "parallel_mixer" else script.kernel.hierarchical_mixer
