@@ -1294,8 +1294,8 @@ def compiled(kernel: Callable) -> Any:
 def in_threads(kernel: Callable, tasks: int, threads: int, *arguments: Any) -> None:
     """The kernel with these arguments on so many threads, this one among them. Safe for concurrent callers.
 
-    The threads need nothing of Python meanwhile. Tensors: float32 or bool, one number after the other; ValueError for
-    those without memory on a CPU, MemoryError if no thread got its work space.
+    The threads need nothing of Python meanwhile. Tensors: float32 or bool, one number after the other, None: an empty
+    one; ValueError for those without memory on a CPU, MemoryError if no thread got its work space.
     """
     call, function = array("q", (0, 0)), compiled(kernel).ctypes
     for x in arguments:
@@ -1304,8 +1304,9 @@ def in_threads(kernel: Callable, tasks: int, threads: int, *arguments: Any) -> N
             if not x.is_cpu or (size and not address):
                 raise ValueError(f"the CPU kernel needs tensors with memory on a CPU, got {type(x).__name__} of shape "
                                  f"{tuple(x.shape)} on {x.device}")
-            call.append(address)
-            call.append(size)
+            call.extend((address, size))
+        elif x is None:
+            call.extend((0, 0))
         else:
             call.append(struct.unpack("i", struct.pack("f", x))[0] if isinstance(x, float) else x)
     address, _ = call.buffer_info()
@@ -1350,28 +1351,24 @@ def share_heads(kernel: Callable, batch: int, heads: int, *arguments: Any) -> No
 # What delta_mixer.py calls
 
 
-NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """The tensor, its numbers one after the other."""
+    fits = tensor is None or (tensor.dtype == dtype and tensor.is_contiguous())
+    return tensor if fits else tensor.detach().to(dtype).contiguous()
 
 
-def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The tensor, its numbers one after the other; an empty one for None."""
-    if tensor is None:
-        return NOTHING
-    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.detach().to(dtype).contiguous()
-
-
-def packed(parameters: list[Tensor], biases: tuple[Tensor | None, Tensor | None], transposed: bool) -> Tensor:
+def packed(parameters: list[Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool) -> Tensor:
     """All heads' `Weights`; `transposed`: with what the backward pass alone needs."""
     heads, K = map(int, parameters[0].shape[2:])
     make = torch.zeros if K % WIDTH else torch.empty  # zeros fill up rows; both begin at a cache line
     found = make(packed_size.py_func(K, heads)[1], dtype=torch.float32, device="cpu")
-    in_threads(pack, 1, 1, K, transposed, *map(flat, (*parameters, *biases)), found)
+    in_threads(pack, 1, 1, K, transposed, *map(flat, (*parameters, *(biases or (None, None)))), found)
     return found
 
 
 def arguments(transposed: bool, proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor],
               initial_state: Tensor | None, reverse_heads: int, switches: tuple[bool, ...],
-              biases: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Any, ...]:
+              biases: tuple[Tensor, Tensor] | None = None) -> tuple[Any, ...]:
     """What `forward` and `backward` take alike, from the batch on; `biases` (3 H K), (5 H): what `proj` lacks."""
     (batch, length, row), (_, _, heads, K) = map(int, proj.shape), map(int, parameters[0].shape)
     return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches,

@@ -409,18 +409,18 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, reverse_heads: int, o
 
     And the final states (B, H, 2, K, K) or None. By the tensors of `layer`, an EnhancedHierarchicalDeltaNet: no hooks
     are called. q, k, v and the gates are two products, as joining the weights takes longer for short texts; their
-    biases the kernel's. Raises ValueError for a mask of another shape.
+    biases the kernel's. Raises ValueError for other shapes.
     """
-    if mask.shape != x.shape[:2]:
-        raise ValueError(f"mask must be of shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
     rows, (heads, K, _) = x.flatten(0, 1), layer.flux_bilinear.shape
+    if mask.shape != x.shape[:2] or x.shape[2] != heads * K:
+        raise ValueError(f"need x (B, T, {heads * K}) and mask (B, T), got {tuple(x.shape)} and {tuple(mask.shape)}")
     widths = 3 * heads * K, 5 * heads
     proj = x.new_empty(*x.shape[:2], -(-sum(widths) // 16) * 16)
-    q_k_v, gates, _ = proj.view(len(rows), -1).split([*widths, proj.shape[-1] - sum(widths)], 1)
+    q_k_v, gates, _ = proj.flatten(0, 1).split([*widths, proj.shape[-1] - sum(widths)], 1)
     torch.mm(rows, layer.qkv_proj.weight.T, out=q_k_v)
     torch.mm(rows, layer.gate_proj.weight.T, out=gates)
     conv = layer.conv_weight.view(4, 3, heads, K)
-    o = torch.empty_like(x)
+    o = x.new_empty(x.shape)
     final = x.new_empty(len(x), heads, 2, K, K) if output_final_state else None
     kernels("cpu").mixer_forward(
         o, final, None, proj, mask, None,

@@ -54,7 +54,7 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import MethodType, ModuleType
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 if sys.version_info < (3, 10):
     sys.exit(f"error: Python 3.10 or newer is needed, this is {platform.python_version()}")
@@ -189,7 +189,7 @@ MATCH = STAGE | {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "match_teacher": MATCH,
-    "match_longer": MATCH | {  # 3.4 times the pairs, and documents: what results/best started from
+    "match_longer": MATCH | {  # 3.4 times the pairs, and documents: what results/best started from, but for strata
         "batch_size": 64, "total_steps": 2900,  # 1.5 hours of one CPU core with AMX in bf16, else an estimated 6
         "peak_learning_rate": 4e-4,  # 2e-4: the loss 5% higher after 140 steps
         "log_interval": 50,
@@ -565,9 +565,9 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
 
     def read(self, x: Tensor, mask: Tensor, output_final_state: bool = False, fused: bool = False,
              ) -> tuple[Tensor, Tensor | None]:
-        """`forward` before the output projection; `fused`: by `kernel.begin_layer`, where nothing is in its way."""
+        """`forward` before the output projection; `fused`: by `kernel.begin_layer`, if the text is not too long."""
         heads, channels, tokens = self.cfg.num_heads, self.o_norm.shape[-1], x.shape[0] * x.shape[1]
-        if tokens > PIECE and frugal(self) and not output_final_state:
+        if frugal(self) and tokens > PIECE and not output_final_state:  # in this order: compilers would guard the size
             # Some heads at a time, as their projections take the most room.
             out, some = torch.empty_like(x), max(1, heads * PIECE // tokens)
             for first in range(0, heads, some):
@@ -1614,7 +1614,7 @@ class PairData:
     """Memory-mapped sources, and the batch of step n as a pure function of (seed, n).
 
     Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted
-    by the lengths of both sides (with `one_source_batches` each source's by themselves) and cut into batches, whose
+    by the lengths of both sides (with `one_source_batches` each stratum's by themselves) and cut into batches, whose
     order is shuffled. With `source_focus` a source is drawn in four `strata` by its pairs' lengths, whose shares in
     a window depend on the distances that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
     """
@@ -1649,14 +1649,15 @@ class PairData:
         # Padded tokens that are one micro-batch whatever is configured, and that a group of one length must spare.
         self.at_once = self.group_tokens = 0
 
-    def by_length(self, table: Any) -> list[np.ndarray]:
+    def by_length(self, table: Any) -> list[Sequence[int]]:
         """The rows of a source; with `source_focus` in strata of one size, at least `unit`, by a pair's longer text."""
         count = min(self.LENGTHS, len(table) // self.unit) if self.cfg["source_focus"] else 1
         if count < 2:
-            return [np.arange(len(table))]
+            return [range(len(table))]
         import pyarrow.compute as pc
         lengths = np.maximum(*(pc.list_value_length(table.data[side]).to_numpy() for side in SIDES[:2]))
-        return [np.sort(rows) for rows in np.array_split(np.argsort(lengths, kind="stable"), count)]
+        order = np.argsort(lengths, kind="stable").astype(np.uint32)
+        return [np.sort(rows) for rows in np.array_split(order, count)]
 
     def split(self, number: int, weights: np.ndarray | float = 1.0) -> np.ndarray:
         """How many rows window `number` takes from each stratum, (S,), in proportion to its share times its weight.
@@ -1708,10 +1709,11 @@ class PairData:
             # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A
             # stratum smaller than a batch repeats itself to fill it.
             epochs, where = np.divmod(np.arange(first, last), len(members) // self.unit * self.unit or self.unit)
+            split = isinstance(members, np.ndarray)
             for epoch in np.unique(epochs):
-                seed = stable_seed(self.cfg["seed"], self.names[source], int(epoch))
-                chosen = members[permuted(where[epochs == epoch] % len(members), len(members), seed)]
-                tables.append(self.tables[source][np.sort(chosen)])
+                seed = stable_seed(self.cfg["seed"], self.names[source], int(epoch), *[i] * split)
+                chosen = permuted(where[epochs == epoch] % len(members), len(members), seed)
+                tables.append(self.tables[source][np.sort(members[chosen] if split else chosen)])
                 origins.append((i, epoch))
         stratum, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
         rows: dict[str, np.ndarray] = {"stratum": stratum, "epoch": epoch}
@@ -1754,7 +1756,9 @@ class PairData:
                 if any(counts.shape != (len(self.strata),) or (counts < 0).any() for counts in self.begins.values()):
                     raise ValueError
             except (AttributeError, TypeError, ValueError, OverflowError):
-                raise UserError("source_focus: the checkpoint does not say how much each source gave") from None
+                raise UserError("source_focus: the checkpoint does not say how much each of the sources' "
+                                f"{len(self.strata)} strata gave; start again, or continue it by the script that "
+                                "wrote it") from None
         for stream in self.streams:
             try:
                 window, start = positions[stream.name]
@@ -2297,7 +2301,8 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   long/NAME                of the steps of long documents: total and the losses as above, grad_norm, padding
 #   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with gold scores), teacher_agreement
 #                            (Spearman with the teacher's cosines); the set's own name instead of sts if not STS-B
-#   distance/SOURCE          squared distance of a source's embeddings from the teacher's; each window halves older ones
+#   distance/SOURCE          squared distance of a source's embeddings, as drawn, from the teacher's; each window halves
+#                            older ones
 #   bad/step, bad/loss, bad/batch   a step skipped for a number that was not finite: the loss, the batch's text keys
 
 
@@ -2956,7 +2961,8 @@ class Run:
             if distances.shape != (2, count) or not (distances >= 0).all() or distances.isinf().any():
                 raise ValueError
         except (TypeError, ValueError, RuntimeError):
-            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of {count} strata") from None
+            raise UserError(f"checkpoint_{self.step}: its progress.distances is not of the sources' {count} strata; "
+                            "start again, or continue it by the script that wrote it") from None
         self.fitted = self.progress.get("fitted")  # on a GPU: padded tokens of a micro-batch, device's memory in bytes
         if self.fitted is not None and not (isinstance(self.fitted, list) and [*map(type, self.fitted)] == [int, int]):
             raise UserError(f"checkpoint_{self.step}: its progress.fitted is no pair of numbers")

@@ -132,13 +132,17 @@ SWITCHES = ["short_convolution", "resonance_flux", "cross_timescale_coupling", "
 
 @pytest.mark.parametrize("off", ["", *SWITCHES])
 @pytest.mark.parametrize("length, channels", [(9, 32), (70, 32), (70, 5), (33, 48)])
-def test_a_layer_begun_without_gradients(length, channels, off):
+def test_a_layer_begun_without_gradients(length, channels, off, monkeypatch, request):
     """Projections and kernel at once, which adds the biases: of every part its own random numbers."""
     layer = script.EnhancedHierarchicalDeltaNet(script.DeltaNetConfig(
         d_model=4 * channels, num_heads=4, **{name: name != off for name in SWITCHES})).eval()
     generator = torch.Generator().manual_seed(4)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    # New memory is filled with what is not a number: nothing of it may be read.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     x, (_, mask, *_) = torch.randn(3, length, 4 * channels, generator=generator), example(length, "padded")
     for mask in (mask, example(length, "hole")[1]):
         for final in (False, True):
@@ -148,8 +152,13 @@ def test_a_layer_begun_without_gradients(length, channels, off):
             with torch.no_grad():
                 found = layer.read(x, mask, final, fused=True)
             assert_equal(*([t for t in tensors if t is not None] for tensors in (found, expected)))
-    with torch.no_grad(), pytest.raises(ValueError, match="mask must be of shape"):
-        layer.read(x, mask[:, 1:], fused=True)
+    with torch.no_grad():
+        for wrong in ((x, mask[:, 1:]), (x[..., 1:], mask)):
+            with pytest.raises(ValueError, match="need x .* and mask"):
+                layer.read(*wrong, fused=True)
+        assert layer.read(x[:0], mask[:0], fused=True)[0].shape == x[:0].shape
+        monkeypatch.setattr(script, "PIECE", 8)
+        assert_equal([layer.read(x, mask, fused=True)[0]], [expected[0]])  # some heads at a time
 
 
 def test_a_first_block_of_padding_alone():

@@ -181,6 +181,31 @@ def test_sources_and_lengths_far_from_the_teacher_are_drawn_more_often():
             again.seek({}, plans)
 
 
+def test_rows_of_a_stratum_are_of_its_lengths(tiny, monkeypatch):
+    monkeypatch.setattr(script.PairData, "WINDOW", 64)
+    data = load(tiny, source_focus=1.0)
+    bounds, known = [], {}
+    for number, (source, members) in enumerate(data.strata):
+        rows = data.tables[source][:]
+        texts = [[len(x) for x in rows[side].to_pylist()] for side in ("anchor", "positive")]
+        keys = list(zip(*(rows[f"key_{side}"].to_pylist() for side in ("anchor", "positive"))))
+        lengths = [max(texts[0][i], texts[1][i]) for i in members]
+        bounds.append((min(lengths), max(lengths)))
+        known |= {keys[i]: number for i in members}
+    seen: dict[tuple, int] = {}
+    for window in range(3):
+        rows = data.read_window(window)
+        for row in zip(*(rows[name].tolist() for name in (
+                "stratum", "epoch", "anchor_length", "positive_length", "key_anchor", "key_positive"))):
+            stratum, epoch, *lengths, anchor, positive = row
+            assert bounds[stratum][0] <= max(lengths) <= bounds[stratum][1]
+            assert known[anchor, positive] == stratum
+            seen[stratum, epoch, anchor, positive] = seen.get((stratum, epoch, anchor, positive), 0) + 1
+    assert set(seen.values()) == {1} and {stratum for stratum, *_ in seen} == set(range(len(bounds)))
+    plain = load(tiny)
+    assert all(isinstance(members, range) for _, members in plain.strata)  # no memory a row
+
+
 def test_held_out_texts_are_in_no_pair(tiny):
     plain, kept = load(tiny), load(tiny, held_out_share=0.1)
     assert plain.leaks == kept.leaks

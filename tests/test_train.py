@@ -216,6 +216,22 @@ def test_every_use_of_a_compiled_student_has_its_graph(compilable):
     assert counter.frame_count > 8
 
 
+def test_in_training_one_graph_serves_batches_of_any_size(compilable, monkeypatch):
+    """Without gradients long texts go through a layer some heads at a time: no question of training's."""
+    from torch._dynamo.testing import CompileCounter
+    student, teacher, cfg, _, _ = compilable
+    counter = CompileCounter()
+    monkeypatch.setattr(script, "PIECE", 200)  # the compiled models are checked on 72 tokens
+    assert script.compile_models(student, teacher, cfg, torch.device("cpu"), pytest.fail, counter)
+    student.train()
+    counts = []
+    for shape in ((2, 16), (3, 24), (12, 24)):
+        states, _ = student.hidden_states(torch.randint(9, shape), torch.ones(shape, dtype=torch.int64))
+        sum(x.sum() for x in states).backward()
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[2]
+
+
 def test_without_a_compiler_one_line_says_so(compilable, monkeypatch):
     student, teacher, cfg, batches, step = compilable
     from torch._inductor import config as inductor
