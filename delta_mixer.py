@@ -402,12 +402,11 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     return down(F.gelu(up(x)))
 
 
-def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, reverse_heads: int, output_final_state: bool = False, *,
-                convolution: bool, flux: bool, coupling: bool, hierarchical: bool, read_gates: bool,
+def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: bool = False,
                 ) -> tuple[Tensor, Tensor | None]:
     """What a layer's mixer reads, without gradients, of an x that `fuses`: x (B, T, D), mask (B, T) bool -> (B, T, D).
 
-    And the final states (B, H, 2, K, K) or None. By the tensors of `layer`, an EnhancedHierarchicalDeltaNet: no hooks
+    And the final states (B, H, 2, K, K) or None. By what `layer`, an EnhancedHierarchicalDeltaNet, holds: no hooks
     are called. q, k, v and the gates are two products, as joining the weights takes longer for short texts; their
     biases the kernel's. Raises ValueError for other shapes.
     """
@@ -425,8 +424,9 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, reverse_heads: int, o
     kernels("cpu").mixer_forward(
         o, final, None, proj, mask, None,
         [conv, layer.flux_bilinear, torch.exp(-layer.flux_log_temperature), layer.flux_in.weight, layer.flux_in.bias,
-         layer.flux_out.weight, layer.flux_out.bias, layer.o_norm], None, reverse_heads,
-        (convolution, flux, coupling, hierarchical, read_gates), (layer.qkv_proj.bias, layer.gate_proj.bias))
+         layer.flux_out.weight, layer.flux_out.bias, layer.o_norm], None, layer.reverse_heads,
+        tuple(layer.switches[name] for name in ("convolution", "flux", "coupling", "hierarchical", "read_gates")),
+        (layer.qkv_proj.bias, layer.gate_proj.bias))
     return o, final
 
 

@@ -575,7 +575,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
                 out[..., first * channels:part.stop * channels] = self.mix(x, mask, part)[0]
             return out, None
         if fused:
-            return kernel.begin_layer(x, mask, self, self.reverse_heads, output_final_state, **self.switches)
+            return kernel.begin_layer(x, mask, self, output_final_state)
         o, state = self.mix(x, mask, slice(0, heads), output_final_state)
         return o.to(x.dtype), state
 
@@ -1615,12 +1615,12 @@ class PairData:
 
     Steps are drawn in windows of 256 batches: a window's pairs come from each source's seeded permutation, are sorted
     by the lengths of both sides (with `one_source_batches` each stratum's by themselves) and cut into batches, whose
-    order is shuffled. With `source_focus` a source is drawn in four `strata` by its pairs' lengths, whose shares in
-    a window depend on the distances that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
+    order is shuffled. With `source_focus` a source is drawn in `strata` by its pairs' lengths, whose shares in a
+    window depend on the distances that `plan` was given, too; a checkpoint keeps the numbers drawn until then.
     """
 
     WINDOW = 256
-    LENGTHS = 4
+    LENGTHS = 4  # strata of a source, at most
 
     def __init__(self, sources: list[tuple[str, Any]], cfg: dict[str, Any], streams: Iterable[PairStream] = ()):
         self.cfg, self.streams = cfg, list(streams)
@@ -1709,11 +1709,11 @@ class PairData:
             # An epoch leaves out what is over from whole batches: in a batch of two epochs a row could be twice. A
             # stratum smaller than a batch repeats itself to fill it.
             epochs, where = np.divmod(np.arange(first, last), len(members) // self.unit * self.unit or self.unit)
-            split = isinstance(members, np.ndarray)
+            own = [] if isinstance(members, range) else [i]  # strata of one source have orders of their own
             for epoch in np.unique(epochs):
-                seed = stable_seed(self.cfg["seed"], self.names[source], int(epoch), *[i] * split)
+                seed = stable_seed(self.cfg["seed"], self.names[source], int(epoch), *own)
                 chosen = permuted(where[epochs == epoch] % len(members), len(members), seed)
-                tables.append(self.tables[source][np.sort(members[chosen] if split else chosen)])
+                tables.append(self.tables[source][np.sort(members[chosen] if own else chosen)])
                 origins.append((i, epoch))
         stratum, epoch = np.repeat(np.array(origins, np.int64), [len(table) for table in tables], axis=0).T
         rows: dict[str, np.ndarray] = {"stratum": stratum, "epoch": epoch}
