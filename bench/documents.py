@@ -9,11 +9,12 @@ Quality: nDCG@10 x 100 of every query among its source's documents, for every DA
 a third), of each source the first by that key, up to `--documents` or `--tokens`, but at least 16. Ways to a vector:
 - BM25 (bm25s, English stop words), the yardstick; it has no vector;
 - teacher or student at 256 or 512 tokens: the text is cut there;
-- windows: pieces of 256 tokens that do not overlap, each read alone, the mean of their unit vectors;
+- windows: pieces of 256 tokens that do not overlap, each read alone, the mean of their unit vectors; best window: as
+  many vectors as pieces, of which the one nearest to the query counts;
 - target (`--parts target`): what the student is trained to give, the teacher's windows overlapping by half, mean over
   tokens (see `window_table`);
 - whole: one pass of the student; late chunking (arXiv:2409.04701): the same pass, means over the same pieces, of which
-  the best counts.
+  the nearest counts.
 Standard errors are over queries. Vectors are kept in --cache_dir by model, code and text: an interrupted run goes on
 where it was, and another student's run reads the teacher's from there.
 
@@ -40,10 +41,13 @@ from common import (configure, find_data, fresh, growth, headline, interleaved, 
 
 WINDOW = 256
 WAYS = {"bm25": "BM25", "teacher_256": "teacher at 256", "teacher_512": "teacher at 512",
-        "teacher_windows": "teacher's windows", "target": "target", "student_256": "student at 256",
-        "student_windows": "student's windows", "late": "late chunking", "whole": "student whole"}
+        "teacher_windows": "teacher's windows", "teacher_best": "teacher's best window", "target": "target",
+        "student_256": "student at 256", "student_windows": "student's windows", "student_best": "student's best window",
+        "late": "late chunking", "whole": "student whole"}
+SEVERAL = ("teacher_best", "student_best", "late")  # ways with a vector for each piece, of which the nearest counts
 DIFFERENCES = {"student whole less teacher's windows": ("whole", "teacher_windows"),
                "student whole less its target": ("whole", "target"), "student whole less BM25": ("whole", "bm25"),
+               "late chunking less teacher's best window": ("late", "teacher_best"),
                "student at 256 less teacher at 256": ("student_256", "teacher_256")}
 LENGTHS = (0, 512, 1024, 2048, 4096, 1 << 20)  # edges, in tokens
 LEAST = 16  # documents of a source, however long
@@ -89,17 +93,18 @@ def target(teacher: Any, ids: list[int]) -> np.ndarray:
 
 
 def window_vectors(name: str, model: Any, queries: list[list[int]], documents: list[list[int]]) -> Vectors:
-    """Vectors of queries (cut at 512 tokens), of documents as means of their pieces, and of their first pieces."""
+    """Vectors of queries (cut at 512 tokens), of documents as means of their pieces, of these, and of the first ones."""
     cut = [pieces(d) for d in documents]
     windows, counts = script.encode_tokens(model, sum(cut, [])).numpy(), [len(c) for c in cut]
     return {f"{name}_query": script.encode_tokens(model, [pieces(q, 512)[0] for q in queries]).numpy(),
-            f"{name}_windows": averaged(windows, counts), f"{name}_256": windows[np.cumsum(counts) - counts]}
+            f"{name}_windows": averaged(windows, counts), f"{name}_256": windows[np.cumsum(counts) - counts],
+            f"{name}_best": windows, "counts": np.array(counts)}
 
 
 def whole_vectors(student: Any, documents: list[list[int]]) -> Vectors:
-    """Vectors of documents in one pass; `late` has a row for each of the `late_counts` pieces of a document."""
+    """Vectors of documents in one pass; `late` has a row for each piece of a document."""
     whole, late = zip(*(whole_and_pieces(student, d) for d in documents))
-    return {"whole": np.stack(whole), "late": np.concatenate(late), "late_counts": np.array([len(x) for x in late])}
+    return {"whole": np.stack(whole), "late": np.concatenate(late), "counts": np.array([len(x) for x in late])}
 
 
 def kept(folder: Path, model: str, tokens: list[list[int]], call: Callable[[], Vectors]) -> Vectors:
@@ -143,9 +148,8 @@ def all_scores(vectors: Vectors) -> Vectors:
     """Scores (queries, documents) of every way but BM25."""
     model = lambda way: "teacher" if way == "target" or way.startswith("teacher") else "student"  # noqa: E731
     scores = {way: vectors[f"{model(way)}_query"] @ vectors[way].T for way in WAYS if way in vectors}
-    if "late" in scores:
-        counts = vectors["late_counts"]
-        scores["late"] = np.maximum.reduceat(scores["late"], np.cumsum(counts) - counts, axis=1)
+    for way in scores.keys() & set(SEVERAL):
+        scores[way] = np.maximum.reduceat(scores[way], np.cumsum(vectors["counts"]) - vectors["counts"], axis=1)
     return scores
 
 
@@ -311,7 +315,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         """Vectors of both models; `more`: the teacher's at 512 tokens and the target too."""
         of_teacher, of_student, found = f"teacher {weights}", f"student {info['sha256']} {code}", {}
         for name, model, of_model in (("teacher", teacher, of_teacher), ("student", student, of_student)):
-            found |= kept(cache, f"{of_model} windows", queries + documents,
+            found |= kept(cache, f"{of_model} windows, pieces", queries + documents,
                           partial(window_vectors, name, model, queries, documents))
         found |= kept(cache, f"{of_student} whole", documents, lambda: whole_vectors(student, documents))
         if more:

@@ -190,8 +190,8 @@ def test_documents(tmp_path, documents):
     result = quick("documents", tmp_path, "--data_dir", str(documents), "--cache_dir", str(tmp_path / "cache"),
                    "--plot", str(tmp_path / "plot.png"), "--parts", "quality", "passkey", "speed", "target")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    ways = ("bm25", "teacher_256", "teacher_512", "teacher_windows", "target", "student_256", "student_windows", "late",
-            "whole")
+    ways = ("bm25", "teacher_256", "teacher_512", "teacher_windows", "teacher_best", "target", "student_256",
+            "student_windows", "student_best", "late", "whole")
     assert [row["source"] for row in result["sources"]] == ["first", "second", "mean"]
     for row in result["sources"]:
         assert all(60 < row[way] <= 100 for way in ways), row  # the query is the first sentence; by chance 38

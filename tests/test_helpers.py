@@ -101,7 +101,8 @@ for number, folder in enumerate(folders):
     st = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
     assert st.similarity_fn_name == "cosine" and not any(st.prompts.values()) and st.max_seq_length == 256
     half = SentenceTransformer(folder, trust_remote_code=True, device="cpu", model_kwargs={"dtype": torch.bfloat16})
-    np.savez(f"{number}.npz", **results[folder], st=st.encode(sentences), half=half.encode(sentences))
+    states = st.encode(sentences[0], output_value="token_embeddings")
+    np.savez(f"{number}.npz", **results[folder], st=st.encode(sentences), half=half.encode(sentences), states=states)
 """
 
 
@@ -128,6 +129,8 @@ def test_saved_folder_opens_elsewhere_and_gives_the_same_embeddings(which, tiny_
     assert np.abs(found["plain"] - expected).max() < 1e-5
     assert np.abs(found["st"] - expected).max() < 1e-5 and np.abs(found["own"] - expected).max() < 1e-5
     assert ((found["half"] * expected).sum(1) > 0.99).all() and (found["half"] != found["st"]).any()
+    mean = found["states"].mean(0)  # of the tokens' states, which late chunking averages piece by piece
+    assert np.abs(mean / np.linalg.norm(mean) - expected[0]).max() < 1e-5
 
 
 def test_modelling_file_needs_only_torch_and_transformers(tiny_run):
