@@ -44,7 +44,8 @@ WAYS = {"bm25": "BM25", "teacher_256": "teacher at 256", "teacher_512": "teacher
         "teacher_windows": "teacher's windows", "teacher_best": "teacher's best window", "target": "target",
         "student_256": "student at 256", "student_windows": "student's windows", "student_best": "student's best window",
         "late": "late chunking", "whole": "student whole"}
-SEVERAL = ("teacher_best", "student_best", "late")  # ways with a vector for each piece, of which the nearest counts
+SEVERAL = {  # ways with several vectors a document, of which the nearest counts, and how many each document has
+    "teacher_best": "window_counts", "student_best": "window_counts", "late": "late_counts"}
 DIFFERENCES = {"student whole less teacher's windows": ("whole", "teacher_windows"),
                "student whole less its target": ("whole", "target"), "student whole less BM25": ("whole", "bm25"),
                "late chunking less teacher's best window": ("late", "teacher_best"),
@@ -98,13 +99,13 @@ def window_vectors(name: str, model: Any, queries: list[list[int]], documents: l
     windows, counts = script.encode_tokens(model, sum(cut, [])).numpy(), [len(c) for c in cut]
     return {f"{name}_query": script.encode_tokens(model, [pieces(q, 512)[0] for q in queries]).numpy(),
             f"{name}_windows": averaged(windows, counts), f"{name}_256": windows[np.cumsum(counts) - counts],
-            f"{name}_best": windows, "counts": np.array(counts)}
+            f"{name}_best": windows, "window_counts": np.array(counts)}
 
 
 def whole_vectors(student: Any, documents: list[list[int]]) -> Vectors:
-    """Vectors of documents in one pass; `late` has a row for each piece of a document."""
+    """Vectors of documents in one pass; `late` has a row for each of the `late_counts` pieces of a document."""
     whole, late = zip(*(whole_and_pieces(student, d) for d in documents))
-    return {"whole": np.stack(whole), "late": np.concatenate(late), "counts": np.array([len(x) for x in late])}
+    return {"whole": np.stack(whole), "late": np.concatenate(late), "late_counts": np.array([len(x) for x in late])}
 
 
 def kept(folder: Path, model: str, tokens: list[list[int]], call: Callable[[], Vectors]) -> Vectors:
@@ -148,8 +149,9 @@ def all_scores(vectors: Vectors) -> Vectors:
     """Scores (queries, documents) of every way but BM25."""
     model = lambda way: "teacher" if way == "target" or way.startswith("teacher") else "student"  # noqa: E731
     scores = {way: vectors[f"{model(way)}_query"] @ vectors[way].T for way in WAYS if way in vectors}
-    for way in scores.keys() & set(SEVERAL):
-        scores[way] = np.maximum.reduceat(scores[way], np.cumsum(vectors["counts"]) - vectors["counts"], axis=1)
+    for way in scores.keys() & SEVERAL.keys():
+        counts = vectors[SEVERAL[way]]
+        scores[way] = np.maximum.reduceat(scores[way], np.cumsum(counts) - counts, axis=1)
     return scores
 
 

@@ -204,6 +204,24 @@ def test_documents(tmp_path, documents):
     positive(result["speed"][1]["whole"], "tokens_per_s", "peak_bytes")
 
 
+def test_the_nearest_piece_of_a_document_counts():
+    """Windows and pieces of a pass are not equally many; each way has the best of its own ones of each document."""
+    import documents
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    counts = {"window_counts": np.array([1, 2, 1]), "late_counts": np.array([2, 2, 1])}
+    vectors = {way: rng.normal(size=(counts[name].sum(), 4)) for way, name in documents.SEVERAL.items()}
+    vectors |= {f"{model}_query": rng.normal(size=(3, 4)) for model in ("teacher", "student")} | counts
+    scores = documents.all_scores(vectors)
+    assert scores.keys() == documents.SEVERAL.keys()
+    for way, name in documents.SEVERAL.items():
+        queries = vectors[("teacher" if way == "teacher_best" else "student") + "_query"]
+        parts = np.split(vectors[way], np.cumsum(counts[name])[:-1])
+        expected = np.stack([(queries @ part.T).max(1) for part in parts], 1)
+        assert np.allclose(scores[way], expected, atol=1e-12), way
+
+
 def test_help_and_bad_input(tmp_path):
     done = bench("data", "--help")
     assert done.returncode == 0 and "--json" in done.stdout and "--quick" in done.stdout
