@@ -42,13 +42,14 @@ from common import (configure, find_data, fresh, growth, headline, interleaved, 
 WINDOW = 256
 WAYS = {"bm25": "BM25", "teacher_256": "teacher at 256", "teacher_512": "teacher at 512",
         "teacher_windows": "teacher's windows", "teacher_best": "teacher's best window", "target": "target",
-        "student_256": "student at 256", "student_windows": "student's windows", "student_best": "student's best window",
-        "late": "late chunking", "whole": "student whole"}
+        "student_256": "student at 256", "student_windows": "student's windows",
+        "student_best": "student's best window", "late": "late chunking", "whole": "student whole"}
 SEVERAL = {  # ways with several vectors a document, of which the nearest counts, and how many each document has
     "teacher_best": "window_counts", "student_best": "window_counts", "late": "late_counts"}
 DIFFERENCES = {"student whole less teacher's windows": ("whole", "teacher_windows"),
                "student whole less its target": ("whole", "target"), "student whole less BM25": ("whole", "bm25"),
                "late chunking less teacher's best window": ("late", "teacher_best"),
+               "late chunking less student's best window": ("late", "student_best"),
                "student at 256 less teacher at 256": ("student_256", "teacher_256")}
 LENGTHS = (0, 512, 1024, 2048, 4096, 1 << 20)  # edges, in tokens
 LEAST = 16  # documents of a source, however long
@@ -94,7 +95,7 @@ def target(teacher: Any, ids: list[int]) -> np.ndarray:
 
 
 def window_vectors(name: str, model: Any, queries: list[list[int]], documents: list[list[int]]) -> Vectors:
-    """Vectors of queries (cut at 512 tokens), of documents as means of their pieces, of these, and of the first ones."""
+    """Vectors of queries (cut at 512 tokens), of documents as means of their pieces, of these, and of first pieces."""
     cut = [pieces(d) for d in documents]
     windows, counts = script.encode_tokens(model, sum(cut, [])).numpy(), [len(c) for c in cut]
     return {f"{name}_query": script.encode_tokens(model, [pieces(q, 512)[0] for q in queries]).numpy(),
@@ -384,7 +385,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     rows, keys = result.get("lengths", []), result.get("passkey", [])
     for number, (way, label) in enumerate(WAYS.items()):
-        style = {"marker": "o", "color": f"C{number}", "label": label}
+        style = {"marker": "o", "color": plt.cm.tab20(2 * number % 20 + 2 * number // 20), "label": label}
         style["ls"] = "-" if way in ("whole", "teacher_windows") else "--"
         if rows and way in rows[0]:
             axes[0].plot([max(256, r["from"]) for r in rows], [r[way] for r in rows], **style)
