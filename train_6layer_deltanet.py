@@ -187,6 +187,21 @@ MATCH = STAGE | {
     "joined_share": 0.02,  # training texts have 23 tokens on average; its teacher is to be followed on longer ones
     "joined_length": 256,  # tokens; at 512 a joined text would be 1.6 times as long on average
 }
+PAST = STAGE | {  # the second stage, of a student that match_longer has made
+    "init_student": "runs/match/final_model",  # the last step of `--preset match_longer --output_dir runs/match`
+    "slow_decay_max": 0.999,  # as that one has it; another value would move its retentions
+    "one_source_batches": True,  # hard negatives: of the same kind as the positive
+    "guided_contrastive": True,  # and the teacher says which of them are none
+    "label_smoothing": 0.0,  # the guide has already left out what may be right
+    "batch_size": 64,  # 63 negatives; 128: dev +0.001, less than seeds differ; contrastive_scale 30: the same
+    "distillation_weight": 0.3,  # 5: dev -0.002, retrieval +0.4; trials: results/recipe_stage2.md
+    "peak_learning_rate": 5e-5,  # 2e-5: dev -0.001, retrieval -0.3, both less than seeds may differ
+    "total_steps": 240, "warmup_steps": 20,  # 16 minutes of one CPU core with AMX in bf16, else an estimated 50
+    "eval_interval": 60, "save_interval": 30, "log_interval": 10,
+    "mixer_lr_multiplier": 5.0,  # not searched
+    "layer_distill_weight": 0.0,  # the hidden states may go their own way
+    "long_share": 0.25,  # every fourth step reads 16,384 tokens of long documents
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "match_teacher": MATCH,
     "match_longer": MATCH | {  # 3.4 times the pairs, and documents: what results/best started from, but for strata
@@ -197,20 +212,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "source_focus": 1.0,  # more of the sources, and of their lengths, that the student is still far from
         "long_share": 0.12, "long_length": 4096, "long_tokens": 4096, "long_contrastive_weight": 0.0,
     },
-    "past_teacher": STAGE | {  # the second stage, of a student that match_longer has made: results/best
-        "init_student": "runs/match/final_model",  # the last step of `--preset match_longer --output_dir runs/match`
-        "slow_decay_max": 0.999,  # as that one has it; another value would move its retentions
-        "one_source_batches": True,  # hard negatives: of the same kind as the positive
-        "guided_contrastive": True,  # and the teacher says which of them are none
-        "label_smoothing": 0.0,  # the guide has already left out what may be right
-        "batch_size": 64,  # 63 negatives; 128: dev +0.001, less than seeds differ; contrastive_scale 30: the same
-        "distillation_weight": 0.3,  # 5: dev -0.002, retrieval +0.4; trials: results/recipe_stage2.md
-        "peak_learning_rate": 5e-5,  # 2e-5: dev -0.001, retrieval -0.3, both less than seeds may differ
-        "total_steps": 240, "warmup_steps": 20,  # 16 minutes of one CPU core with AMX in bf16, else an estimated 50
-        "eval_interval": 60, "save_interval": 30, "log_interval": 10,
-        "mixer_lr_multiplier": 5.0,  # not searched
-        "layer_distill_weight": 0.0,  # the hidden states may go their own way
-        "long_share": 0.25,  # every fourth step reads 16,384 tokens of long documents
+    "past_teacher": PAST,
+    "past_teacher_wide": PAST | {  # from there: more and harder negatives; results/best
+        "init_student": "runs/past/final_model",  # the last step of `--preset past_teacher --output_dir runs/past`
+        "batch_size": 512, "contrastive_scale": 50.0,  # dev and retrieval rise with both: docs/quality.md
+        "gradient_accumulation_steps": 2,  # 1 takes 14 GB
+        "total_steps": 120, "warmup_steps": 10,  # half an hour of one CPU core with AVX512's bf16
+        "eval_interval": 20, "save_interval": 20, "log_interval": 5,
     },
     "quickstart": {
         "data_dir": "data/generated", "output_dir": "runs/quickstart", "best_model_split": "validation",
