@@ -216,7 +216,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "past_teacher_wide": PAST | {  # from there: more and harder negatives; results/best
         "init_student": "runs/past/final_model",  # the last step of `--preset past_teacher --output_dir runs/past`
         "batch_size": 512, "contrastive_scale": 50.0,  # dev and retrieval rise with both: docs/quality.md
-        "gradient_accumulation_steps": 2,  # 1 takes 14 GB
+        "gradient_accumulation_steps": 2,  # takes 10 GB; 1 takes 14
         "total_steps": 120, "warmup_steps": 10,  # half an hour of one CPU core with AVX512's bf16
         "eval_interval": 20, "save_interval": 20, "log_interval": 5,
     },
