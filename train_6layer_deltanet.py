@@ -162,9 +162,9 @@ config: dict[str, Any] = {
     "peer_timeout": 25,  # seconds a process waits for another in a step; more than the longest micro-batch takes
 }
 
-# What differs from the specification's defaults in both stages of a run towards the teacher and past it, and why.
+# What differs from the specification's defaults in all stages of a run towards the teacher and past it, and why.
 STAGE = {
-    "gradient_accumulation_steps": 1,  # the batches fit in memory at once
+    "gradient_accumulation_steps": 1,  # the batches fit in memory at once, but for past_teacher_wide's
     "projection_init": "teacher",  # its q, k, v, o are a better start than random ones: dev +0.019 after 100 steps
     "weight_decay": 0.01,  # not searched
     "dropout": 0.0, "state_dropout": 0.0,  # the teacher's function is the target at every point: noise only blurs it
@@ -213,11 +213,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "long_share": 0.12, "long_length": 4096, "long_tokens": 4096, "long_contrastive_weight": 0.0,
     },
     "past_teacher": PAST,
-    "past_teacher_wide": PAST | {  # from there: more and harder negatives; results/best
+    "past_teacher_wide": PAST | {  # more and harder negatives; results/best: from the mean of three seeds
         "init_student": "runs/past/final_model",  # the last step of `--preset past_teacher --output_dir runs/past`
-        "batch_size": 512, "contrastive_scale": 50.0,  # dev and retrieval rise with both: docs/quality.md
+        "batch_size": 512, "contrastive_scale": 50.0,  # both by a linear map on frozen embeddings: docs/quality.md
         "gradient_accumulation_steps": 2,  # takes 10 GB; 1 takes 14
-        "total_steps": 120, "warmup_steps": 10,  # half an hour of one CPU core with AVX512's bf16
+        "total_steps": 120, "warmup_steps": 10,  # 30 minutes of one CPU core with AVX512's bf16
         "eval_interval": 20, "save_interval": 20, "log_interval": 5,
     },
     "quickstart": {

@@ -407,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--checkpoint", default="results/best", help="a checkpoint, model folder or exported student")
     p.add_argument("--documents", type=int, default=200, help="documents of every source at most")
-    p.add_argument("--tokens", type=int, default=150_000, help="tokens of all documents of a source, if at least 16")
+    p.add_argument("--tokens", type=int, default=150_000, help="tokens of a source's documents at most, from 16 on")
     p.add_argument("--passkeys", type=int, default=10, help="documents and queries of every length")
     p.add_argument("--parts", nargs="+", default=["quality", "passkey", "speed"], help="what to measure")
     p.add_argument("--plot", type=Path, help="write quality over length as a PNG too")

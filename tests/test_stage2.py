@@ -1,4 +1,4 @@
-"""The second stage: guided contrastive loss, batches of one source, drawn by distance, held-out texts, averages."""
+"""The later stages: guided contrastive loss, batches of one source, drawn by distance, held-out texts, averages."""
 import json
 import random
 from pathlib import Path
