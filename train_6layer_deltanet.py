@@ -215,7 +215,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "past_teacher": PAST,
     "past_teacher_wide": PAST | {  # more and harder negatives; results/best: from the mean of three seeds
         "init_student": "runs/past/final_model",  # the last step of `--preset past_teacher --output_dir runs/past`
-        "batch_size": 512, "contrastive_scale": 50.0,  # both by a linear map on frozen embeddings: docs/quality.md
+        "batch_size": 512, "contrastive_scale": 50.0,  # both by a linear map on frozen embeddings: results/trials
         "gradient_accumulation_steps": 2,  # takes 10 GB; 1 takes 14
         "total_steps": 120, "warmup_steps": 10,  # 25 minutes of one CPU core with AVX512's bf16, all at once
         "eval_interval": 20, "save_interval": 20, "log_interval": 5,
