@@ -213,7 +213,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "long_share": 0.12, "long_length": 4096, "long_tokens": 4096, "long_contrastive_weight": 0.0,
     },
     "past_teacher": PAST,
-    "past_teacher_wide": PAST | {  # more and harder negatives; results/best: from the mean of three seeds
+    "past_teacher_wide": PAST | {  # more and harder negatives; results/best: twice, by means of seeds
         "init_student": "runs/past/final_model",  # the last step of `--preset past_teacher --output_dir runs/past`
         "batch_size": 512, "contrastive_scale": 50.0,  # both by a linear map on frozen embeddings: results/trials
         "gradient_accumulation_steps": 2,  # takes 10 GB; 1 takes 14
