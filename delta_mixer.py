@@ -402,22 +402,53 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     return down(F.gelu(up(x)))
 
 
-def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: bool = False,
+def pack_int8(*weights: Tensor) -> Any:
+    """Matrices (F, D), one below the other, in int8 with a scale a row, as `multiply_int8` reads them.
+
+    In 7 bits: without VNNI a CPU sums two products with inputs of 8 bits in 16 bits, which those of 8 bits overflow.
+    Rows of zeros fill up to a multiple of 16. By PyTorch's engine for the CPU at hand (fbgemm, QNNPACK); its errors
+    pass through.
+    """
+    weight = torch.cat([x.detach() for x in weights])
+    weight = F.pad(weight, (0, 0, 0, -len(weight) % 16))
+    scales = (weight.abs().amax(1) / 63).clamp(min=1e-9)
+    with warnings.catch_warnings():  # PyTorch 2.13 says that a later release will want another type
+        warnings.simplefilter("ignore")
+        weight = torch.quantize_per_channel(weight, scales, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(weight, None)
+
+
+def multiply_int8(x: Tensor, packed: Any) -> Tensor:
+    """x (N, D) float32 times the packed rows: (N, F) float32. x is quantised as a whole, to 8 bits."""
+    return torch.ops.quantized.linear_dynamic(x, packed, reduce_range=False)
+
+
+def packed(*layers: nn.Linear) -> Any:
+    """`pack_int8` of the layers' weights as the first call finds them, kept with the first layer."""
+    if not hasattr(layers[0], "packed"):
+        layers[0].packed = pack_int8(*(layer.weight for layer in layers))
+    return layers[0].packed
+
+
+def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: bool = False, int8: bool = False,
                 ) -> tuple[Tensor, Tensor | None]:
     """What a layer's mixer reads, without gradients, of an x that `fuses`: x (B, T, D), mask (B, T) bool -> (B, T, D).
 
     And the final states (B, H, 2, K, K) or None. By what `layer`, an EnhancedHierarchicalDeltaNet, holds: no hooks
-    are called. q, k, v and the gates are two products, as joining the weights takes longer for short texts; their
-    biases the kernel's. Raises ValueError for other shapes.
+    are called. In float32 q, k, v and the gates are two products, as joining the weights takes longer for short texts;
+    their biases the kernel's. Raises ValueError for other shapes.
     """
     rows, (heads, K, _) = x.flatten(0, 1), layer.flux_bilinear.shape
     if mask.shape != x.shape[:2] or x.shape[2] != heads * K:
         raise ValueError(f"need x (B, T, {heads * K}) and mask (B, T), got {tuple(x.shape)} and {tuple(mask.shape)}")
-    widths = 3 * heads * K, 5 * heads
-    proj = x.new_empty(*x.shape[:2], -(-sum(widths) // 16) * 16)
-    q_k_v, gates, _ = proj.flatten(0, 1).split([*widths, proj.shape[-1] - sum(widths)], 1)
-    torch.mm(rows, layer.qkv_proj.weight.T, out=q_k_v)
-    torch.mm(rows, layer.gate_proj.weight.T, out=gates)
+    if int8:
+        proj = multiply_int8(rows, packed(layer.qkv_proj, layer.gate_proj)).view(*x.shape[:2], -1)
+    else:
+        widths = 3 * heads * K, 5 * heads
+        proj = x.new_empty(*x.shape[:2], -(-sum(widths) // 16) * 16)
+        q_k_v, gates, _ = proj.flatten(0, 1).split([*widths, proj.shape[-1] - sum(widths)], 1)
+        torch.mm(rows, layer.qkv_proj.weight.T, out=q_k_v)
+        torch.mm(rows, layer.gate_proj.weight.T, out=gates)
     conv = layer.conv_weight.view(4, 3, heads, K)
     o = x.new_empty(x.shape)
     final = x.new_empty(len(x), heads, 2, K, K) if output_final_state else None
@@ -432,19 +463,23 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: b
 
 @torch.no_grad()
 def finish_layer(x: Tensor, read: Tensor, o_proj: nn.Linear, norm: nn.LayerNorm, up: nn.Linear, down: nn.Linear,
-                 ffn_norm: nn.LayerNorm) -> Tensor:
+                 ffn_norm: nn.LayerNorm, int8: bool = False) -> Tensor:
     """What follows a layer's mixer, without gradients and in place of x, which `fuses`: x, read (..., D) -> (..., D).
 
     x = norm(x + o_proj(read)), then ffn_norm(x + down(gelu(up(x)))), by the layers' tensors: no hooks are
-    called, and all have biases. Sums with x are the matrix products' own, biases
-    the kernel's, so that no tensor is read or written for one of these alone.
+    called, and all have biases. In float32 sums with x are the matrix products' own; biases
+    are the kernel's, so that no tensor is read or written for one of these alone.
     """
     cpu, rows = kernels("cpu"), x.flatten(0, -2)
-    hidden = x.new_empty(min(len(rows), ROWS), up.out_features)
+    hidden = None if int8 else x.new_empty(min(len(rows), ROWS), up.out_features)
+
+    def add_product(to: Tensor, y: Tensor, layer: nn.Linear) -> Tensor:
+        return to.add_(multiply_int8(y, packed(layer))) if int8 else to.addmm_(y, layer.weight.T)
+
     for piece, part in zip(rows.split(ROWS), read.flatten(0, -2).split(ROWS)):
-        cpu.add_and_normalise(piece.addmm_(part, o_proj.weight.T), o_proj.bias, norm)
-        raised = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
-        cpu.add_and_normalise(piece.addmm_(cpu.gelu(raised, up.bias, raised), down.weight.T), down.bias, ffn_norm)
+        cpu.add_and_normalise(add_product(piece, part, o_proj), o_proj.bias, norm)
+        raised = multiply_int8(piece, packed(up)) if int8 else torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
+        cpu.add_and_normalise(add_product(piece, cpu.gelu(raised, up.bias, raised), down), down.bias, ffn_norm)
     return rows.view_as(x)
 
 

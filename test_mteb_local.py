@@ -46,10 +46,11 @@ def clean(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "model"
 
 
-def open_model(name: str, teacher_model: str | None, device: str | None, scratch: Path) -> Any:
+def open_model(name: str, teacher_model: str | None, device: str | None, int8: bool, scratch: Path) -> Any:
     """mteb's encoder of a checkpoint, a saved folder or a hub id; its revision is the weights' hash and the step.
 
-    A checkpoint is first saved as a folder in `scratch`, so that what is measured is what a user loads.
+    With `int8` a student multiplies in int8, on the CPU; other models stay as they are. A checkpoint is first saved as
+    a folder in `scratch`, so that what is measured is what a user loads.
     """
     mteb, sentence_transformers = require_libraries()
     path, revision = Path(name), None
@@ -76,8 +77,12 @@ def open_model(name: str, teacher_model: str | None, device: str | None, scratch
             revision = file_sha256(folder / "model.safetensors")[:16]
     else:
         raise UserError(f"{name}: no such checkpoint or folder, and not a hub id (OWNER/NAME)")
+    options = {}
+    if int8 and (folder / "modeling_deltanet.py").is_file():
+        label, device, options = f"{label}-int8", "cpu", {"config_kwargs": {"int8": True}}
     try:
-        model = sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=path.exists(), device=device)
+        model = sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=path.exists(), device=device,
+                                                          **options)
     except Exception as error:  # the hub's client and four libraries raise unrelated types
         raise UserError(f"{name}: cannot be opened ({first_line(error)[:200]})") from None
     encoder = mteb.SentenceTransformerEncoderWrapper(model)
@@ -158,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     origins, not_run, models = {}, {}, []
     used = read_record(folder / "data.json")  # which data a kept result is of: mteb does not look at it
     with tempfile.TemporaryDirectory() as scratch:
-        encoders = [open_model(name, args.teacher_model, args.device, Path(scratch))
+        encoders = [open_model(name, args.teacher_model, args.device, args.int8, Path(scratch))
                     for name in [args.checkpoint, *args.compare]]
         for task in tasks:
             try:
@@ -218,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", default="mteb_results", help="where results go (default: %(default)s)")
     parser.add_argument("--teacher_model", help="teacher's folder or id (default: the checkpoint's)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--int8", action="store_true", help="students multiply in int8, on the CPU")
     parser.add_argument("--overwrite", action="store_true", help="run again what is already in the output folder")
     return run_helper(parser, argv, run, page, lambda summary: bool(summary["not_run"]))
 

@@ -471,7 +471,7 @@ class DeltaNetConfig(PretrainedConfig):
                  fast_decay_init=0.30, slow_decay_init=0.85, bidirectional=True, hierarchical_memory=True,
                  cross_timescale_coupling=True, resonance_flux=True, short_convolution=True, read_gates=True,
                  learned_positions=False, dropout=0.15, state_dropout=0.10, layer_norm_eps=1e-12, slow_decay_max=0.0,
-                 **kwargs):
+                 int8=False, **kwargs):
         self.d_model, self.num_heads, self.num_layers, self.ffn_size = d_model, num_heads, num_layers, ffn_size
         self.vocab_size, self.max_positions, self.layer_norm_eps = vocab_size, max_positions, layer_norm_eps
         self.fast_decay_init, self.slow_decay_init = fast_decay_init, slow_decay_init
@@ -480,6 +480,7 @@ class DeltaNetConfig(PretrainedConfig):
         self.short_convolution, self.read_gates = short_convolution, read_gates
         self.learned_positions, self.dropout, self.state_dropout = learned_positions, dropout, state_dropout
         self.slow_decay_max = slow_decay_max
+        self.int8 = int8  # a loaded model multiplies in int8
         self.hidden_size, self.num_hidden_layers = d_model, num_layers
         super().__init__(**kwargs)
 
@@ -563,8 +564,9 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
                             for layer, count in ((self.qkv_proj, 3), (self.gate_proj, 5))]
                            for name in ("weight", "bias"))
         fill = -sum(map(len, biases)) % 16
-        return F.linear(x, *(torch.cat([*tensors, tensors[0].new_zeros(fill, *tensors[0].shape[1:])])
-                             for tensors in (weights, biases)))
+        weight, bias = (torch.cat([*tensors, tensors[0].new_zeros(fill, *tensors[0].shape[1:])])
+                        for tensors in (weights, biases))
+        return kernel.multiply_int8(x, kernel.pack_int8(weight)) + bias if self.cfg.int8 else F.linear(x, weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
@@ -583,7 +585,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
                 out[..., first * channels:part.stop * channels] = self.mix(x, mask, part)[0]
             return out, None
         if fused:
-            return kernel.begin_layer(x, mask, self, output_final_state)
+            return kernel.begin_layer(x, mask, self, output_final_state, self.cfg.int8)
         o, state = self.mix(x, mask, slice(0, heads), output_final_state)
         return o.to(x.dtype), state
 
@@ -723,12 +725,16 @@ class DeltaNetStudent(PreTrainedModel):
         drawn = rate or (self.training and self.config.state_dropout)
         fused = not (drawn or torch.is_grad_enabled()) and kernel.fuses(x, self.config.d_model, self.config.ffn_size)
         fused = fused and self.deltanet_layers[0].mixer in (None, kernel.hierarchical_mixer)  # not found to be wrong
+        if self.config.int8 and not fused:
+            raise ValueError("int8 needs a CPU, float32, numba, torch.no_grad() and widths that are multiples of 16: load "
+                             "the model without int8, or set its config.int8 to False")
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
             if fused:
                 o, final = mixer.read(x, mask, wanted, fused)
                 x = x if last_alone else x.clone()
-                x = kernel.finish_layer(x, o, mixer.o_proj, norm, ffn.up, ffn.down, ffn_norm)
+                x = kernel.finish_layer(x, o, mixer.o_proj, norm, ffn.up, ffn.down, ffn_norm,
+                                        self.config.int8)
             else:
                 mixed, final = mixer(x, mask, wanted)
                 x = norm(add(x, drop(mixed)))

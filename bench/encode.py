@@ -10,8 +10,9 @@ less where that were more tokens than the student's `encode` puts into a batch (
 of N tokens is N - 2 words of the vocabulary, of one token each, between [CLS] and [SEP]. The student has the teacher's
 projections and no training: its speed does not depend on the weights.
 
-On a CPU, onnxruntime then takes its turns on the same texts: the student's `--onnx` and `--int8` files, and the teacher's
-own, exported by PyTorch and quantised in the same way.
+On a CPU both take further turns with their linear layers in int8: the student as its config's `int8` has it, MiniLM by
+PyTorch's `quantize_dynamic`, which is what the student uses, too. Then onnxruntime takes its turns on the same texts:
+the student's `--onnx` and `--int8` files, and the teacher's own, exported by PyTorch and quantised in the same way.
 
 Long texts are encoded one at a time. The attention architecture is a random BERT of the teacher's shapes whose position
 table is as long as the text, with PyTorch's scaled_dot_product_attention. Memory: peak of one text above the loaded,
@@ -21,6 +22,7 @@ row says so.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import warnings
 from pathlib import Path
@@ -67,6 +69,16 @@ def sentence_transformer(folder: Path, device: torch.device) -> Any:
     model = SentenceTransformer(None if modules else str(folder), modules=modules, device=str(device))
     model.max_seq_length = 512
     return model.eval()
+
+
+def in_int8(student: Any, minilm: Any) -> dict[str, Any]:
+    """Copies of both that multiply in int8 in PyTorch."""
+    ours, theirs = copy.deepcopy(student), copy.deepcopy(minilm)
+    ours.config.int8 = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that it will go into a package of its own
+        torch.ao.quantization.quantize_dynamic(theirs, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    return {"student_torch_int8": ours, "minilm_torch_int8": theirs}
 
 
 def load_student(cfg: dict[str, Any]) -> tuple[Any, Any]:
@@ -140,7 +152,8 @@ def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, toke
     """The student's `encode` and SentenceTransformer's on the same texts, and on a CPU `encode` with the ONNX files."""
     folder, rows = script.find_teacher(cfg["teacher_model"])[0], []
     minilm = sentence_transformer(folder, next(student.parameters()).device)
-    models = onnx_models(cfg, student, scratch) if minilm.device.type == "cpu" else {}
+    on_cpu = minilm.device.type == "cpu"
+    models, int8 = onnx_models(cfg, student, scratch) if on_cpu else {}, in_int8(student, minilm) if on_cpu else {}
     for length in args.lengths:
         count = max(2, args.tokens // length)
         texts = make_texts(tokenizer, length, count)
@@ -148,8 +161,10 @@ def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, toke
         note(f"{count} texts of {length} tokens")
         ours = lambda model: lambda x: script.encode(  # noqa: E731
             model, tokenizer, x, batch_size=batch, max_length=512)  # noqa: B023
-        cases = {"student": ours(student),  # called at once
-                 "minilm": lambda x: minilm.encode(x, batch_size=batch, show_progress_bar=False)}  # noqa: B023
+        theirs = lambda model: lambda x: model.encode(  # noqa: E731
+            x, batch_size=batch, show_progress_bar=False)  # noqa: B023  called at once, as those of `ours`
+        cases = {"student": ours(student), "minilm": theirs(minilm),
+                 **{name: (theirs if name.startswith("minilm") else ours)(model) for name, model in int8.items()}}
         in_onnx = {name: ours(model) for name, model in models.items()}
         shapes = {name: case(texts[:2]).shape for name, case in (cases | in_onnx).items()}
         if len(set(shapes.values())) > 1 or len(minilm.tokenizer(texts[0])["input_ids"]) != length:
@@ -159,9 +174,12 @@ def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, toke
         rows.append({"length": length, "texts": count, "batch_size": batch, **{
             name: {"seconds": spread(s), "sentences_per_s": rate(count, s), "tokens_per_s": rate(count * length, s)}
             for name, s in seconds.items()}, "speed_against_minilm": ratio(seconds["minilm"], seconds["student"]),
-            **{f"{name}_against_minilm": ratio(seconds["minilm"], seconds[name]) for name in models}})
+            **{f"{name}_against_minilm": ratio(seconds["minilm"], seconds[name]) for name in [*int8, *models]}})
         if models:
-            rows[-1] |= {"onnx_against_teacher_onnx": ratio(seconds["teacher_onnx"], seconds["student_onnx"]),
+            rows[-1] |= {"torch_int8_against_torch": ratio(seconds["student"], seconds["student_torch_int8"]),
+                         "torch_int8_against_minilm_torch_int8": ratio(seconds["minilm_torch_int8"],
+                                                                       seconds["student_torch_int8"]),
+                         "onnx_against_teacher_onnx": ratio(seconds["teacher_onnx"], seconds["student_onnx"]),
                          "int8_against_onnx": ratio(seconds["student_onnx"], seconds["student_int8"]),
                          "int8_against_teacher_int8": ratio(seconds["teacher_int8"], seconds["student_int8"])}
     return rows
@@ -259,6 +277,12 @@ def page(result: dict[str, Any]) -> str:
         "x MiniLM": lambda r: shown(r["speed_against_minilm"], ".2f")})
     if any("student_onnx" in row for row in result["rows"]):
         against = lambda name: lambda r: shown(r[f"{name}_against_minilm"], ".2f")  # noqa: E731
+        lines += table("in int8 in PyTorch, as a multiple of MiniLM's speed in float32; then one against another",
+                       result["rows"], {
+            "tokens": lambda r: str(r["length"]),
+            "student": against("student_torch_int8"), "MiniLM": against("minilm_torch_int8"),
+            "student int8 / float32": lambda r: shown(r["torch_int8_against_torch"], ".2f"),
+            "student / MiniLM int8": lambda r: shown(r["torch_int8_against_minilm_torch_int8"], ".2f")})
         lines += table("the same in onnxruntime, as a multiple of MiniLM's speed in PyTorch; then one against another",
                        result["rows"], {
             "tokens": lambda r: str(r["length"]),

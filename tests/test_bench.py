@@ -72,10 +72,12 @@ def test_encode(tmp_path):
     assert [row["length"] for row in result["long"]] == [1024]
     for row in result["rows"]:
         positive(row, "texts", "speed_against_minilm")
-        for kind in ("student", "minilm", "student_onnx", "teacher_onnx", "student_int8", "teacher_int8"):
+        for kind in ("student", "minilm", "student_onnx", "teacher_onnx", "student_int8", "teacher_int8",
+                     "student_torch_int8", "minilm_torch_int8"):
             positive(row[kind], "seconds", "sentences_per_s", "tokens_per_s")
         positive(row, "student_onnx_against_minilm", "onnx_against_teacher_onnx",
-                 "int8_against_onnx", "int8_against_teacher_int8")
+                 "int8_against_onnx", "int8_against_teacher_int8", "student_torch_int8_against_minilm",
+                 "torch_int8_against_torch", "torch_int8_against_minilm_torch_int8")
     for row in result["long"]:
         assert row["attention_not_run"] is None
         positive(row, "seconds", "seconds_per_token", "tokens_per_s", "time_per_token_over_short", "attention_seconds",

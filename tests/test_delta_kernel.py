@@ -2,13 +2,16 @@
 
 Also threads, forks and compilers.
 """
+import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -452,6 +455,82 @@ def test_without_gradients_a_layer_is_the_same(width, threads, monkeypatch):
     assert calls == ([0, 1] * 6 if width == 32 else []) and len(calls) == count
     for a, b in zip([*states, last], [*expected, expected[-1]], strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+
+
+# int8
+
+
+def int8_student(**changes) -> script.DeltaNetStudent:
+    """A student with weights of some size that multiplies in int8."""
+    student = script.DeltaNetStudent(script.DeltaNetConfig(
+        **{"d_model": 64, "num_heads": 2, "num_layers": 2, "ffn_size": 96, "vocab_size": 50, "int8": True} | changes))
+    for name, parameter in student.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if "norm" not in name else 1.0)
+    return student.eval()
+
+
+def last_states(student: script.DeltaNetStudent, *inputs: torch.Tensor, int8: bool = True) -> torch.Tensor:
+    """The last layer's states without gradients, (B, T, D)."""
+    student.config.int8 = int8
+    with torch.no_grad():
+        return student(*inputs).last_hidden_state
+
+
+@pytest.mark.parametrize("piece", [script.PIECE, 40])  # the second: heads and texts a few at a time, as in long texts
+def test_int8_is_close_to_float32(piece, monkeypatch):
+    torch.manual_seed(0)
+    student, inputs = int8_student(), (torch.randint(50, (2, 70)), torch.ones(2, 70))
+    inputs[1][0, 33:] = 0
+    monkeypatch.setattr(script, "PIECE", piece)
+    expected, found = last_states(student, *inputs, int8=False), last_states(student, *inputs)
+    for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        torch.testing.assert_close(last_states(other, *inputs), found, rtol=0, atol=0)
+    real = inputs[1].bool()
+    assert 1e-3 < (found - expected)[real].norm() / expected[real].norm() < 0.1
+
+
+def test_int8_products_are_off_by_rounding_alone():
+    """Weights in 63 steps of a row's largest, inputs in 255 of their range: at most half a step each, no overflow."""
+    torch.manual_seed(0)
+    weight, x = torch.rand(20, 64) - 0.3, torch.rand(9, 64) - 0.1
+    weight[3] *= 100
+    y = script.kernel.multiply_int8(x, script.kernel.pack_int8(weight))
+    assert y.shape == (9, 32) and not y[:, 20:].any()
+    steps = weight.abs().amax(1) / 63, (x.max() - x.min()) / 255
+    bound = 0.51 * (steps[0] * (x.abs() + steps[1]).sum(1, keepdim=True) + steps[1] * weight.abs().sum(1))
+    assert ((y[:, :20] - x @ weight.T).abs() <= bound).all()
+
+
+def test_several_threads_begin_in_int8():
+    torch.manual_seed(0)
+    ids = torch.randint(50, (8, 4, 30))
+    student = int8_student()
+    expected = [last_states(copy.deepcopy(student), x) for x in ids]
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda x: last_states(student, x), ids)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["gradients", "training", "bfloat16", "width", "no numba"])
+def test_int8_where_it_cannot_be_is_said(case, monkeypatch):
+    student, ids = int8_student(**({"ffn_size": 40} if case == "width" else {})), torch.randint(50, (1, 5))
+    student = student.bfloat16() if case == "bfloat16" else student
+    student.train(case == "training")
+    if case == "no numba":
+        monkeypatch.setattr(script.kernel, "has_kernel", lambda _: False)
+    with torch.set_grad_enabled(case == "gradients"), pytest.raises(ValueError, match="int8 needs a CPU"):
+        student(ids)
+
+
+def test_int8_of_the_committed_model_on_sts_dev(data_dir, teacher_and_tokenizer):
+    teacher, tokenizer = teacher_and_tokenizer
+    student, _, _ = script.open_student(Path(script.__file__).parent / "results" / "best", teacher)
+    rows, scores = script.load_sts({"data_dir": str(data_dir), "sts_name": "stsb"}, "dev")[::3], []
+    for int8 in (False, True):
+        student.config.int8 = int8
+        scores.append(script.evaluate_sts(student, tokenizer, rows)["spearman"])
+    assert scores[0] != scores[1] and abs(scores[0] - scores[1]) < 0.004
 
 
 # The choice at the start of a run

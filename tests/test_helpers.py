@@ -101,8 +101,10 @@ for number, folder in enumerate(folders):
     st = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
     assert st.similarity_fn_name == "cosine" and not any(st.prompts.values()) and st.max_seq_length == 256
     half = SentenceTransformer(folder, trust_remote_code=True, device="cpu", model_kwargs={"dtype": torch.bfloat16})
+    int8 = SentenceTransformer(folder, trust_remote_code=True, device="cpu", config_kwargs={"int8": True})
     states = st.encode(sentences[0], output_value="token_embeddings")
-    np.savez(f"{number}.npz", **results[folder], st=st.encode(sentences), half=half.encode(sentences), states=states)
+    np.savez(f"{number}.npz", **results[folder], st=st.encode(sentences), half=half.encode(sentences), states=states,
+             int8=int8.encode(sentences))
 """
 
 
@@ -129,6 +131,7 @@ def test_saved_folder_opens_elsewhere_and_gives_the_same_embeddings(which, tiny_
     assert np.abs(found["plain"] - expected).max() < 1e-5
     assert np.abs(found["st"] - expected).max() < 1e-5 and np.abs(found["own"] - expected).max() < 1e-5
     assert ((found["half"] * expected).sum(1) > 0.99).all() and (found["half"] != found["st"]).any()
+    assert ((found["int8"] * expected).sum(1) > 0.99).all() and np.abs(found["int8"] - expected).max() > 1e-4
     mean = found["states"].mean(0)  # of the tokens' states, which late chunking averages piece by piece
     assert np.abs(mean / np.linalg.norm(mean) - expected[0]).max() < 1e-5
 
@@ -441,6 +444,10 @@ def test_mteb_gives_each_checkpoint_its_own_training_score(copy, corpus, tmp_pat
     page = (tmp_path / "results" / "summary.md").read_text()
     assert found[0] != found[1] and re.search(r"checkpoint_1 +\|.+checkpoint_2", page)
     assert len(list((tmp_path / "results" / "results").glob("*checkpoint_1/*/STS12.json"))) == 2
+    assert evaluate("--int8", "--checkpoint", copy, "--compare", copy / "checkpoint_2.pt") == 1
+    models = json.loads((tmp_path / "results" / "summary.json").read_text())["models"]
+    assert [m["model"] for m in models] == [f"local/{copy.name}-int8", f"local/{copy.name}-checkpoint_2-int8"]
+    assert 0 < abs(models[0]["scores"]["STS12"] - found[2]) < 0.05
 
 
 @pytest.mark.slow
