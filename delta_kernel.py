@@ -6,7 +6,7 @@ normalisation, resonance flux, gates, both delta-rule states and the output norm
 given, the first BLOCK tokens are done without states (`recur_from_zero`) in the backward pass, and in the forward pass
 if no more follow (padding counts) and no final states are wanted. The formulas are those of `parallel_mixer`, its twin
 in PyTorch; the tests compare the two. For `begin_layer` it also adds the projections' biases. Below it stand the
-kernels of what is between a layer's other matrix products: GELU and layer normalisation.
+kernels of what is between a layer's other matrix products, GELU and layer normalisation, and of products in int8.
 
 The backward pass has from the forward pass the states at the starts of blocks of BLOCK tokens, and computes all else
 anew, block by block from the end. Parameters' gradients are summed per group of sentences, then over the groups: the
@@ -43,19 +43,20 @@ except ImportError:
 # Vectors of float32 as a Numba type: what is written as a vector is one in the machine code; sums stay in registers
 
 
-def has_avx512() -> bool:
-    """Whether Numba compiles for AVX512, by what its cache on disk goes by too; False where it does not say."""
+def compiled_for() -> frozenset[str]:
+    """The extensions of the CPU that Numba compiles for, by what its cache on disk goes by too; none if it is mute."""
     try:
         from numba.core.registry import cpu_target
-        return "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
+        return frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
     except (ImportError, AttributeError, LookupError, TypeError):
-        return False
+        return frozenset()
 
 
+EXTENSIONS = compiled_for()
 WIDTH = 16
 # That of `load_n`, `splat_n` and `sums_n`, for loops that hold a dozen vectors at once: AVX512 has 32 registers of 16
 # numbers, AVX2 16 of 8.
-NARROW = WIDTH if has_avx512() else WIDTH // 2
+NARROW = WIDTH if "+avx512f" in EXTENSIONS else WIDTH // 2
 FAST = ("contract", "nsz", "arcp", "reassoc")  # not-a-number and infinity keep their meaning
 JIT = {"nogil": True, "cache": True, "fastmath": set(FAST), "error_model": "numpy"}
 # Of functions that kernels call, which are inlined: if they were called, a process that has just compiled them would
@@ -103,10 +104,10 @@ def as_vectors(context, builder, signature, args) -> list[ir.Value]:
     return found
 
 
-def address(context, builder, signature, args) -> ir.Value:
-    """Where element args[1] of the array args[0] stands."""
-    data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
-    return builder.gep(data, [args[1]])
+def address(context, builder, signature, args, array: int = 0, index: ir.Value | None = None) -> ir.Value:
+    """Where element `index`, args[1] if there is none, of an array among the arguments stands."""
+    data = cgutils.create_struct_proxy(signature.args[array])(context, builder, args[array]).data
+    return builder.gep(data, [args[1] if index is None else index])
 
 
 def vector_address(kind: Lanes, context, builder, signature, args) -> ir.Value:
@@ -269,6 +270,14 @@ def total(typingctx, x):
     """The sum of a vector's entries."""
     def codegen(context, builder, signature, args):
         return llvm(builder, "vector.reduce.fadd", x, FLOAT, FLOAT(0.0), args[0], fastmath=FAST)
+    return types.float32(x), codegen
+
+
+@intrinsic
+def peak(typingctx, x):
+    """The largest of a vector's entries."""
+    def codegen(context, builder, signature, args):
+        return llvm(builder, "vector.reduce.fmax", x, FLOAT, args[0], fastmath=FAST)
     return types.float32(x), codegen
 
 
@@ -1261,6 +1270,159 @@ def normalise_rows(call):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Matrix products in int8. A row of x is cut into 127 steps from its least to its largest number, a row of the weights
+# into 63 of each sign: the sums of four products of such steps fit 16 bits, which is how AVX2 sums them
+
+BYTES = types.Array(types.uint8, 1, "C")
+INT8 = next((name for name in ("avx512vnni", "avx2") if f"+{name}" in EXTENSIONS), "")  # instructions that sum products
+SUMS = 16 if INT8 == "avx512vnni" else 8  # of 32 bits in a vector
+TILE, PANEL = 4, 2 * SUMS  # rows of x and of the weights whose products' sums stay in registers
+ROWS = 64  # of x that are in work at once
+
+
+def add_products(builder, found: ir.Value, pairs: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
+    """SUMS int32, to each the sum of its four products added, of each pair of 4 SUMS bytes: x's, and the weights'."""
+    def of(bits: int, count: int) -> ir.Type:
+        return ir.VectorType(ir.IntType(bits), count)
+
+    def call(name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+        function = ir.FunctionType(result, [a.type for a in args])
+        return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.x86.{name}"), args)
+
+    def neighbours(value: ir.Value) -> ir.Value:
+        """Sums of two entries side by side."""
+        none, count = ir.Constant(value.type, ir.Undefined), value.type.count // 2
+        halves = (ir.Constant(of(32, count), [*range(first, 2 * count, 2)]) for first in (0, 1))
+        return builder.add(*(builder.shuffle_vector(value, none, half) for half in halves))
+
+    if INT8 == "avx512vnni":
+        for x, w in pairs:
+            both = (builder.bitcast(y, found.type) for y in (x, w))
+            found = call("avx512.vpdpbusd.512", found.type, found, *both)
+        return found
+    if INT8 == "avx2":
+        sums = [call("avx2.pmadd.ub.sw", of(16, 2 * SUMS), x, w) for x, w in pairs]
+        ones = ir.Constant(of(16, 2 * SUMS), [1] * (2 * SUMS))
+        return builder.add(found, call("avx2.pmadd.wd", found.type, builder.add(*sums), ones))
+    wide = of(16, 4 * SUMS)
+    sums = [neighbours(builder.mul(builder.zext(x, wide), builder.sext(w, wide))) for x, w in pairs]
+    return builder.add(found, neighbours(builder.sext(builder.add(*sums), of(32, 2 * SUMS))))
+
+
+def tile_of(rows: int) -> Callable:
+    """A function that multiplies so many rows of x with a panel of the weights."""
+    @intrinsic
+    def multiply(typingctx, x, at, depth, weights, panel, out):
+        """out = the products' sums (rows, PANEL), of x's bytes from `at` on and of the weights' from `panel` on."""
+        def codegen(context, builder, signature, args):
+            def place(number: int, first: ir.Value) -> ir.Value:
+                return address(context, builder, signature, args, number, first)
+
+            def read(kind: ir.Type, start: ir.Value, *further: ir.Value) -> ir.Value:
+                for offset in further:
+                    start = builder.gep(start, [offset])
+                return builder.load(builder.bitcast(start, kind.as_pointer()), align=1)
+
+            vector, some = ir.VectorType(INTEGER, SUMS), ir.VectorType(ir.IntType(8), 4 * SUMS)
+            word, none = ir.IntType(64), ir.Constant(vector, ir.Undefined)
+            xs, ws = place(0, args[1]), place(3, args[4])
+            lines = [builder.gep(xs, [builder.mul(args[2], word(row))]) for row in range(rows)]
+            before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            k, found = builder.phi(word), [builder.phi(vector) for _ in range(2 * rows)]
+            at_weights, old = builder.mul(k, word(PANEL)), list(found)
+            w = [[read(some, ws, at_weights, word(4 * (PANEL * step + SUMS * half))) for step in (0, 1)]
+                 for half in (0, 1)]
+            for row, line in enumerate(lines):
+                both = []
+                for step in (0, 1):  # four bytes of a row, again and again
+                    four = builder.insert_element(none, read(INTEGER, line, k, word(4 * step)), INTEGER(0))
+                    four = builder.shuffle_vector(four, none, ir.Constant(vector, [0] * SUMS))
+                    both.append(builder.bitcast(four, some))
+                for half in (0, 1):
+                    i = 2 * row + half
+                    found[i] = add_products(builder, found[i], list(zip(both, w[half])))
+            following = builder.add(k, word(8))
+            for phi, first, new in zip([k, *old], [word(0)] + [ir.Constant(vector, None)] * len(old),
+                                       [following, *found]):
+                phi.add_incoming(first, before), phi.add_incoming(new, builder.block)
+            builder.cbranch(builder.icmp_signed("<", following, args[2]), loop, after)
+            builder.position_at_end(after)
+            floats = ir.VectorType(FLOAT, SUMS)
+            for i, value in enumerate(found):
+                to = builder.bitcast(place(5, word(i * SUMS)), floats.as_pointer())
+                builder.store(builder.sitofp(value, floats), to).align = 4
+            return context.get_dummy_value()
+        return types.none(x, types.intp, types.intp, weights, types.intp, out), codegen
+    return multiply
+
+
+multiply_tile, multiply_row = tile_of(TILE), tile_of(1)
+
+
+@intrinsic
+def store_bytes(typingctx, array, index, value):
+    """array[index:index + width] = value without what follows the point; from 0 to 255."""
+    def codegen(context, builder, signature, args):
+        cut = builder.fptoui(args[2], value.of(ir.IntType(8)))
+        builder.store(cut, builder.bitcast(address(context, builder, signature, args), cut.type.as_pointer())).align = 1
+        return context.get_dummy_value()
+    return types.none(array, types.intp, value), codegen
+
+
+product_arguments = reader(*[types.intp] * 5, FLOATS, BYTES, FLOATS, FLOATS, types.boolean)
+
+
+def multiply_rows(call):
+    """out = x times the weights, or added to it: x (rows, depth), out (rows, columns), a multiple of 16.
+
+    A task is ROWS rows of x and one of `parts` of the columns. `scales`: what a step of each row of the weights is
+    worth, then the sum of that row.
+    """
+    threads, parts, rows, depth, columns, x, weights, scales, out, added = product_arguments(call)
+    if come(call) >= threads:
+        return
+    blocks, panels = (rows + ROWS - 1) // ROWS, (columns + PANEL - 1) // PANEL
+    levels, steps, least = np.empty(ROWS * depth, np.uint8), zeros(ROWS), zeros(ROWS)
+    sums, task = zeros(TILE * PANEL), take(call)
+    while task < blocks * parts:
+        first, part = task // parts * ROWS, task % parts
+        count = min(ROWS, rows - first)
+        for i in range(count):
+            at = (first + i) * depth
+            high, low = load(x, at), sub(ZERO, load(x, at))
+            for c in range(WIDTH, depth, WIDTH):
+                high, low = largest(high, load(x, at + c)), largest(low, sub(ZERO, load(x, at + c)))
+            least[i] = -peak(low)
+            steps[i] = max((peak(high) - least[i]) / f32(127), f32(1e-30))
+            inverse = ONE / steps[i]
+            shift = splat(f32(0.5) - least[i] * inverse)
+            for c in range(0, depth, WIDTH):
+                store_bytes(levels, i * depth + c, fma(load(x, at + c), inverse, shift))
+        for panel in range(part * panels // parts, (part + 1) * panels // parts):
+            i = 0
+            while i < count:
+                n = TILE if i + TILE <= count else 1
+                if n == TILE:
+                    multiply_tile(levels, i * depth, depth, weights, panel * PANEL * depth, sums)
+                else:
+                    multiply_row(levels, i * depth, depth, weights, panel * PANEL * depth, sums)
+                for row in range(n):
+                    for c in range(0, PANEL, WIDTH):
+                        column = panel * PANEL + c
+                        if column < columns:
+                            to = (first + i + row) * columns + column
+                            value = mul(mul(load(sums, row * PANEL + c), load(scales, column)), steps[i + row])
+                            value = fma(load(scales, panels * PANEL + column), least[i + row], value)
+                            if added:
+                                value = add(value, load(out, to))
+                            store(out, to, value)
+                i += n
+        task = take(call)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Threads: the tasks of a call are shared out over the OpenMP threads that PyTorch's own operators use. Those wait for
 # their next task in a loop, for milliseconds, so that threads of our own would have to share the cores with them.
 
@@ -1418,3 +1580,38 @@ def gelu_backward(x: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
 def add_and_normalise(x: Tensor, bias: Tensor, norm: torch.nn.LayerNorm) -> None:
     """x = norm(x + bias), in place. x (N, D) float32, bias (D); D a multiple of 16."""
     share_rows(normalise_rows, x, flat(bias), flat(norm.weight), flat(norm.bias), float(norm.eps))
+
+
+class Int8Matrix(NamedTuple):
+    """Weights as `multiply_rows` reads them."""
+    levels: Tensor  # (panels, depth / 4, PANEL, 4) bytes
+    scales: Tensor  # (2, panels PANEL)
+    columns: int  # of the products, a multiple of 16
+
+
+def pack_int8(weight: Tensor) -> Int8Matrix:
+    """`weight` (columns, depth) in int8, depth a multiple of 16; rows of zeros fill it up to a multiple of 16."""
+    columns, depth = -(-len(weight) // 16) * 16, weight.shape[1]
+    whole = torch.zeros(-(-columns // PANEL) * PANEL, depth)
+    whole[:len(weight)] = weight.detach()
+    steps = (whole.abs().amax(1) / 63).clamp(min=1e-30)
+    levels = (whole / steps[:, None]).round()
+    panels = levels.to(torch.int8).view(-1, PANEL, depth // 4, 4).transpose(1, 2).contiguous()
+    return Int8Matrix(panels.view(torch.uint8), torch.stack([steps, levels.sum(1) * steps]), columns)
+
+
+WORK = 1 << 20  # products that are worth a thread
+
+
+def multiply_int8(x: Tensor, weight: Int8Matrix, added_to: Tensor | None = None) -> Tensor:
+    """x (N, depth) float32 times the weights: (N, columns), new or added to what is there. ValueError if x is wider."""
+    (rows, depth), columns = x.shape, weight.columns
+    if depth != 4 * weight.levels.shape[1] or (added_to is not None and added_to.shape != (rows, columns)):
+        raise ValueError(f"need x (N, {4 * weight.levels.shape[1]}) and sums (N, {columns}), got {tuple(x.shape)}")
+    out = x.new_empty(rows, columns) if added_to is None else added_to
+    threads = max(1, min(torch.get_num_threads(), rows * columns * depth // WORK))
+    blocks = -(-rows // ROWS)
+    parts = 1 if threads == 1 else min(-(-2 * threads // blocks), columns // PANEL)
+    in_threads(multiply_rows, blocks * parts, threads, threads, parts, rows, depth, columns, flat(x), weight.levels,
+               weight.scales, out, added_to is not None)
+    return out

@@ -15,6 +15,7 @@ import math
 import warnings
 from importlib.util import find_spec
 from typing import Any, Callable, Iterator, Optional
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -402,32 +403,14 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     return down(F.gelu(up(x)))
 
 
-def pack_int8(*weights: Tensor) -> Any:
-    """Matrices (F, D), one below the other, in int8 with a scale a row, as `multiply_int8` reads them.
-
-    In 7 bits: without VNNI a CPU sums two products with inputs of 8 bits in 16 bits, which those of 8 bits overflow.
-    Rows of zeros fill up to a multiple of 16. By PyTorch's engine for the CPU at hand (fbgemm, QNNPACK); its errors
-    pass through.
-    """
-    weight = torch.cat([x.detach() for x in weights])
-    weight = F.pad(weight, (0, 0, 0, -len(weight) % 16))
-    scales = (weight.abs().amax(1) / 63).clamp(min=1e-9)
-    with warnings.catch_warnings():  # PyTorch 2.13 says that a later release will want another type
-        warnings.simplefilter("ignore")
-        weight = torch.quantize_per_channel(weight, scales, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(weight, None)
+INT8: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # of a first layer, what `in_int8` returned
 
 
-def multiply_int8(x: Tensor, packed: Any) -> Tensor:
-    """x (N, D) float32 times the packed rows: (N, F) float32. x is quantised as a whole, to 8 bits."""
-    return torch.ops.quantized.linear_dynamic(x, packed, reduce_range=False)
-
-
-def packed(*layers: nn.Linear) -> Any:
-    """`pack_int8` of the layers' weights as the first call finds them, kept with the first layer."""
-    if not hasattr(layers[0], "packed"):
-        layers[0].packed = pack_int8(*(layer.weight for layer in layers))
-    return layers[0].packed
+def in_int8(*layers: nn.Linear) -> Any:
+    """The layers' weights, as the first call finds them, as one matrix in int8 for the CPU's `multiply_int8`."""
+    if layers[0] not in INT8:
+        INT8[layers[0]] = kernels("cpu").pack_int8(torch.cat([layer.weight for layer in layers]))
+    return INT8[layers[0]]
 
 
 def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: bool = False, int8: bool = False,
@@ -442,7 +425,7 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: b
     if mask.shape != x.shape[:2] or x.shape[2] != heads * K:
         raise ValueError(f"need x (B, T, {heads * K}) and mask (B, T), got {tuple(x.shape)} and {tuple(mask.shape)}")
     if int8:
-        proj = multiply_int8(rows, packed(layer.qkv_proj, layer.gate_proj)).view(*x.shape[:2], -1)
+        proj = kernels("cpu").multiply_int8(rows, in_int8(layer.qkv_proj, layer.gate_proj)).view(*x.shape[:2], -1)
     else:
         widths = 3 * heads * K, 5 * heads
         proj = x.new_empty(*x.shape[:2], -(-sum(widths) // 16) * 16)
@@ -467,18 +450,21 @@ def finish_layer(x: Tensor, read: Tensor, o_proj: nn.Linear, norm: nn.LayerNorm,
     """What follows a layer's mixer, without gradients and in place of x, which `fuses`: x, read (..., D) -> (..., D).
 
     x = norm(x + o_proj(read)), then ffn_norm(x + down(gelu(up(x)))), by the layers' tensors: no hooks are
-    called, and all have biases. In float32 sums with x are the matrix products' own; biases
-    are the kernel's, so that no tensor is read or written for one of these alone.
+    called, and all have biases. Sums with x are the matrix products' own, biases
+    the kernel's, so that no tensor is read or written for one of these alone.
     """
     cpu, rows = kernels("cpu"), x.flatten(0, -2)
     hidden = None if int8 else x.new_empty(min(len(rows), ROWS), up.out_features)
 
     def add_product(to: Tensor, y: Tensor, layer: nn.Linear) -> Tensor:
-        return to.add_(multiply_int8(y, packed(layer))) if int8 else to.addmm_(y, layer.weight.T)
+        return cpu.multiply_int8(y, in_int8(layer), to) if int8 else to.addmm_(y, layer.weight.T)
 
     for piece, part in zip(rows.split(ROWS), read.flatten(0, -2).split(ROWS)):
         cpu.add_and_normalise(add_product(piece, part, o_proj), o_proj.bias, norm)
-        raised = multiply_int8(piece, packed(up)) if int8 else torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
+        if int8:
+            raised = cpu.multiply_int8(piece, in_int8(up))
+        else:
+            raised = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
         cpu.add_and_normalise(add_product(piece, cpu.gelu(raised, up.bias, raised), down), down.bias, ffn_norm)
     return rows.view_as(x)
 

@@ -11,8 +11,8 @@ of N tokens is N - 2 words of the vocabulary, of one token each, between [CLS] a
 projections and no training: its speed does not depend on the weights.
 
 On a CPU both take further turns with their linear layers in int8: the student as its config's `int8` has it, MiniLM by
-PyTorch's `quantize_dynamic`, which is what the student uses, too. Then onnxruntime takes its turns on the same texts:
-the student's `--onnx` and `--int8` files, and the teacher's own, exported by PyTorch and quantised in the same way.
+PyTorch's `quantize_dynamic`. Then onnxruntime takes its turns on the same texts: the student's `--onnx` and `--int8`
+files, and the teacher's own, exported by PyTorch and quantised in the same way.
 
 Long texts are encoded one at a time. The attention architecture is a random BERT of the teacher's shapes whose position
 table is as long as the text, with PyTorch's scaled_dot_product_attention. Memory: peak of one text above the loaded,
@@ -282,7 +282,9 @@ def page(result: dict[str, Any]) -> str:
             "tokens": lambda r: str(r["length"]),
             "student": against("student_torch_int8"), "MiniLM": against("minilm_torch_int8"),
             "student int8 / float32": lambda r: shown(r["torch_int8_against_torch"], ".2f"),
-            "student / MiniLM int8": lambda r: shown(r["torch_int8_against_minilm_torch_int8"], ".2f")})
+            "student / MiniLM int8": lambda r: shown(r["torch_int8_against_minilm_torch_int8"], ".2f"),
+            "student int8 / teacher int8 in onnxruntime": lambda r: shown(
+                r["student_torch_int8_against_minilm"]["median"] / r["teacher_int8_against_minilm"]["median"], ".2f")})
         lines += table("the same in onnxruntime, as a multiple of MiniLM's speed in PyTorch; then one against another",
                        result["rows"], {
             "tokens": lambda r: str(r["length"]),

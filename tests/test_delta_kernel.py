@@ -489,16 +489,50 @@ def test_int8_is_close_to_float32(piece, monkeypatch):
     assert 1e-3 < (found - expected)[real].norm() / expected[real].norm() < 0.1
 
 
-def test_int8_products_are_off_by_rounding_alone():
-    """Weights in 63 steps of a row's largest, inputs in 255 of their range: at most half a step each, no overflow."""
+def int8_products(kernel, threads: int) -> None:
+    """Weights in 63 steps of a row's largest, inputs in 127 of a row's range: off by at most half a step of each."""
     torch.manual_seed(0)
-    weight, x = torch.rand(20, 64) - 0.3, torch.rand(9, 64) - 0.1
-    weight[3] *= 100
-    y = script.kernel.multiply_int8(x, script.kernel.pack_int8(weight))
-    assert y.shape == (9, 32) and not y[:, 20:].any()
-    steps = weight.abs().amax(1) / 63, (x.max() - x.min()) / 255
-    bound = 0.51 * (steps[0] * (x.abs() + steps[1]).sum(1, keepdim=True) + steps[1] * weight.abs().sum(1))
-    assert ((y[:, :20] - x @ weight.T).abs() <= bound).all()
+    before = torch.get_num_threads()
+    for rows, depth, columns in ((1, 16, 1), (5, 64, 20), (67, 48, 1212), (131, 1536, 96)):
+        weight, x = torch.rand(columns, depth) - 0.3, torch.rand(rows, depth) - 0.1
+        weight[-1] *= 100
+        x[-1] = 3.0
+        x[0], weight[0] = torch.linspace(-1, 1, depth), 1.0  # the largest of both, which must not overflow
+        torch.set_num_threads(threads)
+        try:
+            packed = kernel.pack_int8(weight)
+            y = kernel.multiply_int8(x, packed)
+            again = kernel.multiply_int8(x, packed, torch.ones_like(y))
+        finally:
+            torch.set_num_threads(before)
+        torch.testing.assert_close(again, y + 1)
+        assert y.shape == (rows, -(-columns // 16) * 16) and not y[:, columns:].any()
+        of_weight, of_x = weight.abs().amax(1) / 63, (x.amax(1) - x.amin(1))[:, None] / 127
+        bound = 0.501 * (of_weight * (x.abs() + of_x).sum(1, keepdim=True) + of_x * weight.abs().sum(1))
+        assert ((y[:, :columns] - x.double() @ weight.double().T).abs() <= bound + 1e-4).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_int8_products_are_off_by_rounding_alone(threads, monkeypatch):
+    kernel = script.kernel.kernels("cpu")
+    monkeypatch.setattr(kernel, "WORK", 1)  # even the smallest are worth a thread
+    int8_products(kernel, threads)
+    with pytest.raises(ValueError, match=r"need x \(N, 16\)"):
+        kernel.multiply_int8(torch.ones(2, 32), kernel.pack_int8(torch.ones(3, 16)))
+
+
+@pytest.mark.parametrize("sums", [8, 16])
+def test_int8_products_on_other_processors(sums, monkeypatch, tmp_path):
+    """In instructions that every processor has, and laid out for vectors of either width."""
+    source = script.KERNEL_FILES["delta_kernel.py"]
+    for name, value in ((b"INT8", b'""'), (b"SUMS", b"%d" % sums)):
+        source, changed = re.subn(rb"(?m)^%s = .*$" % name, b"%s = %s" % (name, value), source)
+        assert changed == 1
+    monkeypatch.setitem(script.KERNEL_FILES, "delta_kernel.py", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel = script.load_kernel().kernels("cpu")
+    assert kernel.INT8 == "" and kernel.PANEL == 2 * sums
+    int8_products(kernel, 1)
 
 
 def test_several_threads_begin_in_int8():
