@@ -1519,33 +1519,41 @@ def flat(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | 
     return tensor if fits else tensor.detach().to(dtype).contiguous()
 
 
-def packed(parameters: list[Tensor], biases: tuple[Tensor, Tensor] | None, transposed: bool) -> Tensor:
-    """All heads' `Weights`; `transposed`: with what the backward pass alone needs."""
+class Packed(NamedTuple):
+    """All heads' `Weights`, one after the other."""
+    numbers: Tensor
+    heads: int
+    K: int
+
+
+def packed(parameters: list[Tensor], biases: tuple[Tensor, Tensor] | None = None, transposed: bool = False) -> Packed:
+    """All heads' parameters; `biases` (3 H K), (5 H): what `proj` lacks; `transposed`: with what `backward` needs."""
     heads, K = map(int, parameters[0].shape[2:])
     make = torch.zeros if K % WIDTH else torch.empty  # zeros fill up rows; both begin at a cache line
     found = make(packed_size.py_func(K, heads)[1], dtype=torch.float32, device="cpu")
     in_threads(pack, 1, 1, K, transposed, *map(flat, (*parameters, *(biases or (None, None)))), found)
-    return found
+    return Packed(found, heads, K)
 
 
-def arguments(transposed: bool, proj: Tensor, mask: Tensor, keep: Tensor | None, parameters: list[Tensor],
-              initial_state: Tensor | None, reverse_heads: int, switches: tuple[bool, ...],
-              biases: tuple[Tensor, Tensor] | None = None) -> tuple[Any, ...]:
-    """What `forward` and `backward` take alike, from the batch on; `biases` (3 H K), (5 H): what `proj` lacks."""
-    (batch, length, row), (_, _, heads, K) = map(int, proj.shape), map(int, parameters[0].shape)
-    return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches,
-            packed(parameters, biases, transposed), flat(proj), flat(mask, torch.bool), flat(keep, torch.bool),
-            flat(initial_state))
+def arguments(parameters: Packed, proj: Tensor, mask: Tensor, keep: Tensor | None, initial_state: Tensor | None,
+              reverse_heads: int, switches: tuple[bool, ...]) -> tuple[Any, ...]:
+    """What `forward` and `backward` take alike, from the batch on."""
+    (batch, length, row), (numbers, heads, K) = map(int, proj.shape), parameters
+    return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches, numbers, flat(proj),
+            flat(mask, torch.bool), flat(keep, torch.bool), flat(initial_state))
 
 
-def mixer_forward(o: Tensor, final: Tensor | None, saved: Tensor | None, *inputs: Any) -> None:
-    """Fill `o`, `final` and `saved`, as `outputs` makes them; None or empty is not wanted. `inputs`: `arguments`."""
-    share_heads(forward, *arguments(False, *inputs), flat(o), flat(final), flat(saved))
+def mixer_forward(o: Tensor, final: Tensor | None, saved: Tensor | None, proj: Tensor, mask: Tensor,
+                  keep: Tensor | None, parameters: list[Tensor] | Packed, *others: Any) -> None:
+    """Fill `o`, `final` and `saved`, as `outputs` makes them; None or empty is not wanted. `others`: `arguments`."""
+    parameters = parameters if isinstance(parameters, Packed) else packed(parameters)
+    share_heads(forward, *arguments(parameters, proj, mask, keep, *others), flat(o), flat(final), flat(saved))
 
 
-def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *inputs: Any) -> list[Tensor]:
+def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, proj: Tensor, mask: Tensor,
+                   keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None, *others: Any,
+                   ) -> list[Tensor]:
     """Gradients of proj, the eight parameters and the initial state, in float32."""
-    proj, _, _, parameters, initial_state, *_ = inputs
     batch, (_, _, heads, K) = len(proj), parameters[0].shape
     groups, KP = min(batch, GROUPS), -(-K // WIDTH) * WIDTH
     options = {"dtype": torch.float32, "device": "cpu"}
@@ -1554,8 +1562,9 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, *in
     grad_initial = torch.empty(0 if initial_state is None else initial_state.shape, **options)
     shapes = ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))
     sums = [torch.zeros(groups, heads, *shape, **options) for shape in shapes]
-    share_heads(backward, *arguments(True, *inputs), flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj),
-                flat(grad_initial), *map(flat, sums))
+    inputs = arguments(packed(parameters, transposed=True), proj, mask, keep, initial_state, *others)
+    share_heads(backward, *inputs, flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj), flat(grad_initial),
+                *map(flat, sums))
     conv, bilinear, mlp, small, norm, numbers = (x.sum(0) for x in sums)
     mlp, small, numbers_sum = mlp.sum(0), small.sum(0), numbers.sum(0)
     return [grad_proj, conv[..., :K].permute(1, 2, 0, 3), bilinear[:, :K, :K], numbers[:, 0],
@@ -1604,14 +1613,18 @@ WORK = 1 << 20  # products that are worth a thread
 
 
 def multiply_int8(x: Tensor, weight: Int8Matrix, added_to: Tensor | None = None) -> Tensor:
-    """x (N, depth) float32 times the weights: (N, columns), new or added to what is there. ValueError if x is wider."""
-    (rows, depth), columns = x.shape, weight.columns
-    if depth != 4 * weight.levels.shape[1] or (added_to is not None and added_to.shape != (rows, columns)):
-        raise ValueError(f"need x (N, {4 * weight.levels.shape[1]}) and sums (N, {columns}), got {tuple(x.shape)}")
+    """x (N, depth), finite float32, times the weights: (N, columns), new or added to what is there.
+
+    Raises ValueError for other shapes, and for sums whose numbers do not stand one after the other.
+    """
+    (rows, depth), columns, wanted = x.shape, weight.columns, 4 * weight.levels.shape[1]
     out = x.new_empty(rows, columns) if added_to is None else added_to
+    if depth != wanted or out.shape != (rows, columns) or not out.is_contiguous():
+        raise ValueError(f"need x (N, {wanted}) and contiguous sums (N, {columns}), got {tuple(x.shape)} and "
+                         f"{tuple(out.shape)}")
     threads = max(1, min(torch.get_num_threads(), rows * columns * depth // WORK))
     blocks = -(-rows // ROWS)
-    parts = 1 if threads == 1 else min(-(-2 * threads // blocks), columns // PANEL)
+    parts = 1 if threads == 1 else max(1, min(-(-2 * threads // blocks), columns // PANEL))
     in_threads(multiply_rows, blocks * parts, threads, threads, parts, rows, depth, columns, flat(x), weight.levels,
                weight.scales, out, added_to is not None)
     return out

@@ -403,14 +403,29 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     return down(F.gelu(up(x)))
 
 
-INT8: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # of a first layer, what `in_int8` returned
+INT8: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # what `in_int8` returned
 
 
-def in_int8(*layers: nn.Linear) -> Any:
-    """The layers' weights, as the first call finds them, as one matrix in int8 for the CPU's `multiply_int8`."""
-    if layers[0] not in INT8:
-        INT8[layers[0]] = kernels("cpu").pack_int8(torch.cat([layer.weight for layer in layers]))
-    return INT8[layers[0]]
+def in_int8(layer: nn.Module, make: Callable = lambda layer: kernels("cpu").pack_int8(layer.weight)) -> Any:
+    """What the CPU's kernels need of a layer's weights in int8, as the first call finds them; by default a linear's."""
+    if layer not in INT8:
+        INT8[layer] = make(layer)
+    return INT8[layer]
+
+
+def mixer_parameters(layer: nn.Module) -> Any:
+    """A mixer's parameters, and the biases of what it reads, as the CPU's kernel takes them."""
+    heads, K, _ = layer.flux_bilinear.shape
+    return kernels("cpu").packed(
+        [layer.conv_weight.view(4, 3, heads, K), layer.flux_bilinear, torch.exp(-layer.flux_log_temperature),
+         layer.flux_in.weight, layer.flux_in.bias, layer.flux_out.weight, layer.flux_out.bias, layer.o_norm],
+        (layer.qkv_proj.bias, layer.gate_proj.bias))
+
+
+def mixer_in_int8(layer: nn.Module) -> tuple[Any, Any]:
+    """The weights of q, k, v and the gates as one matrix in int8, and `mixer_parameters`."""
+    joined = torch.cat([layer.qkv_proj.weight, layer.gate_proj.weight])
+    return kernels("cpu").pack_int8(joined), mixer_parameters(layer)
 
 
 def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: bool = False, int8: bool = False,
@@ -425,22 +440,18 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: b
     if mask.shape != x.shape[:2] or x.shape[2] != heads * K:
         raise ValueError(f"need x (B, T, {heads * K}) and mask (B, T), got {tuple(x.shape)} and {tuple(mask.shape)}")
     if int8:
-        proj = kernels("cpu").multiply_int8(rows, in_int8(layer.qkv_proj, layer.gate_proj)).view(*x.shape[:2], -1)
+        weights, parameters = in_int8(layer, mixer_in_int8)
+        proj = kernels("cpu").multiply_int8(rows, weights).view(*x.shape[:2], -1)
     else:
-        widths = 3 * heads * K, 5 * heads
+        parameters, widths = mixer_parameters(layer), (3 * heads * K, 5 * heads)
         proj = x.new_empty(*x.shape[:2], -(-sum(widths) // 16) * 16)
         q_k_v, gates, _ = proj.flatten(0, 1).split([*widths, proj.shape[-1] - sum(widths)], 1)
         torch.mm(rows, layer.qkv_proj.weight.T, out=q_k_v)
         torch.mm(rows, layer.gate_proj.weight.T, out=gates)
-    conv = layer.conv_weight.view(4, 3, heads, K)
     o = x.new_empty(x.shape)
     final = x.new_empty(len(x), heads, 2, K, K) if output_final_state else None
-    kernels("cpu").mixer_forward(
-        o, final, None, proj, mask, None,
-        [conv, layer.flux_bilinear, torch.exp(-layer.flux_log_temperature), layer.flux_in.weight, layer.flux_in.bias,
-         layer.flux_out.weight, layer.flux_out.bias, layer.o_norm], None, layer.reverse_heads,
-        tuple(layer.switches[name] for name in ("convolution", "flux", "coupling", "hierarchical", "read_gates")),
-        (layer.qkv_proj.bias, layer.gate_proj.bias))
+    switches = tuple(layer.switches[name] for name in ("convolution", "flux", "coupling", "hierarchical", "read_gates"))
+    kernels("cpu").mixer_forward(o, final, None, proj, mask, None, parameters, None, layer.reverse_heads, switches)
     return o, final
 
 
