@@ -1274,10 +1274,10 @@ def normalise_rows(call):
 # into 63 of each sign: the sums of four products of such steps fit 16 bits, which is how AVX2 sums them
 
 BYTES = types.Array(types.uint8, 1, "C")
-INT8 = next((name for name in ("avx512vnni", "avx2") if f"+{name}" in EXTENSIONS), "")  # instructions that sum products
-SUMS = 16 if INT8 == "avx512vnni" else 8  # of 32 bits in a vector
+SUMMED_BY = next((name for name in ("avx512vnni", "avx2") if f"+{name}" in EXTENSIONS), "")  # whose instructions
+SUMS = 16 if SUMMED_BY == "avx512vnni" else 8  # of 32 bits in a vector
 TILE, PANEL = 4, 2 * SUMS  # rows of x and of the weights whose products' sums stay in registers
-ROWS = 64  # of x that are in work at once
+BLOCK_ROWS = 64  # of x that are in work at once
 
 
 def add_products(builder, found: ir.Value, pairs: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
@@ -1295,12 +1295,12 @@ def add_products(builder, found: ir.Value, pairs: list[tuple[ir.Value, ir.Value]
         halves = (ir.Constant(of(32, count), [*range(first, 2 * count, 2)]) for first in (0, 1))
         return builder.add(*(builder.shuffle_vector(value, none, half) for half in halves))
 
-    if INT8 == "avx512vnni":
+    if SUMMED_BY == "avx512vnni":
         for x, w in pairs:
             both = (builder.bitcast(y, found.type) for y in (x, w))
             found = call("avx512.vpdpbusd.512", found.type, found, *both)
         return found
-    if INT8 == "avx2":
+    if SUMMED_BY == "avx2":
         sums = [call("avx2.pmadd.ub.sw", of(16, 2 * SUMS), x, w) for x, w in pairs]
         ones = ir.Constant(of(16, 2 * SUMS), [1] * (2 * SUMS))
         return builder.add(found, call("avx2.pmadd.wd", found.type, builder.add(*sums), ones))
@@ -1377,18 +1377,18 @@ product_arguments = reader(*[types.intp] * 5, FLOATS, BYTES, FLOATS, FLOATS, typ
 def multiply_rows(call):
     """out = x times the weights, or added to it: x (rows, depth), out (rows, columns), a multiple of 16.
 
-    A task is ROWS rows of x and one of `parts` of the columns. `scales`: what a step of each row of the weights is
-    worth, then the sum of that row.
+    A task is BLOCK_ROWS rows of x and one of `parts` of the columns. `scales`: what a step of each row of the weights
+    is worth, then the sum of that row.
     """
     threads, parts, rows, depth, columns, x, weights, scales, out, added = product_arguments(call)
     if come(call) >= threads:
         return
-    blocks, panels = (rows + ROWS - 1) // ROWS, (columns + PANEL - 1) // PANEL
-    levels, steps, least = np.empty(ROWS * depth, np.uint8), zeros(ROWS), zeros(ROWS)
+    blocks, panels = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS, (columns + PANEL - 1) // PANEL
+    levels, steps, least = np.empty(BLOCK_ROWS * depth, np.uint8), zeros(BLOCK_ROWS), zeros(BLOCK_ROWS)
     sums, task = zeros(TILE * PANEL), take(call)
     while task < blocks * parts:
-        first, part = task // parts * ROWS, task % parts
-        count = min(ROWS, rows - first)
+        first, part = task // parts * BLOCK_ROWS, task % parts
+        count = min(BLOCK_ROWS, rows - first)
         for i in range(count):
             at = (first + i) * depth
             high, low = load(x, at), sub(ZERO, load(x, at))
@@ -1396,10 +1396,9 @@ def multiply_rows(call):
                 high, low = largest(high, load(x, at + c)), largest(low, sub(ZERO, load(x, at + c)))
             least[i] = -peak(low)
             steps[i] = max((peak(high) - least[i]) / f32(127), f32(1e-30))
-            inverse = ONE / steps[i]
-            shift = splat(f32(0.5) - least[i] * inverse)
+            inverse, start, half = ONE / steps[i], splat(least[i]), splat(f32(0.5))
             for c in range(0, depth, WIDTH):
-                store_bytes(levels, i * depth + c, fma(load(x, at + c), inverse, shift))
+                store_bytes(levels, i * depth + c, fma(sub(load(x, at + c), start), inverse, half))
         for panel in range(part * panels // parts, (part + 1) * panels // parts):
             i = 0
             while i < count:
@@ -1456,8 +1455,8 @@ def compiled(kernel: Callable) -> Any:
 def in_threads(kernel: Callable, tasks: int, threads: int, *arguments: Any) -> None:
     """The kernel with these arguments on so many threads, this one among them. Safe for concurrent callers.
 
-    The threads need nothing of Python meanwhile. Tensors: float32 or bool, one number after the other, None: an empty
-    one; ValueError for those without memory on a CPU, MemoryError if no thread got its work space.
+    The threads need nothing of Python meanwhile. Tensors: float32, bool or uint8, one number after the other, None: an
+    empty one; ValueError for those without memory on a CPU, MemoryError if no thread got its work space.
     """
     call, function = array("q", (0, 0)), compiled(kernel).ctypes
     for x in arguments:
@@ -1599,10 +1598,16 @@ class Int8Matrix(NamedTuple):
 
 
 def pack_int8(weight: Tensor) -> Int8Matrix:
-    """`weight` (columns, depth) in int8, depth a multiple of 16; rows of zeros fill it up to a multiple of 16."""
-    columns, depth = -(-len(weight) // 16) * 16, weight.shape[1]
-    whole = torch.zeros(-(-columns // PANEL) * PANEL, depth)
-    whole[:len(weight)] = weight.detach()
+    """`weight` (columns, depth) in int8; rows of zeros fill it up to a multiple of 16.
+
+    Raises ValueError unless the depth is a multiple of 16.
+    """
+    count, depth = weight.shape
+    if not depth or depth % 16:
+        raise ValueError(f"need a weight of rows of a multiple of 16 numbers, got {tuple(weight.shape)}")
+    columns = -(-count // 16) * 16
+    whole = torch.zeros(-(-columns // PANEL) * PANEL, depth, dtype=torch.float32, device="cpu")
+    whole[:count] = weight.detach()
     steps = (whole.abs().amax(1) / 63).clamp(min=1e-30)
     levels = (whole / steps[:, None]).round()
     panels = levels.to(torch.int8).view(-1, PANEL, depth // 4, 4).transpose(1, 2).contiguous()
@@ -1615,15 +1620,18 @@ WORK = 1 << 20  # products that are worth a thread
 def multiply_int8(x: Tensor, weight: Int8Matrix, added_to: Tensor | None = None) -> Tensor:
     """x (N, depth), finite float32, times the weights: (N, columns), new or added to what is there.
 
-    Raises ValueError for other shapes, and for sums whose numbers do not stand one after the other.
+    Raises ValueError for other shapes and types, for sums that are not one number after the other, and where a gradient
+    of x is wanted.
     """
     (rows, depth), columns, wanted = x.shape, weight.columns, 4 * weight.levels.shape[1]
     out = x.new_empty(rows, columns) if added_to is None else added_to
     if depth != wanted or out.shape != (rows, columns) or not out.is_contiguous():
         raise ValueError(f"need x (N, {wanted}) and contiguous sums (N, {columns}), got {tuple(x.shape)} and "
                          f"{tuple(out.shape)}")
+    if x.dtype != torch.float32 or out.dtype != torch.float32 or (x.requires_grad and torch.is_grad_enabled()):
+        raise ValueError(f"products in int8 are of float32 and have no gradient, got {x.dtype} and {out.dtype}")
     threads = max(1, min(torch.get_num_threads(), rows * columns * depth // WORK))
-    blocks = -(-rows // ROWS)
+    blocks = -(-rows // BLOCK_ROWS)
     parts = 1 if threads == 1 else max(1, min(-(-2 * threads // blocks), columns // PANEL))
     in_threads(multiply_rows, blocks * parts, threads, threads, parts, rows, depth, columns, flat(x), weight.levels,
                weight.scales, out, added_to is not None)

@@ -14,7 +14,7 @@ import functools
 import math
 import warnings
 from importlib.util import find_spec
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 from weakref import WeakKeyDictionary
 
 import torch
@@ -403,29 +403,51 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     return down(F.gelu(up(x)))
 
 
-INT8: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # what `in_int8` returned
+class Packed(NamedTuple):
+    """What a CPU's kernel reads in place of a layer's tensors."""
+    first: Tensor  # of these, as it was then
+    tracked: list[Tensor]  # those of which PyTorch counts the changes, which it does not in inference mode
+    changes: int
+    value: Any
 
 
-def in_int8(layer: nn.Module, make: Callable = lambda layer: kernels("cpu").pack_int8(layer.weight)) -> Any:
-    """What the CPU's kernels need of a layer's weights in int8, as the first call finds them; by default a linear's."""
-    if layer not in INT8:
-        INT8[layer] = make(layer)
-    return INT8[layer]
+PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
 
 
-def mixer_parameters(layer: nn.Module) -> Any:
-    """A mixer's parameters, and the biases of what it reads, as the CPU's kernel takes them."""
+def packed(layer: nn.Module, first: Tensor, tensors: Callable[[nn.Module], list[Tensor]], pack: Callable) -> Any:
+    """`pack(*tensors(layer))`, kept until one of them is changed in place, or the first one replaced by another."""
+    found = PACKED.get(layer)
+    if found is None or found.first is not first or found.changes != sum([x._version for x in found.tracked]):
+        sources = tensors(layer)
+        tracked = [x for x in sources if not x.is_inference()]
+        changes = sum([x._version for x in tracked])
+        found = PACKED[layer] = Packed(first, tracked, changes, pack(*sources))
+    return found.value
+
+
+def multiply_int8(x: Tensor, layer: nn.Linear, added_to: Tensor | None = None) -> Tensor:
+    """x (N, D) times the layer's weights in int8, without its bias: (N, F), new or added to what is there."""
+    cpu, weight = kernels("cpu"), layer.weight
+    return cpu.multiply_int8(x, packed(layer, weight, lambda _: [weight], cpu.pack_int8), added_to)
+
+
+def mixer_tensors(layer: nn.Module) -> list[Tensor]:
+    """A mixer's parameters, and the biases of what it reads, as `pack_mixer` takes them."""
     heads, K, _ = layer.flux_bilinear.shape
-    return kernels("cpu").packed(
-        [layer.conv_weight.view(4, 3, heads, K), layer.flux_bilinear, torch.exp(-layer.flux_log_temperature),
-         layer.flux_in.weight, layer.flux_in.bias, layer.flux_out.weight, layer.flux_out.bias, layer.o_norm],
-        (layer.qkv_proj.bias, layer.gate_proj.bias))
+    return [layer.conv_weight.view(4, 3, heads, K), layer.flux_bilinear, layer.flux_log_temperature,
+            layer.flux_in.weight, layer.flux_in.bias, layer.flux_out.weight, layer.flux_out.bias, layer.o_norm,
+            layer.qkv_proj.bias, layer.gate_proj.bias]
 
 
-def mixer_in_int8(layer: nn.Module) -> tuple[Any, Any]:
-    """The weights of q, k, v and the gates as one matrix in int8, and `mixer_parameters`."""
-    joined = torch.cat([layer.qkv_proj.weight, layer.gate_proj.weight])
-    return kernels("cpu").pack_int8(joined), mixer_parameters(layer)
+def pack_mixer(*tensors: Tensor) -> Any:
+    """`mixer_tensors` as the CPU's kernel takes them."""
+    conv, bilinear, log_temperature, *others, qkv_bias, gate_bias = tensors
+    return kernels("cpu").packed([conv, bilinear, torch.exp(-log_temperature), *others], (qkv_bias, gate_bias))
+
+
+def pack_mixer_int8(qkv: Tensor, gates: Tensor, *tensors: Tensor) -> tuple[Any, Any]:
+    """The weights of q, k, v and the gates as one matrix in int8, and `pack_mixer`."""
+    return kernels("cpu").pack_int8(torch.cat([qkv, gates])), pack_mixer(*tensors)
 
 
 def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: bool = False, int8: bool = False,
@@ -440,10 +462,11 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: b
     if mask.shape != x.shape[:2] or x.shape[2] != heads * K:
         raise ValueError(f"need x (B, T, {heads * K}) and mask (B, T), got {tuple(x.shape)} and {tuple(mask.shape)}")
     if int8:
-        weights, parameters = in_int8(layer, mixer_in_int8)
+        sources = lambda layer: [layer.qkv_proj.weight, layer.gate_proj.weight, *mixer_tensors(layer)]  # noqa: E731
+        weights, parameters = packed(layer, layer.qkv_proj.weight, sources, pack_mixer_int8)
         proj = kernels("cpu").multiply_int8(rows, weights).view(*x.shape[:2], -1)
     else:
-        parameters, widths = mixer_parameters(layer), (3 * heads * K, 5 * heads)
+        parameters, widths = pack_mixer(*mixer_tensors(layer)), (3 * heads * K, 5 * heads)
         proj = x.new_empty(*x.shape[:2], -(-sum(widths) // 16) * 16)
         q_k_v, gates, _ = proj.flatten(0, 1).split([*widths, proj.shape[-1] - sum(widths)], 1)
         torch.mm(rows, layer.qkv_proj.weight.T, out=q_k_v)
@@ -468,12 +491,12 @@ def finish_layer(x: Tensor, read: Tensor, o_proj: nn.Linear, norm: nn.LayerNorm,
     hidden = None if int8 else x.new_empty(min(len(rows), ROWS), up.out_features)
 
     def add_product(to: Tensor, y: Tensor, layer: nn.Linear) -> Tensor:
-        return cpu.multiply_int8(y, in_int8(layer), to) if int8 else to.addmm_(y, layer.weight.T)
+        return multiply_int8(y, layer, to) if int8 else to.addmm_(y, layer.weight.T)
 
     for piece, part in zip(rows.split(ROWS), read.flatten(0, -2).split(ROWS)):
         cpu.add_and_normalise(add_product(piece, part, o_proj), o_proj.bias, norm)
         if int8:
-            raised = cpu.multiply_int8(piece, in_int8(up))
+            raised = multiply_int8(piece, up)
         else:
             raised = torch.mm(piece, up.weight.T, out=hidden[:len(piece)])
         cpu.add_and_normalise(add_product(piece, cpu.gelu(raised, up.bias, raised), down), down.bias, ffn_norm)

@@ -172,8 +172,8 @@ vectors = model.encode(["A man is eating food.", "Somebody eats a meal."])  # un
 With transformers alone: `AutoModel.from_pretrained("{place}", trust_remote_code=True)` and
 `AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)` give `last_hidden_state`; the embedding is its
 mean over the real tokens, scaled to unit length. Needs PyTorch 2.6 or newer; the code that runs is
-`modeling_deltanet.py`. On a CPU with Numba, `config_kwargs={{"int8": True}}` (there `int8=True`) multiplies in int8,
-about twice as fast.
+`modeling_deltanet.py`. `SentenceTransformer(..., config_kwargs={{"int8": True}})`, or `int8=True` for AutoModel,
+multiplies in int8: faster on a CPU with Numba.
 
 ## Scores
 

@@ -79,6 +79,8 @@ def open_model(name: str, teacher_model: str | None, device: str | None, int8: b
         raise UserError(f"{name}: no such checkpoint or folder, and not a hub id (OWNER/NAME)")
     options = {}
     if int8 and (folder / "modeling_deltanet.py").is_file():
+        if "int8" not in (folder / "modeling_deltanet.py").read_text():
+            raise UserError(f"{folder}: its modeling_deltanet.py knows no int8; save the model again")
         label, device, options = f"{label}-int8", "cpu", {"config_kwargs": {"int8": True}}
     try:
         model = sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=path.exists(), device=device,
@@ -223,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", default="mteb_results", help="where results go (default: %(default)s)")
     parser.add_argument("--teacher_model", help="teacher's folder or id (default: the checkpoint's)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--int8", action="store_true", help="students multiply in int8, on the CPU")
+    parser.add_argument("--int8", action="store_true", help="local students multiply in int8, on the CPU")
     parser.add_argument("--overwrite", action="store_true", help="run again what is already in the output folder")
     return run_helper(parser, argv, run, page, lambda summary: bool(summary["not_run"]))
 

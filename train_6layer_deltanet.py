@@ -568,7 +568,7 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
                         for tensors in (weights, biases))
         if self.cfg.int8:
             cpu = kernel.kernels("cpu")
-            return cpu.multiply_int8(x.flatten(0, 1), cpu.pack_int8(weight)).view(*x.shape[:2], -1) + bias
+            return cpu.multiply_int8(x.flatten(0, 1), cpu.pack_int8(weight)).view(*x.shape[:2], -1).add_(bias)
         return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -729,8 +729,9 @@ class DeltaNetStudent(PreTrainedModel):
         fused = not (drawn or torch.is_grad_enabled()) and kernel.fuses(x, self.config.d_model, self.config.ffn_size)
         fused = fused and self.deltanet_layers[0].mixer in (None, kernel.hierarchical_mixer)  # not found to be wrong
         if self.config.int8 and not fused:
-            raise ValueError("int8 needs a CPU, float32, numba, torch.no_grad() and widths that are multiples of 16: "
-                             "load the model without int8, or set its config.int8 to False")
+            raise ValueError("int8 needs a CPU, numba, eval(), torch.no_grad(), float32 without autocast or compiling, "
+                             "and widths that are multiples of 16: load the model without int8, or set its config.int8 "
+                             "to False")
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
             if fused:

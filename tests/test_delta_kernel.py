@@ -490,14 +490,15 @@ def test_int8_is_close_to_float32(piece, monkeypatch):
 
 
 def int8_products(kernel, threads: int) -> None:
-    """Weights in 63 steps of a row's largest, inputs in 127 of a row's range: off by at most half a step of each."""
+    """Products of weights in 63 steps of a row's largest and inputs in 127 of a row's range, both rounded."""
     torch.manual_seed(0)
     before = torch.get_num_threads()
-    for rows, depth, columns in ((1, 16, 1), (5, 64, 20), (67, 48, 1212), (131, 1536, 96)):
+    for rows, depth, columns in ((1, 16, 1), (5, 64, 20), (67, 48, 1230), (131, 1536, 96)):
         weight, x = torch.rand(columns, depth) - 0.3, torch.rand(rows, depth) - 0.1
         weight[-1] *= 100
         x[-1] = 3.0
-        x[0], weight[0] = torch.linspace(-1, 1, depth), 1.0  # the largest of both, which must not overflow
+        x[0], weight[0] = 1.0, 1.0  # the largest of both, which must not overflow
+        x[0, -1] = -1.0
         torch.set_num_threads(threads)
         try:
             packed = kernel.pack_int8(weight)
@@ -507,9 +508,15 @@ def int8_products(kernel, threads: int) -> None:
             torch.set_num_threads(before)
         torch.testing.assert_close(again, y + 1)
         assert y.shape == (rows, -(-columns // 16) * 16) and not y[:, columns:].any()
-        of_weight, of_x = weight.abs().amax(1) / 63, (x.amax(1) - x.amin(1))[:, None] / 127
-        bound = 0.501 * (of_weight * (x.abs() + of_x).sum(1, keepdim=True) + of_x * weight.abs().sum(1))
-        assert ((y[:, :columns] - x.double() @ weight.double().T).abs() <= bound + 1e-4).all()
+        w, z = weight.double(), x.double()
+        least = z.amin(1, keepdim=True)
+        step = (z.amax(1, keepdim=True) - least).clamp(min=1e-30) / 127
+        of_weight = w.abs().amax(1, keepdim=True) / 63
+        expected = (least + step * ((z - least) / step).round()) @ (of_weight * (w / of_weight).round()).T
+        # What is half-way between two steps may be rounded otherwise in float32: of three numbers of a sum at most.
+        apart = 3 * (step * w.abs().amax(1) + of_weight.T * z.abs().amax(1, keepdim=True)) + 1e-5 * expected.abs()
+        assert ((y[:, :columns] - expected).abs() <= apart).all()
+        assert (y[:, :columns] - expected).norm() / expected.norm() < 1e-4
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -517,22 +524,65 @@ def test_int8_products_are_off_by_rounding_alone(threads, monkeypatch):
     kernel = script.kernel.kernels("cpu")
     monkeypatch.setattr(kernel, "WORK", 1)  # even the smallest are worth a thread
     int8_products(kernel, threads)
-    with pytest.raises(ValueError, match=r"need x \(N, 16\)"):
-        kernel.multiply_int8(torch.ones(2, 32), kernel.pack_int8(torch.ones(3, 16)))
+    packed = kernel.pack_int8(torch.ones(3, 16))
+    for x, said in ((torch.ones(2, 32), r"need x \(N, 16\)"), (torch.ones(2, 16, dtype=torch.float64), "float64"),
+                    (torch.ones(2, 16, requires_grad=True), "no gradient")):
+        with pytest.raises(ValueError, match=said):
+            kernel.multiply_int8(x, packed)
+    with pytest.raises(ValueError, match="contiguous sums"):
+        kernel.multiply_int8(torch.ones(2, 16), packed, torch.ones(16, 2).T)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        kernel.pack_int8(torch.ones(3, 24))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert kernel.pack_int8(torch.ones(3, 16, dtype=torch.float32)).scales.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("sums", [8, 16])
 def test_int8_products_on_other_processors(sums, monkeypatch, tmp_path):
     """In instructions that every processor has, and laid out for vectors of either width."""
     source = script.KERNEL_FILES["delta_kernel.py"]
-    for name, value in ((b"INT8", b'""'), (b"SUMS", b"%d" % sums)):
+    for name, value in ((b"SUMMED_BY", b'""'), (b"SUMS", b"%d" % sums)):
         source, changed = re.subn(rb"(?m)^%s = .*$" % name, b"%s = %s" % (name, value), source)
         assert changed == 1
     monkeypatch.setitem(script.KERNEL_FILES, "delta_kernel.py", source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kernel = script.load_kernel().kernels("cpu")
-    assert kernel.INT8 == "" and kernel.PANEL == 2 * sums
+    assert kernel.SUMMED_BY == "" and kernel.PANEL == 2 * sums
+    monkeypatch.setattr(kernel, "WORK", 1)
     int8_products(kernel, 1)
+    int8_products(kernel, 3)
+
+
+def test_int8_follows_the_weights():
+    """Packed anew after weights were loaded, changed in place or replaced; not held up by those of inference mode."""
+    torch.manual_seed(0)
+    student, other, ids = int8_student(), int8_student(), torch.randint(50, (2, 9))
+    expected = last_states(other, ids)
+    assert not torch.equal(last_states(student, ids), expected)
+    student.load_state_dict(other.state_dict())
+    torch.testing.assert_close(last_states(student, ids), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        student.deltanet_layers[1].flux_in.bias += 1
+        changed = last_states(student, ids)
+        assert not torch.equal(changed, expected)
+        student.deltanet_ffns[0].up.weight *= 2
+        assert not torch.equal(last_states(student, ids), changed)
+    student.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+    torch.testing.assert_close(last_states(student, ids), expected, rtol=0, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(copy.deepcopy(other)(ids).last_hidden_state, expected, rtol=0, atol=0)
+
+
+def test_in_int8_a_text_is_the_same_in_any_batch():
+    torch.manual_seed(0)
+    student, ids, mask = int8_student(), torch.randint(50, (5, 70)), torch.ones(5, 70)
+    mask[0, 40:] = 0
+    alone = last_states(student, ids[:1, :40])
+    assert (last_states(student, ids, mask)[0, :40] - alone[0]).norm() / alone.norm() < 1e-3
 
 
 def test_several_threads_begin_in_int8():
