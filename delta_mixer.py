@@ -403,7 +403,7 @@ def feed_forward(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     return down(F.gelu(up(x)))
 
 
-class Packed(NamedTuple):
+class Kept(NamedTuple):
     """What a CPU's kernel reads in place of a layer's tensors."""
     first: Tensor  # of these, as it was then
     tracked: list[Tensor]  # those of which PyTorch counts the changes, which it does not in inference mode
@@ -411,24 +411,24 @@ class Packed(NamedTuple):
     value: Any
 
 
-PACKED: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 
 
-def packed(layer: nn.Module, first: Tensor, tensors: Callable[[nn.Module], list[Tensor]], pack: Callable) -> Any:
+def kept(layer: nn.Module, first: Tensor, tensors: Callable[[nn.Module], list[Tensor]], pack: Callable) -> Any:
     """`pack(*tensors(layer))`, kept until one of them is changed in place, or the first one replaced by another."""
-    found = PACKED.get(layer)
+    found = KEPT.get(layer)
     if found is None or found.first is not first or found.changes != sum([x._version for x in found.tracked]):
         sources = tensors(layer)
         tracked = [x for x in sources if not x.is_inference()]
         changes = sum([x._version for x in tracked])
-        found = PACKED[layer] = Packed(first, tracked, changes, pack(*sources))
+        found = KEPT[layer] = Kept(first, tracked, changes, pack(*sources))
     return found.value
 
 
 def multiply_int8(x: Tensor, layer: nn.Linear, added_to: Tensor | None = None) -> Tensor:
     """x (N, D) times the layer's weights in int8, without its bias: (N, F), new or added to what is there."""
     cpu, weight = kernels("cpu"), layer.weight
-    return cpu.multiply_int8(x, packed(layer, weight, lambda _: [weight], cpu.pack_int8), added_to)
+    return cpu.multiply_int8(x, kept(layer, weight, lambda _: [weight], cpu.pack_int8), added_to)
 
 
 def mixer_tensors(layer: nn.Module) -> list[Tensor]:
@@ -463,7 +463,7 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: b
         raise ValueError(f"need x (B, T, {heads * K}) and mask (B, T), got {tuple(x.shape)} and {tuple(mask.shape)}")
     if int8:
         sources = lambda layer: [layer.qkv_proj.weight, layer.gate_proj.weight, *mixer_tensors(layer)]  # noqa: E731
-        weights, parameters = packed(layer, layer.qkv_proj.weight, sources, pack_mixer_int8)
+        weights, parameters = kept(layer, layer.qkv_proj.weight, sources, pack_mixer_int8)
         proj = kernels("cpu").multiply_int8(rows, weights).view(*x.shape[:2], -1)
     else:
         parameters, widths = pack_mixer(*mixer_tensors(layer)), (3 * heads * K, 5 * heads)

@@ -480,7 +480,7 @@ class DeltaNetConfig(PretrainedConfig):
         self.short_convolution, self.read_gates = short_convolution, read_gates
         self.learned_positions, self.dropout, self.state_dropout = learned_positions, dropout, state_dropout
         self.slow_decay_max = slow_decay_max
-        self.int8 = int8  # a loaded model multiplies in int8
+        self.int8 = int8  # its linear layers' products, when it encodes on a CPU
         self.hidden_size, self.num_hidden_layers = d_model, num_layers
         super().__init__(**kwargs)
 
@@ -737,8 +737,7 @@ class DeltaNetStudent(PreTrainedModel):
             if fused:
                 o, final = mixer.read(x, mask, wanted, fused)
                 x = x if last_alone else x.clone()
-                x = kernel.finish_layer(x, o, mixer.o_proj, norm, ffn.up, ffn.down, ffn_norm,
-                                        self.config.int8)
+                x = kernel.finish_layer(x, o, mixer.o_proj, norm, ffn.up, ffn.down, ffn_norm, self.config.int8)
             else:
                 mixed, final = mixer(x, mask, wanted)
                 x = norm(add(x, drop(mixed)))
