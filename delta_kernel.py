@@ -89,7 +89,7 @@ class LanesModel(models.PrimitiveModel):
         super().__init__(manager, numba_type, numba_type.of(FLOAT))
 
 
-FLOATS, FLAGS = types.Array(types.float32, 1, "C"), types.Array(types.boolean, 1, "C")
+FLOATS, FLAGS, NUMBERS = (types.Array(kind, 1, "C") for kind in (types.float32, types.boolean, types.int64))
 
 
 def as_vectors(context, builder, signature, args) -> list[ir.Value]:
@@ -414,7 +414,7 @@ def copy_row(source, i, target, j, count):
 
 
 @njit(**PART)
-def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates,
+def prepare(start, n, first, h, ahead, length, K, heads, reverse, convolution, flux, coupling, hierarchical, read_gates,
             row, proj, mask, keep, p, w):
     """Everything of the block's tokens that does not depend on the states; rows up to the next multiple of 4 are zeros.
 
@@ -425,7 +425,7 @@ def prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux,
     n4 = (n + 3) // 4 * 4
     for i in range(-3, n4):
         t = length - 1 - start - i if reverse else start + i
-        token = b * length + t
+        token = first + t
         real = 0 <= start + i and i < n and mask[token]
         for part in range(3):
             to = (3 + i) * wide + part * KP
@@ -727,31 +727,44 @@ def copy_state(source, i, source_row, target, j, target_row, K):
 
 
 @njit(**PART)
-def any_real(b, start, n, length, reverse, mask):
-    first = b * length + (length - start - n if reverse else start)
-    for token in range(first, first + n):
+def any_real(first, start, n, length, reverse, mask):
+    at = first + (length - start - n if reverse else start)
+    for token in range(at, at + n):
         if mask[token]:
             return True
     return False
 
 
-MIXER = (*[types.intp] * 9, *[types.boolean] * 5, FLOATS, FLOATS, FLAGS, FLAGS, FLOATS)
+@njit(**PART)
+def text(b, padded, table):
+    """Text b: its first token, its length, and how many states are kept of the texts before it.
+
+    By the `table`; without one every text has `padded` tokens.
+    """
+    if len(table):
+        return table[2 * b], table[2 * b + 2] - table[2 * b], table[2 * b + 1]
+    return b * padded, padded, b * ((padded + BLOCK - 1) // BLOCK - 1)
+
+
+MIXER = (*[types.intp] * 9, *[types.boolean] * 5, FLOATS, FLOATS, FLAGS, FLAGS, FLOATS, NUMBERS)
 forward_arguments, backward_arguments = reader(*MIXER, *[FLOATS] * 3), reader(*MIXER, *[FLOATS] * 11)
 
 
 def forward(call):
     """A task is `per_task` heads of the sentences g, g + groups, ... Absent arrays are empty."""
-    (threads, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
-     read_gates, parameters, proj, mask, keep, initial, o, final, saved) = forward_arguments(call)
+    (threads, groups, per_task, batch, padded, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
+     read_gates, parameters, proj, mask, keep, initial, table, o, final, saved) = forward_arguments(call)
     if come(call) >= threads:
         return
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, size = new_work(K, KP, 1), 2 * K * KP
-    blocks, each = (length + BLOCK - 1) // BLOCK, (heads + per_task - 1) // per_task
+    each = (heads + per_task - 1) // per_task
     line, task = zeros(KP), take(call)
     while task < groups * each:
         h0 = task % each * per_task
         for b in range(task // each, batch, groups):
+            first, length, kept = text(b, padded, table)
+            blocks = (length + BLOCK - 1) // BLOCK
             for h in range(h0, min(h0 + per_task, heads)):
                 p, reverse = of_head(parameters, h, K, heads), h >= reversed_from
                 w.states[:] = ZERO
@@ -760,15 +773,16 @@ def forward(call):
                 for start in range(0, length, BLOCK):
                     n = min(BLOCK, length - start)
                     if start and len(saved):
-                        copy_row(w.states, 0, saved, ((b * heads + h) * (blocks - 1) + start // BLOCK - 1) * size, size)
-                    some = any_real(b, start, n, length, reverse, mask)
+                        at = kept * heads + h * (blocks - 1) + start // BLOCK - 1
+                        copy_row(w.states, 0, saved, at * size, size)
+                    some = any_real(first, start, n, length, reverse, mask)
                     for i in range(n):
                         t = length - 1 - start - i if reverse else start + i
                         for c in range(0, K, WIDTH):
-                            prefetch(o, ((b * length + t) * heads + h) * K + c)
+                            prefetch(o, ((first + t) * heads + h) * K + c)
                     if some:
                         ahead = K if start + n == length else BLOCK * row * (-1 if reverse else 1)
-                        prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
+                        prepare(start, n, first, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
                                 hierarchical, read_gates, row, proj, mask, keep, p, w)
                         if n < length or len(initial) or len(final):
                             recur(n, 0, K, w)
@@ -781,7 +795,7 @@ def forward(call):
                         for c in range(0, KP, WIDTH):
                             normal = mul(mul(load(w.o, i * KP + c), scaled), load(p.norm, c))
                             store(line, c, normal if real else splat(ZERO))
-                        copy_row(line, 0, o, ((b * length + t) * heads + h) * K, K)
+                        copy_row(line, 0, o, ((first + t) * heads + h) * K, K)
                 if len(final):
                     copy_state(w.states, 0, KP, final, (b * heads + h) * 2 * K * K, K, K)
         task = take(call)
@@ -1090,14 +1104,14 @@ def input_backward(n, convolution, p, w, g):
 
 def backward(call):
     """Gradients, tasks as in `forward`; those of parameters go to the rows (group, head) of g_conv and the others."""
-    (threads, groups, per_task, batch, length, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
-     read_gates, parameters, proj, mask, keep, initial, saved, grad_o, grad_final, grad_proj, grad_initial, g_conv,
-     g_bilinear, g_mlp, g_small, g_norm, g_numbers) = backward_arguments(call)
+    (threads, groups, per_task, batch, padded, row, K, heads, reversed_from, convolution, flux, coupling, hierarchical,
+     read_gates, parameters, proj, mask, keep, initial, table, saved, grad_o, grad_final, grad_proj, grad_initial,
+     g_conv, g_bilinear, g_mlp, g_small, g_norm, g_numbers) = backward_arguments(call)
     if come(call) >= threads:
         return
     KP = (K + WIDTH - 1) // WIDTH * WIDTH
     w, each = new_work(K, KP, BLOCK + 1), (heads + per_task - 1) // per_task
-    wide, size, blocks = 3 * KP, 2 * K * KP, (length + BLOCK - 1) // BLOCK
+    wide, size = 3 * KP, 2 * K * KP
     state, z, at = zeros(size), zeros((BLOCK + 3) * wide), zeros(8 * BLOCK)
     pre, form = zeros(BLOCK * HIDDEN), zeros(BLOCK)
     rows, lines, logits, error = zeros(6 * KP), zeros(3 * KP * NARROW), zeros(5), zeros(2 * BLOCK * KP)
@@ -1106,6 +1120,8 @@ def backward(call):
     while task < groups * each:
         group, h0 = task // each, task % each * per_task
         for b in range(group, batch, groups):
+            first, length, kept = text(b, padded, table)
+            blocks = (length + BLOCK - 1) // BLOCK
             for h in range(h0, min(h0 + per_task, heads)):
                 p, reverse, i = of_head(parameters, h, K, heads), h >= reversed_from, group * heads + h
                 g = Gradients(g_conv[i * 4 * wide:(i + 1) * 4 * wide], g_bilinear[i * KP * KP:(i + 1) * KP * KP],
@@ -1119,16 +1135,16 @@ def backward(call):
                 g.z[:] = ZERO
                 for start in range((blocks - 1) * BLOCK, -1, -BLOCK):
                     n = min(BLOCK, length - start)
-                    some = any_real(b, start, n, length, reverse, mask)
+                    some = any_real(first, start, n, length, reverse, mask)
                     if some:
                         if start:
-                            kept = (b * heads + h) * (blocks - 1) + start // BLOCK - 1
-                            copy_row(saved, kept * size, w.states, 0, size)
+                            place = kept * heads + h * (blocks - 1) + start // BLOCK - 1
+                            copy_row(saved, place * size, w.states, 0, size)
                         elif len(initial):
                             w.states[:size] = ZERO
                             copy_state(initial, (b * heads + h) * 2 * K * K, K, w.states, 0, KP, K)
                         ahead = BLOCK * row * (1 if reverse else -1) if start else K
-                        prepare(start, n, b, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
+                        prepare(start, n, first, h, ahead, length, K, heads, reverse, convolution, flux, coupling,
                                 hierarchical, read_gates, row, proj, mask, keep, p, w)
                         if start or len(initial):
                             recur(n, 1, K, w)
@@ -1141,7 +1157,7 @@ def backward(call):
                             inverse, product = inverse_rms(w.o, i, K), splat(ZERO)
                             for c in range(K, KP):
                                 g.rows[c] = ZERO
-                            copy_row(grad_o, ((b * length + t) * heads + h) * K, g.rows, 0, K)
+                            copy_row(grad_o, ((first + t) * heads + h) * K, g.rows, 0, K)
                             for c in range(0, KP, WIDTH):
                                 unit, grad = mul(load(w.o, i * KP + c), inverse), load(g.rows, c)
                                 store(g.norm, c, fma(grad, unit, load(g.norm, c)))
@@ -1161,7 +1177,7 @@ def backward(call):
                             w.real[i] = False
                     for i in range(n):
                         t = length - 1 - start - i if reverse else start + i
-                        at_gate = (b * length + t) * row + 3 * K * heads + h
+                        at_gate = (first + t) * row + 3 * K * heads + h
                         form[i] = ZERO
                         if w.real[i]:
                             form[i] = gate_backward(i, flux, coupling, hierarchical, read_gates, w, g, logits)
@@ -1176,7 +1192,7 @@ def backward(call):
                     for i in range(n):
                         t = length - 1 - start - i if reverse else start + i
                         for part in range(3):
-                            to = (b * length + t) * row + (part * heads + h) * K
+                            to = (first + t) * row + (part * heads + h) * K
                             if w.real[i]:
                                 copy_row(w.y, i * wide + part * KP, grad_proj, to, K)
                             else:
@@ -1535,11 +1551,12 @@ def packed(parameters: list[Tensor], biases: tuple[Tensor, Tensor] | None = None
 
 
 def arguments(parameters: Packed, proj: Tensor, mask: Tensor, keep: Tensor | None, initial_state: Tensor | None,
-              reverse_heads: int, switches: tuple[bool, ...]) -> tuple[Any, ...]:
+              reverse_heads: int, switches: tuple[bool, ...], table: Tensor | None = None) -> tuple[Any, ...]:
     """What `forward` and `backward` take alike, from the batch on."""
     (batch, length, row), (numbers, heads, K) = map(int, proj.shape), parameters
+    batch = batch if table is None else len(table) - 1
     return (batch, heads, length, row, K, heads, heads - reverse_heads, *switches, numbers, flat(proj),
-            flat(mask, torch.bool), flat(keep, torch.bool), flat(initial_state))
+            flat(mask, torch.bool), flat(keep, torch.bool), flat(initial_state), flat(table, torch.int64))
 
 
 def mixer_forward(o: Tensor, final: Tensor | None, saved: Tensor | None, proj: Tensor, mask: Tensor,
@@ -1550,10 +1567,10 @@ def mixer_forward(o: Tensor, final: Tensor | None, saved: Tensor | None, proj: T
 
 
 def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, proj: Tensor, mask: Tensor,
-                   keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None, *others: Any,
-                   ) -> list[Tensor]:
+                   keep: Tensor | None, parameters: list[Tensor], initial_state: Tensor | None, reverse_heads: int,
+                   switches: tuple[bool, ...], table: Tensor | None = None) -> list[Tensor]:
     """Gradients of proj, the eight parameters and the initial state, in float32."""
-    batch, (_, _, heads, K) = len(proj), parameters[0].shape
+    (_, _, heads, K), batch = parameters[0].shape, len(proj) if table is None else len(table) - 1
     groups, KP = min(batch, GROUPS), -(-K // WIDTH) * WIDTH
     options = {"dtype": torch.float32, "device": "cpu"}
     grad_proj = torch.empty(proj.shape, **options)
@@ -1561,7 +1578,8 @@ def mixer_backward(grad_o: Tensor, grad_final: Tensor | None, saved: Tensor, pro
     grad_initial = torch.empty(0 if initial_state is None else initial_state.shape, **options)
     shapes = ((4, 3, KP), (KP, KP), (HIDDEN, 2, KP), (3, HIDDEN), (KP,), (2,))
     sums = [torch.zeros(groups, heads, *shape, **options) for shape in shapes]
-    inputs = arguments(packed(parameters, transposed=True), proj, mask, keep, initial_state, *others)
+    inputs = arguments(packed(parameters, transposed=True), proj, mask, keep, initial_state, reverse_heads, switches,
+                       table)
     share_heads(backward, *inputs, flat(saved), flat(grad_o), flat(grad_final), flat(grad_proj), flat(grad_initial),
                 *map(flat, sums))
     conv, bilinear, mlp, small, norm, numbers = (x.sum(0) for x in sums)

@@ -11,10 +11,11 @@ and the states every BLOCK tokens. A saved model carries this file along; the ch
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
 from importlib.util import find_spec
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -228,16 +229,30 @@ def kernels(device: str) -> Any:
 
 
 def outputs(proj: Tensor, conv_weight: Tensor, output_final_state: bool, save_states: bool,
-            ) -> tuple[Tensor, Tensor, Tensor]:
+            table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for o (B, T, H K), the final states (B, H, 2, K, K) or (0,), and the kept states or (0,).
 
-    Those are of the starts of all blocks but the first, (B, H, blocks - 1, 2, K, K filled up to a multiple of 16).
+    Those are of the starts of all blocks but the first, (B, H, blocks - 1, 2, K, K filled up to a multiple of 16), of
+    packed texts each text's for itself.
     """
     (batch, length, _), (_, _, heads, K) = proj.shape, conv_weight.shape
-    blocks, new = -(-length // BLOCK), proj.new_empty
-    return (new(batch, length, heads * K, dtype=torch.float32),
+    kept, new = (batch, heads, -(-length // BLOCK) - 1), proj.new_empty
+    if table is not None:
+        batch, kept = len(table) - 1, (heads, int(table[-1, 1]))
+    return (new(*proj.shape[:2], heads * K, dtype=torch.float32),
             new((batch, heads, 2, K, K) if output_final_state else (0,), dtype=torch.float32),
-            new((batch, heads, blocks - 1, 2, K, -(-K // 16) * 16) if save_states else (0,), dtype=torch.float32))
+            new((*kept, 2, K, -(-K // 16) * 16) if save_states else (0,), dtype=torch.float32))
+
+
+def pack_lengths(lengths: Sequence[int]) -> Tensor:
+    """Of every text of these lengths, and of the end: its first token, and the states kept of those before it."""
+    kept = [max(0, length - 1) // BLOCK for length in lengths]
+    return torch.tensor([*zip(itertools.accumulate(lengths, initial=0), itertools.accumulate(kept, initial=0))])
+
+
+def packing(table: Tensor | None) -> tuple[Tensor, ...]:
+    """The argument of packed texts, which the CPU's kernel alone takes."""
+    return () if table is None else (table,)
 
 
 @torch.library.custom_op(f"{__package__}::mixer", mutates_args=())
@@ -245,12 +260,12 @@ def mixer(proj: Tensor, mask: Tensor, keep: Optional[Tensor], conv_weight: Tenso
           flux_scale: Tensor, flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor,
           flux_out_bias: Tensor, o_norm: Tensor, initial_state: Optional[Tensor], reverse_heads: int, convolution: bool,
           flux: bool, coupling: bool, hierarchical: bool, read_gates: bool, output_final_state: bool, save_states: bool,
-          ) -> tuple[Tensor, Tensor, Tensor]:
+          table: Optional[Tensor] = None) -> tuple[Tensor, Tensor, Tensor]:
     parameters = [conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias,
                   o_norm]
-    found = outputs(proj, conv_weight, output_final_state, save_states)
+    found = outputs(proj, conv_weight, output_final_state, save_states, table)
     kernels(proj.device.type).mixer_forward(*found, proj, mask, keep, parameters, initial_state, reverse_heads,
-                                            (convolution, flux, coupling, hierarchical, read_gates))
+                                            (convolution, flux, coupling, hierarchical, read_gates), *packing(table))
     return found
 
 
@@ -259,12 +274,13 @@ def mixer_backward(grad_o: Tensor, grad_final: Optional[Tensor], saved: Tensor, 
                    keep: Optional[Tensor], conv_weight: Tensor, flux_bilinear: Tensor, flux_scale: Tensor,
                    flux_in_weight: Tensor, flux_in_bias: Tensor, flux_out_weight: Tensor, flux_out_bias: Tensor,
                    o_norm: Tensor, initial_state: Optional[Tensor], reverse_heads: int, convolution: bool, flux: bool,
-                   coupling: bool, hierarchical: bool, read_gates: bool) -> list[Tensor]:
+                   coupling: bool, hierarchical: bool, read_gates: bool, table: Optional[Tensor] = None,
+                   ) -> list[Tensor]:
     parameters = [conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight, flux_out_bias,
                   o_norm]
     grad_proj, *grads, grad_initial = kernels(proj.device.type).mixer_backward(
         grad_o, grad_final, saved, proj, mask, keep, parameters, initial_state, reverse_heads,
-        (convolution, flux, coupling, hierarchical, read_gates))
+        (convolution, flux, coupling, hierarchical, read_gates), *packing(table))
     # Copied, as an operator's results may not share memory: those of parameters are parts of a few sums.
     return [grad_proj.to(proj.dtype), *(x.to(of.dtype, copy=True).contiguous() for x, of in zip(grads, parameters)),
             grad_initial]
@@ -273,8 +289,8 @@ def mixer_backward(grad_o: Tensor, grad_final: Optional[Tensor], saved: Tensor, 
 @mixer.register_fake
 def _(proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
       flux_out_bias, o_norm, initial_state, reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
-      output_final_state, save_states):
-    return outputs(proj, conv_weight, output_final_state, save_states)
+      output_final_state, save_states, table=None):
+    return outputs(proj, conv_weight, output_final_state, save_states, table)
 
 
 @mixer_backward.register_fake
@@ -288,26 +304,26 @@ def _(grad_o, grad_final, saved, proj, mask, keep, conv_weight, flux_bilinear, f
 
 def keep_inputs(ctx, inputs, output) -> None:
     """What the backward pass needs: the inputs, and the kept states."""
-    ctx.save_for_backward(output[2], *inputs[:12])
+    ctx.save_for_backward(output[2], inputs[20], *inputs[:12])
     ctx.switches, ctx.wants_final = inputs[12:18], inputs[18]
     ctx.set_materialize_grads(False)
 
 
 def differentiate(ctx, grad_o, grad_final, _):
-    saved, proj, *others = ctx.saved_tensors
+    saved, table, proj, *others = ctx.saved_tensors
     if grad_o is None:
         grad_o = proj.new_zeros(*proj.shape[:2], others[9].numel())
     final = grad_final if ctx.wants_final else None
-    *grads, grad_initial = mixer_backward(grad_o.float(), final, saved, proj, *others, *ctx.switches)
+    *grads, grad_initial = mixer_backward(grad_o.float(), final, saved, proj, *others, *ctx.switches, table)
     initial_state = others[-1]
     return (grads[0], None, None, *grads[1:],
-            None if initial_state is None else grad_initial.to(initial_state.dtype), *[None] * 8)
+            None if initial_state is None else grad_initial.to(initial_state.dtype), *[None] * 9)
 
 
 mixer.register_autograd(differentiate, setup_context=keep_inputs)
 
 
-def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int) -> None:
+def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int, lengths: Sequence[int] | None = None) -> None:
     """ValueError if an argument of the mixer does not fit the others: the kernel reads memory by these shapes."""
     proj, mask, keep, conv, *_ = inputs
     if proj.dim() != 3 or conv.dim() != 4:
@@ -322,7 +338,11 @@ def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int) -> None:
     shapes = {"mask": (batch, length), "keep": (batch, length, heads), "conv_weight": (4, 3, heads, K),
               "flux_bilinear": (heads, K, K), "flux_scale": (heads,), "flux_in_weight": (HIDDEN, 2 * K + 1),
               "flux_in_bias": (HIDDEN,), "flux_out_weight": (HIDDEN,), "flux_out_bias": (1,), "o_norm": (heads, K),
-              "initial_state": (batch, heads, 2, K, K)}
+              "initial_state": (batch if lengths is None else len(lengths), heads, 2, K, K)}
+    if lengths is not None and not (batch == 1 and proj.device.type == "cpu" and sum(lengths) == length
+                                    and min(lengths, default=0) > 0):
+        raise ValueError(f"need lengths above 0 that sum to the {length} tokens of one row on a CPU, got "
+                         f"{list(lengths)[:8]} for {tuple(proj.shape)} on {proj.device}")
     for (name, shape), x in zip(shapes.items(), inputs[1:]):
         flags = name in ("mask", "keep")
         if x is None and name in ("keep", "initial_state"):
@@ -337,18 +357,20 @@ def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_wei
                        flux_out_bias: Tensor, o_norm: Tensor, initial_state: Tensor | None = None, *,
                        reverse_heads: int = 0, convolution: bool = True, flux: bool = True, coupling: bool = True,
                        hierarchical: bool = True, read_gates: bool = True, output_final_state: bool = False,
-                       ) -> tuple[Tensor, Tensor | None]:
+                       lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
     """The mixer of a layer, arguments and results as of `parallel_mixer`.
 
-    Computed in float32; products on CUDA as torch.set_float32_matmul_precision says. Raises ValueError naming the first
-    argument whose shape, type or device does not fit.
+    With `lengths`, on a CPU alone, the batch is one row of that many texts one after the other, packed, of so many
+    tokens each; states are then (texts, H, 2, K, K). Computed in float32; products on CUDA as
+    torch.set_float32_matmul_precision says. Raises ValueError naming the first argument whose shape, type or device
+    does not fit.
     """
     inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
               flux_out_bias, o_norm, initial_state)
-    check_inputs(inputs, reverse_heads)
+    check_inputs(inputs, reverse_heads, lengths)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, _ = mixer(*inputs, reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
-                        output_final_state, wanted)
+                        output_final_state, wanted, None if lengths is None else pack_lengths(lengths))
     return o, final if output_final_state else None
 
 
@@ -451,12 +473,12 @@ def pack_mixer_int8(qkv: Tensor, gates: Tensor, *tensors: Tensor) -> tuple[Any, 
 
 
 def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: bool = False, int8: bool = False,
-                ) -> tuple[Tensor, Tensor | None]:
+                lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
     """What a layer's mixer reads, without gradients, of an x that `fuses`: x (B, T, D), mask (B, T) bool -> (B, T, D).
 
-    And the final states (B, H, 2, K, K) or None. By what `layer`, an EnhancedHierarchicalDeltaNet, holds: no hooks
-    are called. In float32 q, k, v and the gates are two products, as joining the weights takes longer for short texts;
-    their biases the kernel's. Raises ValueError for other shapes.
+    And the final states (B, H, 2, K, K) or None. `lengths`: of texts packed into one row. By what `layer`, an
+    EnhancedHierarchicalDeltaNet, holds: no hooks are called. In float32 q, k, v and the gates are two products, as
+    joining the weights takes longer for short texts; their biases the kernel's. Raises ValueError for other shapes.
     """
     rows, (heads, K, _) = x.flatten(0, 1), layer.flux_bilinear.shape
     if mask.shape != x.shape[:2] or x.shape[2] != heads * K:
@@ -472,9 +494,11 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: b
         torch.mm(rows, layer.qkv_proj.weight.T, out=q_k_v)
         torch.mm(rows, layer.gate_proj.weight.T, out=gates)
     o = x.new_empty(x.shape)
-    final = x.new_empty(len(x), heads, 2, K, K) if output_final_state else None
+    final = x.new_empty(len(lengths or x), heads, 2, K, K) if output_final_state else None
     switches = tuple(layer.switches[name] for name in ("convolution", "flux", "coupling", "hierarchical", "read_gates"))
-    kernels("cpu").mixer_forward(o, final, None, proj, mask, None, parameters, None, layer.reverse_heads, switches)
+    table = None if lengths is None else pack_lengths(lengths)
+    kernels("cpu").mixer_forward(o, final, None, proj, mask, None, parameters, None, layer.reverse_heads, switches,
+                                 table)
     return o, final
 
 

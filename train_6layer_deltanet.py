@@ -571,13 +571,17 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
             return cpu.multiply_int8(x.flatten(0, 1), cpu.pack_int8(weight)).view(*x.shape[:2], -1).add_(bias)
         return F.linear(x, weight, bias)
 
-    def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None."""
-        o, state = self.read(x, mask, output_final_state)
+    def forward(self, x: Tensor, mask: Tensor, output_final_state: bool = False, lengths: list[int] | None = None,
+                ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D), mask (B, T) of 0 and 1 -> (B, T, D), and the final states (B, H, 2, K, K) or None.
+
+        `lengths`: of texts packed into one row, by the kernel of `kernel.hierarchical_mixer`.
+        """
+        o, state = self.read(x, mask, output_final_state, lengths)
         return self.o_proj(o), state
 
-    def read(self, x: Tensor, mask: Tensor, output_final_state: bool = False, fused: bool = False,
-             ) -> tuple[Tensor, Tensor | None]:
+    def read(self, x: Tensor, mask: Tensor, output_final_state: bool = False, lengths: list[int] | None = None,
+             fused: bool = False) -> tuple[Tensor, Tensor | None]:
         """`forward` before the output projection; `fused`: by `kernel.begin_layer`, if the text is not too long."""
         heads, channels, tokens = self.cfg.num_heads, self.o_norm.shape[-1], x.shape[0] * x.shape[1]
         if frugal(self) and tokens > PIECE and not output_final_state:  # in this order: compilers would guard the size
@@ -585,27 +589,28 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
             out, some = torch.empty_like(x), max(1, heads * PIECE // tokens)
             for first in range(0, heads, some):
                 part = slice(first, min(first + some, heads))
-                out[..., first * channels:part.stop * channels] = self.mix(x, mask, part)[0]
+                out[..., first * channels:part.stop * channels] = self.mix(x, mask, part, lengths=lengths)[0]
             return out, None
         if fused:
-            return kernel.begin_layer(x, mask, self, output_final_state, self.cfg.int8)
-        o, state = self.mix(x, mask, slice(0, heads), output_final_state)
+            return kernel.begin_layer(x, mask, self, output_final_state, self.cfg.int8, lengths)
+        o, state = self.mix(x, mask, slice(0, heads), output_final_state, lengths)
         return o.to(x.dtype), state
 
     def mix(self, x: Tensor, mask: Tensor, part: slice, output_final_state: bool = False,
-            ) -> tuple[Tensor, Tensor | None]:
+            lengths: list[int] | None = None) -> tuple[Tensor, Tensor | None]:
         """What the heads `part` read, before the output projection (B, T, heads K), and their final states or None."""
         cfg, heads, channels, keep = self.cfg, self.cfg.num_heads, self.o_norm.shape[-1], None
         if self.training and cfg.state_dropout > 0:
             keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
         reverse = max(0, part.stop - max(part.start, heads - self.reverse_heads))
         mixer, proj = self.mixer or kernel.fastest_mixer(x, channels), self.project(x, part)
+        packing = {} if lengths is None else {"lengths": lengths}
         with torch.autocast(x.device.type, enabled=False):
             return mixer(proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part],
                          self.flux_bilinear[part], torch.exp(-self.flux_log_temperature.view(heads)[part]),
                          self.flux_in.weight, self.flux_in.bias, self.flux_out.weight.view(-1), self.flux_out.bias,
                          self.o_norm.view(heads, channels)[part], reverse_heads=reverse,
-                         output_final_state=output_final_state, **self.switches)
+                         output_final_state=output_final_state, **packing, **self.switches)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -616,6 +621,12 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """L2-normalised mean over real tokens. hidden (B, T, D), mask (B, T) -> (B, D)."""
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     return F.normalize((hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=-1)
+
+
+def packed_mean_pool(hidden: Tensor, lengths: list[int]) -> Tensor:
+    """`mean_pool` of texts packed into one row, of so many tokens each. hidden (1, T, D) -> (texts, D)."""
+    text = torch.repeat_interleave(torch.tensor(lengths))
+    return F.normalize(hidden.new_zeros(len(lengths), hidden.shape[-1]).index_add(0, text, hidden[0]), dim=-1)
 
 
 def encode(model: PreTrainedModel, tokenizer: Any, sentences: str | list[str], batch_size: int = 64,
@@ -704,11 +715,20 @@ class DeltaNetStudent(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
+    @property
+    def packs(self) -> bool:
+        """Whether `hidden_states` takes texts packed: by the CPU's kernel, uncompiled, without learned positions."""
+        first, compiled = self.deltanet_layers[0], torch.compiler.is_compiling() or "hidden_states" in vars(self)
+        plain = not (compiled or torch.jit.is_tracing() or self.config.learned_positions)
+        return plain and first.mixer in (None, kernel.hierarchical_mixer) and first.o_norm.device.type == "cpu" \
+            and kernel.has_kernel(first.o_norm)
+
     def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False,
-                      last_alone: bool = False) -> tuple[list[Tensor], Tensor | None]:
+                      lengths: list[int] | None = None, last_alone: bool = False) -> tuple[list[Tensor], Tensor | None]:
         """The output of every block, or of the last alone, (B, T, D) each, and the mean state overlap or None.
 
-        The overlap: see `state_overlap`; 0 without a slow state.
+        `lengths`: of texts packed into one row (1, T), if it `packs`. The overlap: see `state_overlap`; 0 without a
+        slow state.
         """
         positions, states, finals, mask = self.position_embeddings.weight, [], [], mask.bool()
         if self.config.learned_positions:
@@ -735,11 +755,11 @@ class DeltaNetStudent(PreTrainedModel):
         for mixer, norm, ffn, ffn_norm in zip(self.deltanet_layers, self.deltanet_norms, self.deltanet_ffns,
                                               self.ffn_norms):
             if fused:
-                o, final = mixer.read(x, mask, wanted, fused)
+                o, final = mixer.read(x, mask, wanted, lengths, fused)
                 x = x if last_alone else x.clone()
                 x = kernel.finish_layer(x, o, mixer.o_proj, norm, ffn.up, ffn.down, ffn_norm, self.config.int8)
             else:
-                mixed, final = mixer(x, mask, wanted)
+                mixed, final = mixer(x, mask, wanted, lengths)
                 x = norm(add(x, drop(mixed)))
                 x = ffn_norm(add(x, drop(ffn(x))))
             states = [x] if last_alone else [*states, x]
@@ -760,7 +780,18 @@ class DeltaNetStudent(PreTrainedModel):
                 out[start:start + rows, :length] = x
             return BaseModelOutput(last_hidden_state=out)
         # Not the instance's, which may be compiled: evaluation alone would not make up for the compiler's minutes.
-        (hidden,), _ = DeltaNetStudent.hidden_states(self, input_ids, mask, last_alone=True)
+        read = partial(DeltaNetStudent.hidden_states, self, last_alone=True)
+        if frugal(self) and self.packs:
+            real = mask.bool()
+            lengths = real.sum(1)
+            # Padding on the right alone is left out: elsewhere the convolution reads its zeros.
+            if 0 < lengths.sum() < real.numel() and (real[:, 1:] <= real[:, :-1]).all():
+                ids = input_ids[real][None]
+                (hidden,), _ = read(ids, torch.ones_like(ids), lengths=lengths[lengths > 0].tolist())
+                out = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
+                out[real] = hidden[0]
+                return BaseModelOutput(last_hidden_state=out)
+        (hidden,), _ = read(input_ids, mask)
         return BaseModelOutput(last_hidden_state=hidden)
 
     def encode(self, sentences: str | list[str], tokenizer: Any = None, **options: Any) -> np.ndarray | Tensor:
@@ -1534,6 +1565,7 @@ class MicroBatch:
     long: bool = False  # whether the positives are documents and the anchors their queries
     states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, W)
     target: Tensor | None = None  # (2 n + m, W), the teacher's embeddings
+    packed: bool = False  # whether the one group is a row (1, T) of all texts, one after the other
     host_keys: Tensor | None = None  # `keys` on the CPU, where the others are on the device
     copied: Any = None  # event of the stream that copied it
 
@@ -1546,6 +1578,14 @@ class MicroBatch:
     def padded(self) -> int:
         """What they are padded to."""
         return sum(ids.numel() for ids, _ in self.groups)
+
+    def pack(self) -> "MicroBatch":
+        """The same without padding, the teacher's states too: its texts as one row."""
+        real = [mask.bool() for _, mask in self.groups]
+        ids = torch.cat([ids[mask] for (ids, _), mask in zip(self.groups, real)])[None]
+        states = [torch.cat([x[mask] for x, mask in zip(layer, real)])[None] for layer in zip(*self.states)]
+        return replace(self, groups=[(ids, torch.ones_like(ids))], states=[states], lengths=[sum(self.lengths, [])],
+                       packed=True)
 
     @classmethod
     def of(cls, ids: list[np.ndarray], keys: list[np.ndarray], groups: Iterable[tuple[int, int]],
@@ -2314,7 +2354,7 @@ def save_model(folder: Path, student: DeltaNetStudent, tokenizer: Any, cfg: dict
 #   speed/data_wait          share of the interval's time spent waiting for data
 #   speed/slowest_rank       process that took the longest for data and forward passes (only where there are several)
 #   speed/slowest_rank_excess   by how much longer than the average of the others, as a share
-#   data/padding             share of padding among the tokens of a step
+#   data/padding             share of padding among the tokens of a step, as the teacher reads them
 #   long/NAME                of the steps of long documents: total and the losses as above, grad_norm, padding
 #   sts/SPLIT_METRIC         SPLIT validation or test; METRIC spearman, pearson (with gold scores), teacher_agreement
 #                            (Spearman with the teacher's cosines); the set's own name instead of sts if not STS-B
@@ -2468,6 +2508,7 @@ class Trainer:
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
         # Products rounded to float16 change the teacher's STS-B Spearman by 1e-5, to bf16 by 1e-4 (emulated on a CPU).
         self.teacher_autocast = partial(torch.autocast, "cuda", torch.float16) if cuda else self.autocast
+        self.packs = student.packs  # the student reads no padding then; groups of lengths are the teacher's alone
         self.distances: Tensor | None = None  # (2, S): each stratum's squared distances to the teacher, and pairs
         self.kept_weights: dict[tuple, Tensor] = {}
         self.replica = None
@@ -2513,7 +2554,7 @@ class Trainer:
             micro.states = [teacher_states(self.teacher, *group, lengths)
                             for group, lengths in zip(micro.groups, micro.lengths, strict=True)]
         pooled = [self.teacher.pool(s[-1].float(), m) for s, (_, m) in zip(micro.states, micro.groups)]
-        followed = slice(self.teacher.followed)
+        followed = slice(self.teacher.followed if self.cfg["layer_distill_weight"] else 0)
         micro.states = [[self.teacher.without_prompt(x) for x in states[followed]] for states in micro.states]
         micro.target = torch.cat(pooled).index_select(0, micro.restore)
 
@@ -2525,15 +2566,17 @@ class Trainer:
         cfg, vectors, widen = self.cfg, [], widening(self.student)
         local: dict[str, list[Tensor]] = defaultdict(list)
         torch.manual_seed(seed)
-        for (ids, mask), target in zip(micro.groups, micro.states):
+        for (ids, mask), target, lengths in zip(micro.groups, micro.states, micro.lengths):
+            packing = [lengths] if micro.packed else []
             with self.autocast():
-                states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]))
-            vectors.append(widen(mean_pool(states[-1].float(), mask)))
+                states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]), *packing)
+            last = states[-1].float()
+            vectors.append(widen(packed_mean_pool(last, lengths) if micro.packed else mean_pool(last, mask)))
             if cfg["layer_distill_weight"]:
                 local["layer_distill"].append(
                     layer_distillation_loss([widen(x) for x in states], target, mask, tokens))
             if overlap is not None:
-                local["ortho_state_reg"].append(overlap * (len(ids) / sentences))
+                local["ortho_state_reg"].append(overlap * (len(lengths) / sentences))
         summed = {name: sum(parts[1:], parts[0]) for name, parts in local.items()}
         return torch.cat(vectors).index_select(0, micro.restore), summed
 
@@ -2589,6 +2632,7 @@ class Trainer:
         tokens, sentences = sum(m.tokens for m in batch), sum(len(m.restore) for m in batch)
         for i in own:
             self.teach(batch[i])
+            batch[i] = batch[i].pack() if self.packs else batch[i]
         seeds = [stable_seed(cfg["seed"], "dropout", step, i) for i in range(len(batch))]
         differentiable = self.replica or self.forward
         with torch.set_grad_enabled(not cached):

@@ -1,6 +1,7 @@
 """Speed of `encode`: against SentenceTransformer with the teacher's weights, both in onnxruntime too; on long texts.
 
     python bench/encode.py            16 to 512 tokens against MiniLM; 2,048 to 32,768 against its architecture
+    python bench/encode.py --data_dir DIR    real texts too: of its pairs, and the sentences of STS-B dev
     python bench/encode.py --long     16 to 512 tokens alone
     python bench/encode.py --threads 2 --json results/bench/encode.json --plot results/bench/throughput.png
     python bench/encode.py --quick    does it work? under a minute
@@ -14,6 +15,9 @@ On a CPU both take further turns with their linear layers in int8: the student a
 PyTorch's `quantize_dynamic`. Then onnxruntime takes its turns on the same texts: the student's `--onnx` and `--int8`
 files, and the teacher's own, exported by PyTorch and quantised in the same way.
 
+Real texts, of different lengths, are read by both through SentenceTransformer, `--batch_size` at a time, sorted by
+their characters as it does, a batch padded to its longest text. On a CPU the student leaves the padding out.
+
 Long texts are encoded one at a time. The attention architecture is a random BERT of the teacher's shapes whose position
 table is as long as the text, with PyTorch's scaled_dot_product_attention. Memory: peak of one text above the loaded,
 used model, in a fresh process for each length. A length is not run where memory or `--time_limit` would not do, and the
@@ -25,6 +29,8 @@ import argparse
 import copy
 import sys
 import warnings
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +191,38 @@ def short_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, toke
     return rows
 
 
+def real_texts(cfg: dict[str, Any], count: int) -> dict[str, list[str]]:
+    """By name, at most `count` sentences of STS-B dev, and first and second texts of pairs, as many of each source."""
+    sources = script.find_sources(cfg)
+    pairs = [row for _, file in sources for row in islice(script.read_pairs(file), -(-count // (2 * len(sources))))]
+    return {"sentences": [text for row in script.load_sts(cfg, "dev") for text in row[:2]][:count],
+            "pairs": [text for row in pairs for text in row[:2]][:count]}
+
+
+def real_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, tokenizer: Any,
+              scratch: Path) -> list[dict[str, Any]]:
+    """Both through SentenceTransformer, in float32 and on a CPU in int8, on texts of `data_dir`."""
+    from sentence_transformers import SentenceTransformer
+    minilm, rows = sentence_transformer(script.find_teacher(cfg["teacher_model"])[0], student.device), []
+    script.save_model(scratch / "student", student, tokenizer, cfg | {"max_length": 512}, {})
+    opened = partial(SentenceTransformer, str(scratch / "student"), trust_remote_code=True, device=str(student.device))
+    cases = {"student": opened(), "minilm": minilm}
+    if student.device.type == "cpu":
+        cases |= in_int8(student, minilm) | {"student_torch_int8": opened(config_kwargs={"int8": True})}
+    for name, texts in real_texts(cfg, args.texts).items():
+        note(f"{len(texts)} real texts: {name}")
+        lengths = sorted(map(len, script.tokenise(tokenizer, texts, 512)))
+        seconds = interleaved({case: lambda x, model=model: model.encode(x, batch_size=args.batch_size,
+                                                                         show_progress_bar=False)
+                               for case, model in cases.items()}, [texts], args.repeats)
+        rows.append({"name": name, "texts": len(texts), "tokens": sum(lengths),
+                     "median_length": lengths[len(texts) // 2],
+                     **{k: {"seconds": spread(s), "texts_per_s": rate(len(texts), s)} for k, s in seconds.items()},
+                     **{f"{case}_against_minilm": ratio(seconds["minilm"], seconds[case])
+                        for case in cases if case != "minilm"}})
+    return rows
+
+
 def not_run(args: argparse.Namespace, cfg: dict[str, Any], length: int, device: torch.device,
             before: tuple[int, float] | None) -> str | None:
     """Why attention is not run at this length, or None. `before`: a shorter length and its seconds (quadratic)."""
@@ -246,7 +284,7 @@ def worker(kinds: list[str], cfg: dict[str, Any], length: int) -> dict[str, Any]
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rows."""
     if args.quick:
-        args.lengths, args.long, args.tokens = [16, 128], [1024], 256
+        args.lengths, args.long, args.tokens, args.texts = [16, 128], [1024], 256, 16
         args.repeats, args.long_repeats, args.short_texts = 2, 2, 1
     if args.plot and not args.plot.absolute().parent.is_dir():
         raise script.UserError(f"--plot {args.plot}: no such folder")
@@ -257,7 +295,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     short = short_rows(args, cfg, student, tokenizer, folder) if args.lengths else []
     result |= {"settings": {"repeats": args.repeats, "long_repeats": args.long_repeats, "batch_size": args.batch_size,
                             "short_texts": args.short_texts, "time_limit": args.time_limit},
-               "rows": short, "long": long_rows(args, cfg, student, tokenizer) if args.long else []}
+               "rows": short, "real": real_rows(args, cfg, student, tokenizer, folder) if args.data_dir else [],
+               "long": long_rows(args, cfg, student, tokenizer) if args.long else []}
     if args.plot:
         plot(result, args.plot)
     return result
@@ -293,6 +332,12 @@ def page(result: dict[str, Any]) -> str:
             "student / teacher ONNX": lambda r: shown(r["onnx_against_teacher_onnx"], ".2f"),
             "student int8 / ONNX": lambda r: shown(r["int8_against_onnx"], ".2f"),
             "student / teacher int8": lambda r: shown(r["int8_against_teacher_int8"], ".2f")})
+    if result["real"]:
+        names = [name for name in ("student", "student_torch_int8", "minilm_torch_int8") if name in result["real"][0]]
+        lines += table("real texts a second, by SentenceTransformer", result["real"], {
+            "texts": lambda r: f"{r['texts']} {r['name']}", "tokens, median": lambda r: str(r["median_length"]),
+            **{name: lambda r, name=name: shown(r[name]["texts_per_s"]) for name in ("minilm", *names)},
+            **{f"{name} / minilm": lambda r, name=name: shown(r[f"{name}_against_minilm"], ".2f") for name in names}})
     lines += table(f"long texts, one at a time, {s['long_repeats']} repeats, beside {s['short_texts']} of {SHORT} "
                    "tokens, also one at a time; peak memory above the model", result["long"], {
         "tokens": lambda r: f"{r['length']:,}", "seconds": lambda r: shown(r["seconds"]),
@@ -336,6 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     p = parser(__doc__)
     p.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens of the short texts")
     p.add_argument("--long", nargs="*", type=int, default=list(LONG), help="tokens of the long texts")
+    p.add_argument("--texts", type=int, default=1500, help="real texts of a kind, of data_dir")
     p.add_argument("--tokens", type=int, default=16384, help="tokens of all texts of a short length")
     p.add_argument("--batch_size", type=int, default=32, help="texts a batch, SentenceTransformer's default")
     p.add_argument("--short_texts", type=int, default=4, help="texts of 512 tokens beside a long one")

@@ -71,7 +71,9 @@ class Operators(TorchDispatchMode):
 def make_trainer(cfg: dict[str, Any]) -> tuple[script.Trainer, torch.optim.AdamW]:
     teacher = random_teacher(cfg)
     student = script.build_student(cfg, teacher).train()
-    return script.Trainer(student, teacher, cfg), script.build_optimizer(student, cfg)
+    trainer = script.Trainer(student, teacher, cfg)
+    trainer.packs = False  # as on a GPU
+    return trainer, script.build_optimizer(student, cfg)
 
 
 def count_step(trainer: script.Trainer, optimizer: torch.optim.AdamW, **sizes: int) -> tuple[Counter, int]:

@@ -57,6 +57,8 @@ Batch = list[script.MicroBatch]
 class AttentionStudent(nn.Module):
     """The teacher's architecture as a student: what `Trainer`, `build_optimizer` and the losses ask of one."""
 
+    packs = False  # PyTorch's attention on a CPU reads padded texts
+
     def __init__(self, cfg: dict[str, Any], teacher: script.Teacher):
         super().__init__()
         self.config = type(teacher.config).from_dict(teacher.config.to_dict() | {
@@ -214,7 +216,7 @@ class Floor:
     """The matrix products of a step, to be run on memory of the right shapes; nothing is allocated when they run."""
 
     def __init__(self, cfg: dict[str, Any], teacher: script.Teacher, student: script.DeltaNetStudent):
-        self.cfg, self.teacher, self.student = cfg, teacher.config, student.config
+        self.cfg, self.teacher, self.student, self.packs = cfg, teacher.config, student.config, student.packs
         self.device = next(teacher.parameters()).device
         self.dtype = torch.bfloat16 if cfg["precision"] == "bf16" else torch.float32
         self.memory: dict[Any, Tensor] = {}
@@ -244,13 +246,15 @@ class Floor:
         s, t, linear, other = self.student, self.teacher, [], []
         d, projected = s.d_model, -(-(3 * s.d_model + 5 * s.num_heads) // 16) * 16
         forward = "ff" if len(batch) > 1 else "f"  # gradient-cached: the student goes forward twice
-        for n, length in (ids.shape for micro in batch for ids, _ in micro.groups):
-            rows, h = n * length, t.num_attention_heads
+        groups = [ids.shape for micro in batch for ids, _ in micro.groups]
+        for n, length in groups:
+            h = t.num_attention_heads
             for _ in range(t.num_hidden_layers):
                 for fan_in, fan_out in [(d, d)] * 4 + [(d, t.intermediate_size), (t.intermediate_size, d)]:
-                    linear += self.linear(rows, fan_in, fan_out, "f")
+                    linear += self.linear(n * length, fan_in, fan_out, "f")
                 for shape in ((length, d // h, length), (length, length, d // h)):
                     other.append(self.product(n * h, *shape, self.dtype))
+        for rows in [micro.tokens for micro in batch] if self.packs else [n * length for n, length in groups]:
             for layer in range(s.num_layers):
                 first = forward + ("w" if layer == 0 and not self.cfg["train_embeddings"] else "iw")
                 linear += self.linear(rows, d, projected, first)

@@ -65,8 +65,8 @@ def test_train_step(tmp_path):
     positive(result["reference"], "student_seconds", "reference_seconds", "speed_against_reference")
 
 
-def test_encode(tmp_path):
-    result = quick("encode", tmp_path, "--plot", str(tmp_path / "plot.png"))
+def test_encode(tmp_path, corpus):
+    result = quick("encode", tmp_path, "--plot", str(tmp_path / "plot.png"), "--data_dir", str(corpus))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [row["length"] for row in result["rows"]] == [16, 128]
     assert [row["length"] for row in result["long"]] == [1024]
@@ -78,6 +78,11 @@ def test_encode(tmp_path):
         positive(row, "student_onnx_against_minilm", "onnx_against_teacher_onnx",
                  "int8_against_onnx", "int8_against_teacher_int8", "student_torch_int8_against_minilm",
                  "torch_int8_against_torch", "torch_int8_against_minilm_torch_int8")
+    assert [(row["name"], row["texts"]) for row in result["real"]] == [("sentences", 16), ("pairs", 16)]
+    for row in result["real"]:
+        positive(row, "tokens", "median_length", "student_against_minilm", "student_torch_int8_against_minilm")
+        for kind in ("student", "minilm", "student_torch_int8", "minilm_torch_int8"):
+            positive(row[kind], "seconds", "texts_per_s")
     for row in result["long"]:
         assert row["attention_not_run"] is None
         positive(row, "seconds", "seconds_per_token", "tokens_per_s", "time_per_token_over_short", "attention_seconds",

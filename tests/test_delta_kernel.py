@@ -457,6 +457,95 @@ def test_without_gradients_a_layer_is_the_same(width, threads, monkeypatch):
         torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
 
 
+# Packed texts
+
+
+@pytest.mark.parametrize("channels", [32, 24])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_packed_texts_are_those_texts(channels, state, threads):
+    lengths = [5, 40, 1, 100, 33, 32, 64, 65, 7]
+    inputs = example(sum(lengths), channels=channels, batch=1)
+    inputs[11] = 0.25 * torch.randn(len(lengths), 2, 2, channels, channels) if state else None
+
+    def apart(proj, mask, keep, *parameters, **options):
+        states = [None] * len(lengths) if parameters[-1] is None else parameters[-1].split(1)
+        texts = zip(proj.split(lengths, 1), mask.split(lengths, 1), keep.split(lengths, 1), states)
+        found = [script.kernel.hierarchical_mixer(*text, *parameters[:-1], initial, **options)
+                 for *text, initial in texts]
+        return torch.cat([o for o, _ in found], 1), torch.cat([final for _, final in found])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        packed = partial(script.kernel.hierarchical_mixer, lengths=lengths)
+        for a, b in zip(results(packed, inputs), results(apart, inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("lengths", [[4, 5], [10, 0], [12, -2], []])
+def test_wrong_lengths_are_one_clear_line(lengths):
+    with pytest.raises(ValueError, match="need lengths above 0 that sum to the 10 tokens"):
+        script.kernel.hierarchical_mixer(*example(10, batch=1)[:-1], lengths=lengths)
+    with pytest.raises(ValueError, match="need lengths above 0 that sum to the 5 tokens"):
+        script.kernel.hierarchical_mixer(*example(5, batch=2)[:-1], lengths=[5, 5])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("piece", [script.PIECE, 90])  # the second: a few texts at a time
+def test_padding_on_the_right_is_left_out(int8, piece, monkeypatch):
+    student, rows, hidden_states = int8_student(), [], script.DeltaNetStudent.hidden_states
+
+    def counted(self, ids, *args, **options):
+        rows.append(ids.numel())
+        return hidden_states(self, ids, *args, **options)
+
+    monkeypatch.setattr(script, "PIECE", piece)
+    monkeypatch.setattr(script.DeltaNetStudent, "hidden_states", counted)
+    ids, mask = torch.randint(50, (5, 40)), torch.zeros(5, 40, dtype=torch.int64)
+    for row, length in enumerate((3, 40, 0, 33, 21)):
+        mask[row, :length] = 1
+    found = last_states(student, ids, mask, int8=int8)
+    assert sum(rows) in (97, 97 + 40) and not found[mask == 0].any()  # one text may be a piece without padding
+    with monkeypatch.context() as patch:
+        patch.setattr(script.DeltaNetStudent, "packs", False)
+        expected = last_states(student, ids, mask, int8=int8)
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
+
+    left, hole, none = mask.flip(1), mask.clone(), torch.zeros_like(mask)
+    hole[1, 7:9] = 0
+    for other in (left, hole, none, torch.ones_like(mask)):  # there the convolution reads zeros
+        rows.clear()
+        found = last_states(student, ids, other, int8=int8)
+        if other is not none:
+            assert sum(rows) == ids.numel() or piece == 90
+        with monkeypatch.context() as patch:
+            patch.setattr(script.DeltaNetStudent, "packs", False)
+            expected = last_states(student, ids, other, int8=int8)
+        torch.testing.assert_close(found[other == 1], expected[other == 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("why", ["positions", "compiled", "mixer", "no kernel"])
+def test_what_does_not_pack_reads_padding(why, monkeypatch):
+    student = int8_student(int8=False, learned_positions=why == "positions")
+    ids, mask = torch.randint(50, (2, 12)), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, 4:] = 0
+    assert why == "positions" or student.packs
+    expected = last_states(student, ids, mask, int8=False)[mask == 1]
+    if why == "compiled":
+        student.hidden_states = partial(script.DeltaNetStudent.hidden_states, student)
+    elif why == "mixer":
+        for layer in student.deltanet_layers:
+            layer.mixer = script.kernel.parallel_mixer
+    elif why == "no kernel":
+        monkeypatch.setattr(script.kernel, "DEVICES", {})
+        monkeypatch.setattr(script.kernel, "PACKAGES", {})
+    assert not student.packs
+    torch.testing.assert_close(last_states(student, ids, mask, int8=False)[mask == 1], expected, rtol=1e-4, atol=1e-5)
+
+
 # int8
 
 

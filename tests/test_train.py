@@ -505,6 +505,23 @@ def test_cached_gradients_equal_one_backward_with_dropout(generated, teacher_and
     assert gradients[True][1] == pytest.approx(gradients[False][1], rel=1e-5)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_packed_gradients_equal_those_of_padded_texts(generated, teacher_and_tokenizer, cached):
+    cfg, data = generated
+    teacher, _ = teacher_and_tokenizer
+    student = script.build_student(cfg | {"dropout": 0.0, "state_dropout": 0.0}, teacher).train()
+    trainer, found = script.Trainer(student, teacher, cfg), {}
+    batch = data.batch(1)
+    assert trainer.packs and sum(m.tokens for m in batch) < sum(m.padded for m in batch)
+    for trainer.packs in (True, False):
+        student.zero_grad()
+        losses = {name: x.item() for name, x in trainer.step_gradients(batch, 1, cached).items()}
+        found[trainer.packs] = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}, losses
+    assert found[True][1] == pytest.approx(found[False][1], rel=1e-5) and {*script.LOSS_WEIGHTS} <= {*found[True][1]}
+    for name, expected in found[False][0].items():
+        torch.testing.assert_close(found[True][0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_teacher_scores_on_sts_b(data_dir, teacher_and_tokenizer):
     cfg = small_config(data_dir=str(data_dir), sts_name="stsb")
     scores = script.evaluate_sts(*teacher_and_tokenizer, script.load_sts(cfg, "test"))
