@@ -147,7 +147,7 @@ config: dict[str, Any] = {
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
     "num_proc": 0,  # processes that tokenise; 0: this one, with the tokenizer's own threads
-    "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
+    "length_groups": 4,  # lengths that a micro-batch's sentences are split into; on a CPU the teacher's alone
     "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128,160,192,256,320,384,448",  # of batches, in tokens
     # evaluation and output
     "sts_name": "auto",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz; auto: stsb, else generated
@@ -718,10 +718,10 @@ class DeltaNetStudent(PreTrainedModel):
     @property
     def packs(self) -> bool:
         """Whether `hidden_states` takes texts packed: by the CPU's kernel, uncompiled, without learned positions."""
-        first, compiled = self.deltanet_layers[0], torch.compiler.is_compiling() or "hidden_states" in vars(self)
-        plain = not (compiled or torch.jit.is_tracing() or self.config.learned_positions)
-        return plain and first.mixer in (None, kernel.hierarchical_mixer) and first.o_norm.device.type == "cpu" \
-            and kernel.has_kernel(first.o_norm)
+        first, compiling = self.deltanet_layers[0], torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        compiled = compiling or torch.jit.is_tracing() or "hidden_states" in vars(self)
+        own = first.mixer in (None, kernel.hierarchical_mixer) and not (compiled or self.config.learned_positions)
+        return own and first.o_norm.device.type == "cpu" and kernel.has_kernel(first.o_norm)
 
     def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False,
                       lengths: list[int] | None = None, last_alone: bool = False) -> tuple[list[Tensor], Tensor | None]:
@@ -781,7 +781,7 @@ class DeltaNetStudent(PreTrainedModel):
             return BaseModelOutput(last_hidden_state=out)
         # Not the instance's, which may be compiled: evaluation alone would not make up for the compiler's minutes.
         read = partial(DeltaNetStudent.hidden_states, self, last_alone=True)
-        if frugal(self) and self.packs:
+        if len(input_ids) > 1 and self.packs:
             real = mask.bool()
             lengths = real.sum(1)
             # Padding on the right alone is left out: elsewhere the convolution reads its zeros.
@@ -1565,7 +1565,7 @@ class MicroBatch:
     long: bool = False  # whether the positives are documents and the anchors their queries
     states: list[list[Tensor]] | None = None  # of every group, the teacher's hidden states of each layer (N, T, W)
     target: Tensor | None = None  # (2 n + m, W), the teacher's embeddings
-    packed: bool = False  # whether the one group is a row (1, T) of all texts, one after the other
+    packed: bool = False  # whether each group is a row (1, T) of several texts, one after the other
     host_keys: Tensor | None = None  # `keys` on the CPU, where the others are on the device
     copied: Any = None  # event of the stream that copied it
 
@@ -1579,13 +1579,20 @@ class MicroBatch:
         """What they are padded to."""
         return sum(ids.numel() for ids, _ in self.groups)
 
-    def pack(self) -> "MicroBatch":
-        """The same without padding, the teacher's states too: its texts as one row."""
-        real = [mask.bool() for _, mask in self.groups]
-        ids = torch.cat([ids[mask] for (ids, _), mask in zip(self.groups, real)])[None]
-        states = [torch.cat([x[mask] for x, mask in zip(layer, real)])[None] for layer in zip(*self.states)]
-        return replace(self, groups=[(ids, torch.ones_like(ids))], states=[states], lengths=[sum(self.lengths, [])],
-                       packed=True)
+    def pack(self, most: int = 2048) -> "MicroBatch":
+        """The same without padding, the teacher's states too: whole texts in rows of some `most` tokens.
+
+        So many a CPU's caches hold.
+        """
+        real, lengths = [mask.bool() for _, mask in self.groups], np.concatenate(self.lengths)
+        ids, *layers = (torch.cat([x[mask] for x, mask in zip(parts, real)])
+                        for parts in ([ids for ids, _ in self.groups], *zip(*self.states)))
+        ends = np.cumsum(lengths)
+        texts = np.split(np.arange(len(ends)), np.flatnonzero(np.diff((ends - 1) // most)) + 1)
+        rows = [slice(ends[part[0]] - lengths[part[0]], ends[part[-1]]) for part in texts]
+        return replace(self, groups=[(ids[None, row], torch.ones_like(ids[None, row])) for row in rows],
+                       states=[[x[None, row] for x in layers] for row in rows],
+                       lengths=[lengths[part].tolist() for part in texts], packed=True)
 
     @classmethod
     def of(cls, ids: list[np.ndarray], keys: list[np.ndarray], groups: Iterable[tuple[int, int]],

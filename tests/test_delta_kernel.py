@@ -527,6 +527,20 @@ def test_padding_on_the_right_is_left_out(int8, piece, monkeypatch):
         torch.testing.assert_close(found[other == 1], expected[other == 1], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_is_left_out_with_gradients_too(monkeypatch):
+    student, found = int8_student(int8=False), {}
+    ids, mask = torch.randint(50, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
+    mask[1, 4:] = 0
+    for packs in (True, False):
+        monkeypatch.setattr(script.DeltaNetStudent, "packs", packs)
+        student.zero_grad()
+        (script.mean_pool(student(ids, mask).last_hidden_state, mask) * torch.linspace(-1, 1, 64)).sum().backward()
+        found[packs] = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    assert found[True].keys() == found[False].keys()
+    for name, expected in found[False].items():
+        torch.testing.assert_close(found[True][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("why", ["positions", "compiled", "mixer", "no kernel"])
 def test_what_does_not_pack_reads_padding(why, monkeypatch):
     student = int8_student(int8=False, learned_positions=why == "positions")

@@ -39,6 +39,7 @@ def setting(device: str = "cpu", tokens: int = 12, **changes: Any,
     shapes = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     teacher = script.Teacher(BertModel(shapes, add_pooling_layer=False)).to(device)
     trainer = script.Trainer(script.build_student(cfg, teacher).to(device).train(), teacher, cfg)
+    trainer.packs = False  # as on a GPU
     trainer.distances = torch.zeros(2, 3, dtype=torch.float64, device=device)
     batch = make_batch(cfg | {"max_length": tokens})
     for micro in batch:
