@@ -92,6 +92,7 @@ def test_texts_that_start_from_nothing(length, channels, case, final):
     assert_equal(kernel, expected)
 
 
+@pytest.mark.slow  # compiles for another processor
 def test_processors_with_more_or_fewer_registers(monkeypatch, tmp_path):
     """The kernel once more, with the width of narrow vectors (16 or 8) that it does not take on this processor."""
     narrow = 24 - script.kernel.kernels("cpu").NARROW

@@ -469,7 +469,7 @@ def test_mteb_teacher_and_student_on_stsbenchmark(data_dir, teacher_and_tokenize
 # detect_hardware.py
 
 
-@pytest.mark.parametrize("batch, length, parts", [(32, 64, 1), (16, 128, 2)])
+@pytest.mark.parametrize("batch, length, parts", [pytest.param(32, 64, 1, marks=pytest.mark.slow), (16, 128, 2)])
 def test_memory_estimate_is_within_a_quarter_of_the_measured_peak(batch, length, parts):
     cfg = script.config | {"batch_size": batch, "max_length": length, "gradient_accumulation_steps": parts,
                            "device": "cpu", "threads": 1}

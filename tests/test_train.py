@@ -200,6 +200,7 @@ def test_a_teacher_that_has_not_run_yet_is_compiled(compilable):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_use_of_a_compiled_student_has_its_graph(compilable):
     """A whole run's kinds of calls are more than PyTorch's default limit of 8, beyond which the next one fails."""
     from torch._dynamo.testing import CompileCounter
