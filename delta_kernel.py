@@ -4,7 +4,8 @@ For each sentence and head the kernel reads the input projection's own rows and 
 normalisation, resonance flux, gates, both delta-rule states and the output norm, token by token: the states (2 x 32 x
 32 numbers) stay in the first-level cache, so the sequential form is the fast one on a CPU. Where no initial states are
 given, the first BLOCK tokens are done without states (`recur_from_zero`) in the backward pass, and in the forward pass
-if no more follow (padding counts) and no final states are wanted. The formulas are those of `parallel_mixer`, its twin
+if no more follow (padding counts) and no final states are wanted. Texts may also be packed, several in one row without
+padding: a table says where each begins (`pack_lengths`). The formulas are those of `parallel_mixer`, its twin
 in PyTorch; the tests compare the two. For `begin_layer` it also adds the projections' biases. Below it stand the
 kernels of what is between a layer's other matrix products, GELU and layer normalisation, and of products in int8.
 
@@ -1471,8 +1472,8 @@ def compiled(kernel: Callable) -> Any:
 def in_threads(kernel: Callable, tasks: int, threads: int, *arguments: Any) -> None:
     """The kernel with these arguments on so many threads, this one among them. Safe for concurrent callers.
 
-    The threads need nothing of Python meanwhile. Tensors: float32, bool or uint8, one number after the other, None: an
-    empty one; ValueError for those without memory on a CPU, MemoryError if no thread got its work space.
+    The threads need nothing of Python meanwhile. Tensors: float32, bool, uint8 or int64, one number after the other,
+    None: an empty one; ValueError for those without memory on a CPU, MemoryError if no thread got its work space.
     """
     call, function = array("q", (0, 0)), compiled(kernel).ctypes
     for x in arguments:

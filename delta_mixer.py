@@ -232,27 +232,31 @@ def outputs(proj: Tensor, conv_weight: Tensor, output_final_state: bool, save_st
             table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for o (B, T, H K), the final states (B, H, 2, K, K) or (0,), and the kept states or (0,).
 
-    Those are of the starts of all blocks but the first, (B, H, blocks - 1, 2, K, K filled up to a multiple of 16), of
-    packed texts each text's for itself.
+    Those are of the starts of all blocks but the first, (B, H, blocks - 1, 2, K, K filled up to a multiple of 16). Of
+    packed texts each has as many blocks as its length makes, and all stand in one row, (states, 2, K, ...): the `table`
+    says how many, so that these cannot be traced.
     """
     (batch, length, _), (_, _, heads, K) = proj.shape, conv_weight.shape
     kept, new = (batch, heads, -(-length // BLOCK) - 1), proj.new_empty
     if table is not None:
-        batch, kept = len(table) - 1, (heads, int(table[-1, 1]))
+        batch, kept = len(table) - 1, (heads * int(table[-1, 1]),)
     return (new(*proj.shape[:2], heads * K, dtype=torch.float32),
             new((batch, heads, 2, K, K) if output_final_state else (0,), dtype=torch.float32),
             new((*kept, 2, K, -(-K // 16) * 16) if save_states else (0,), dtype=torch.float32))
 
 
-def pack_lengths(lengths: Sequence[int]) -> Tensor:
-    """Of every text of these lengths, and of the end: its first token, and the states kept of those before it."""
+def pack_lengths(lengths: Sequence[int] | None, x: Tensor) -> Tensor | None:
+    """Of every text, and of the end, its first token and the states kept of those before it: (texts + 1, 2) int64.
+
+    Raises ValueError unless `lengths` are those of texts packed into x (1, T, ...) on a CPU; None: of none.
+    """
+    if lengths is None:
+        return None
+    if len(x) != 1 or not x.is_cpu or sum(lengths) != x.shape[1] or min(lengths, default=0) < 1:
+        raise ValueError(f"need lengths above 0 that sum to the {x.shape[1]} tokens of one row on a CPU, got "
+                         f"{list(lengths)[:8]} for {tuple(x.shape)} on {x.device}")
     kept = [max(0, length - 1) // BLOCK for length in lengths]
     return torch.tensor([*zip(itertools.accumulate(lengths, initial=0), itertools.accumulate(kept, initial=0))])
-
-
-def packing(table: Tensor | None) -> tuple[Tensor, ...]:
-    """The argument of packed texts, which the CPU's kernel alone takes."""
-    return () if table is None else (table,)
 
 
 @torch.library.custom_op(f"{__package__}::mixer", mutates_args=())
@@ -265,7 +269,8 @@ def mixer(proj: Tensor, mask: Tensor, keep: Optional[Tensor], conv_weight: Tenso
                   o_norm]
     found = outputs(proj, conv_weight, output_final_state, save_states, table)
     kernels(proj.device.type).mixer_forward(*found, proj, mask, keep, parameters, initial_state, reverse_heads,
-                                            (convolution, flux, coupling, hierarchical, read_gates), *packing(table))
+                                            (convolution, flux, coupling, hierarchical, read_gates),
+                                            *([] if table is None else [table]))  # the CPU's alone takes one
     return found
 
 
@@ -280,7 +285,7 @@ def mixer_backward(grad_o: Tensor, grad_final: Optional[Tensor], saved: Tensor, 
                   o_norm]
     grad_proj, *grads, grad_initial = kernels(proj.device.type).mixer_backward(
         grad_o, grad_final, saved, proj, mask, keep, parameters, initial_state, reverse_heads,
-        (convolution, flux, coupling, hierarchical, read_gates), *packing(table))
+        (convolution, flux, coupling, hierarchical, read_gates), *([] if table is None else [table]))
     # Copied, as an operator's results may not share memory: those of parameters are parts of a few sums.
     return [grad_proj.to(proj.dtype), *(x.to(of.dtype, copy=True).contiguous() for x, of in zip(grads, parameters)),
             grad_initial]
@@ -323,8 +328,11 @@ def differentiate(ctx, grad_o, grad_final, _):
 mixer.register_autograd(differentiate, setup_context=keep_inputs)
 
 
-def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int, lengths: Sequence[int] | None = None) -> None:
-    """ValueError if an argument of the mixer does not fit the others: the kernel reads memory by these shapes."""
+def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int, packed: int | None = None) -> None:
+    """ValueError if an argument of the mixer does not fit the others: the kernel reads memory by these shapes.
+
+    `packed`: the number of texts that are packed into one row.
+    """
     proj, mask, keep, conv, *_ = inputs
     if proj.dim() != 3 or conv.dim() != 4:
         raise ValueError(f"need proj (B, T, R) and conv_weight (4, 3, H, K), got {tuple(proj.shape)}, "
@@ -338,11 +346,7 @@ def check_inputs(inputs: tuple[Tensor | None, ...], reverse_heads: int, lengths:
     shapes = {"mask": (batch, length), "keep": (batch, length, heads), "conv_weight": (4, 3, heads, K),
               "flux_bilinear": (heads, K, K), "flux_scale": (heads,), "flux_in_weight": (HIDDEN, 2 * K + 1),
               "flux_in_bias": (HIDDEN,), "flux_out_weight": (HIDDEN,), "flux_out_bias": (1,), "o_norm": (heads, K),
-              "initial_state": (batch if lengths is None else len(lengths), heads, 2, K, K)}
-    if lengths is not None and not (batch == 1 and proj.device.type == "cpu" and sum(lengths) == length
-                                    and min(lengths, default=0) > 0):
-        raise ValueError(f"need lengths above 0 that sum to the {length} tokens of one row on a CPU, got "
-                         f"{list(lengths)[:8]} for {tuple(proj.shape)} on {proj.device}")
+              "initial_state": (packed or batch, heads, 2, K, K)}
     for (name, shape), x in zip(shapes.items(), inputs[1:]):
         flags = name in ("mask", "keep")
         if x is None and name in ("keep", "initial_state"):
@@ -367,10 +371,11 @@ def hierarchical_mixer(proj: Tensor, mask: Tensor, keep: Tensor | None, conv_wei
     """
     inputs = (proj, mask, keep, conv_weight, flux_bilinear, flux_scale, flux_in_weight, flux_in_bias, flux_out_weight,
               flux_out_bias, o_norm, initial_state)
-    check_inputs(inputs, reverse_heads, lengths)
+    table = pack_lengths(lengths, proj)
+    check_inputs(inputs, reverse_heads, None if lengths is None else len(lengths))
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final, _ = mixer(*inputs, reverse_heads, convolution, flux, coupling, hierarchical, read_gates,
-                        output_final_state, wanted, None if lengths is None else pack_lengths(lengths))
+                        output_final_state, wanted, table)
     return o, final if output_final_state else None
 
 
@@ -480,7 +485,7 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: b
     EnhancedHierarchicalDeltaNet, holds: no hooks are called. In float32 q, k, v and the gates are two products, as
     joining the weights takes longer for short texts; their biases the kernel's. Raises ValueError for other shapes.
     """
-    rows, (heads, K, _) = x.flatten(0, 1), layer.flux_bilinear.shape
+    rows, (heads, K, _), table = x.flatten(0, 1), layer.flux_bilinear.shape, pack_lengths(lengths, x)
     if mask.shape != x.shape[:2] or x.shape[2] != heads * K:
         raise ValueError(f"need x (B, T, {heads * K}) and mask (B, T), got {tuple(x.shape)} and {tuple(mask.shape)}")
     if int8:
@@ -496,7 +501,6 @@ def begin_layer(x: Tensor, mask: Tensor, layer: nn.Module, output_final_state: b
     o = x.new_empty(x.shape)
     final = x.new_empty(len(lengths or x), heads, 2, K, K) if output_final_state else None
     switches = tuple(layer.switches[name] for name in ("convolution", "flux", "coupling", "hierarchical", "read_gates"))
-    table = None if lengths is None else pack_lengths(lengths)
     kernels("cpu").mixer_forward(o, final, None, proj, mask, None, parameters, None, layer.reverse_heads, switches,
                                  table)
     return o, final

@@ -93,7 +93,7 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
       5 H (gates), D for the distance to the teacher; 2 D (D / H) a block of 32 tokens but the first, for the states; on
       CUDA in bf16 6 D less. While one layer runs backwards on CUDA, it holds further 8 D a token, and 4 D (D / H) a
       chunk of 16.
-    The teacher's hidden states are kept for all micro-batches, the rest for one.
+    The teacher's hidden states are kept for all micro-batches, if a loss needs them, the rest for one.
     """
     d, heads, layers, length = cfg["d_model"], cfg["num_heads"], cfg["num_layers"], cfg["max_length"]
     bf16, parts = cfg["precision"] == "bf16", cfg["gradient_accumulation_steps"]
@@ -103,12 +103,13 @@ def estimate_memory(cfg: dict[str, Any], sentences_per_pair: int = 2) -> dict[st
     teacher = 30522 * d + 514 * d + layers * (12 * d * d + 13 * d) + 2 * d
     sentences = sentences_per_pair * cfg["batch_size"]
     part = -(-cfg["batch_size"] // parts) * sentences_per_pair
+    taught = sentences if cfg["layer_distill_weight"] else part
     cuda, blocks = cfg["device"] == "cuda", (length - 1) // 32
     per_token = (12 + (4 - 6 * bf16) * cuda) * d + 5 * heads + (d if cfg["layer_distill_weight"] else 0)
     kept = length * per_token + 2 * d * (d // heads) * blocks
     backward = 8 * d * length + 4 * d * (d // heads) * -(-length // 16) if cuda else 0
     found = {"parameters": 4.0 * (trained + frozen), "teacher": 4.0 * teacher, "gradients": 4.0 * trained,
-             "optimizer": 8.0 * trained, "teacher_states": 4.0 * sentences * length * layers * d,
+             "optimizer": 8.0 * trained, "teacher_states": 4.0 * taught * length * layers * d,
              "activations": 4.0 * part * layers * kept, "backward": 4.0 * part * backward}
     if bf16:
         found["parameters"] += 2.0 * trained  # autocast's copies
@@ -247,6 +248,7 @@ def count_operators(cfg: dict[str, Any]) -> int:
             if row["preset"] == "specification" and row["micro_batches"] == 1:
                 return int(row["total"])
     training = Training(cfg | TINY | {"device": "cpu", "num_layers": cfg["num_layers"]})
+    training.trainer.packs = False  # as on a GPU
     training.step(2)  # makes the optimiser's state
     with Operators() as operators:
         training.step(2)

@@ -147,7 +147,7 @@ config: dict[str, Any] = {
     "allow_missing_sources": False,  # go on without a source that cannot be loaded, and say so
     "cache_dir": ".cache/tokenized",  # where token ids are kept, memory-mapped
     "num_proc": 0,  # processes that tokenise; 0: this one, with the tokenizer's own threads
-    "length_groups": 4,  # lengths that a micro-batch's sentences are split into; on a CPU the teacher's alone
+    "length_groups": 4,  # lengths that a micro-batch's sentences are split into; fewer pad more and launch less
     "pad_lengths": "8,12,16,20,24,28,32,40,48,64,80,96,112,128,160,192,256,320,384,448",  # of batches, in tokens
     # evaluation and output
     "sts_name": "auto",  # evaluation files are data_dir/sts/{sts_name}-{dev,test}.tsv.gz; auto: stsb, else generated
@@ -604,13 +604,13 @@ class EnhancedHierarchicalDeltaNet(nn.Module):
             keep = torch.rand(*x.shape[:2], heads, device=x.device) >= cfg.state_dropout
         reverse = max(0, part.stop - max(part.start, heads - self.reverse_heads))
         mixer, proj = self.mixer or kernel.fastest_mixer(x, channels), self.project(x, part)
-        packing = {} if lengths is None else {"lengths": lengths}
+        of_packed = {} if lengths is None else {"lengths": lengths}
         with torch.autocast(x.device.type, enabled=False):
             return mixer(proj, mask.bool(), keep, self.conv_weight.view(4, 3, heads, channels)[:, :, part],
                          self.flux_bilinear[part], torch.exp(-self.flux_log_temperature.view(heads)[part]),
                          self.flux_in.weight, self.flux_in.bias, self.flux_out.weight.view(-1), self.flux_out.bias,
                          self.o_norm.view(heads, channels)[part], reverse_heads=reverse,
-                         output_final_state=output_final_state, **packing, **self.switches)
+                         output_final_state=output_final_state, **of_packed, **self.switches)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -718,10 +718,11 @@ class DeltaNetStudent(PreTrainedModel):
     @property
     def packs(self) -> bool:
         """Whether `hidden_states` takes texts packed: by the CPU's kernel, uncompiled, without learned positions."""
-        first, compiling = self.deltanet_layers[0], torch.compiler.is_compiling() or torch.compiler.is_exporting()
-        compiled = compiling or torch.jit.is_tracing() or "hidden_states" in vars(self)
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return False
+        first, compiled = self.deltanet_layers[0], "hidden_states" in vars(self)
         own = first.mixer in (None, kernel.hierarchical_mixer) and not (compiled or self.config.learned_positions)
-        return own and first.o_norm.device.type == "cpu" and kernel.has_kernel(first.o_norm)
+        return own and first.o_norm.is_cpu and kernel.has_kernel(first.o_norm)
 
     def hidden_states(self, input_ids: Tensor, mask: Tensor, output_state_overlap: bool = False,
                       lengths: list[int] | None = None, last_alone: bool = False) -> tuple[list[Tensor], Tensor | None]:
@@ -768,7 +769,10 @@ class DeltaNetStudent(PreTrainedModel):
         return states, overlap if output_state_overlap else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """input_ids (B, T) -> last_hidden_state (B, T, D), as in transformers; a large batch a few texts at a time."""
+        """input_ids (B, T) -> last_hidden_state (B, T, D), as in transformers; states at padding mean nothing.
+
+        A large batch is read a few texts at a time, and packed where that can be (see `packs`).
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if frugal(self) and len(input_ids) > (rows := max(1, PIECE // input_ids.shape[1])):
             out = None
@@ -781,7 +785,7 @@ class DeltaNetStudent(PreTrainedModel):
             return BaseModelOutput(last_hidden_state=out)
         # Not the instance's, which may be compiled: evaluation alone would not make up for the compiler's minutes.
         read = partial(DeltaNetStudent.hidden_states, self, last_alone=True)
-        if len(input_ids) > 1 and self.packs:
+        if self.packs and len(input_ids) > 1:  # of one text, which may be long, the caller hardly pads more than a few
             real = mask.bool()
             lengths = real.sum(1)
             # Padding on the right alone is left out: elsewhere the convolution reads its zeros.
@@ -2573,10 +2577,10 @@ class Trainer:
         cfg, vectors, widen = self.cfg, [], widening(self.student)
         local: dict[str, list[Tensor]] = defaultdict(list)
         torch.manual_seed(seed)
-        for (ids, mask), target, lengths in zip(micro.groups, micro.states, micro.lengths):
-            packing = [lengths] if micro.packed else []
+        for (ids, mask), target, lengths in zip(micro.groups, micro.states, micro.lengths, strict=True):
+            more = [lengths] if micro.packed else []
             with self.autocast():
-                states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]), *packing)
+                states, overlap = self.student.hidden_states(ids, mask, bool(cfg["ortho_state_reg_weight"]), *more)
             last = states[-1].float()
             vectors.append(widen(packed_mean_pool(last, lengths) if micro.packed else mean_pool(last, mask)))
             if cfg["layer_distill_weight"]:

@@ -208,7 +208,7 @@ def real_rows(args: argparse.Namespace, cfg: dict[str, Any], student: Any, token
     opened = partial(SentenceTransformer, str(scratch / "student"), trust_remote_code=True, device=str(student.device))
     cases = {"student": opened(), "minilm": minilm}
     if student.device.type == "cpu":
-        cases |= in_int8(student, minilm) | {"student_torch_int8": opened(config_kwargs={"int8": True})}
+        cases |= {**in_int8(student, minilm), "student_torch_int8": opened(config_kwargs={"int8": True})}
     for name, texts in real_texts(cfg, args.texts).items():
         note(f"{len(texts)} real texts: {name}")
         lengths = sorted(map(len, script.tokenise(tokenizer, texts, 512)))

@@ -87,6 +87,7 @@ def worker(cfg: dict[str, Any], folder: str, batches: int, repeats: int) -> dict
     student = script.build_student(cfg, teacher).to(device).train()
     optimizer = script.build_optimizer(student, cfg)
     alone = script.Trainer(student, teacher.to(device), cfg, processes=Timed())
+    alone.packs = False  # as on a GPU: all of a step's time follows the padded tokens
     data, pair_s, _ = data_cost(cfg, tokenizer)
     steps = {step: data.batch(step) for step in range(1, 2 * batches + 1)}
     cases = [case for step in range(1, batches + 1) for case in (steps[step], [steps[step][step % len(steps[step])]])]
@@ -129,7 +130,9 @@ def worker(cfg: dict[str, Any], folder: str, batches: int, repeats: int) -> dict
     out["at_once"], buffers = calibration(processes.wait), [torch.zeros(size // 4, device=device) for size in SIZES]
     sums = lambda x: [timed(lambda: processes.sum(x)) for _ in range(2 + 5 * repeats)]  # noqa: E731
     out["allreduce"] = [[4 * len(x), median(sums(x)[2:])] for x in buffers]
-    out["two"] = rounds(script.Trainer(student, teacher, cfg, processes=processes))
+    both = script.Trainer(student, teacher, cfg, processes=processes)
+    both.packs = False
+    out["two"] = rounds(both)
     processes.leave()
     script.write_json(Path(folder) / f"{processes.rank}.json", out)
     return {}

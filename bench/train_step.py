@@ -307,7 +307,8 @@ def measured(name: str, cfg: dict[str, Any], batches: list[Batch], largest: Batc
                      "tokens_per_s": rate(work["tokens"], seconds[kind]),
                      "parts": {p: parts[kind][p] / parts[kind].total() for p in PARTS}}
     for kind in KINDS:
-        shapes = [{"pairs": m.pairs, "groups": [list(ids.shape) for ids, _ in m.groups]} for m in largest]
+        shapes = [{"pairs": m.pairs, "padded": [ids.shape[1] for ids, _ in m.groups], "lengths": m.lengths}
+                  for m in largest]
         row[kind]["peak_bytes"] = fresh(__file__, kind=kind, cfg=cfg, shapes=shapes)["peak"] if memory else None
     return row | {"speed_against_attention": ratio(seconds["attention"], seconds["student"]),
                   "floor_share": ratio(whole, seconds["student"]), "floor_seconds": spread(whole, 1 / len(batches)),
@@ -324,10 +325,10 @@ def worker(kind: str, cfg: dict[str, Any], shapes: list[dict[str, Any]]) -> dict
     start = peak_rss()
     loop, batch = make_loop(kind, cfg, script.load_teacher(cfg)[0].to(device)), []
     for micro in shapes:
-        ids = [torch.randint(1000, 30000, shape) for shape in micro["groups"]]
-        lengths, count = [[x.shape[1]] * len(x) for x in ids], sum(map(len, ids))
-        batch.append(script.MicroBatch(micro["pairs"], torch.arange(count), [(x, torch.ones_like(x)) for x in ids],
-                                       torch.arange(count), lengths))
+        lengths, count = micro["lengths"], sum(map(len, micro["lengths"]))
+        masks = [torch.arange(padded) < torch.tensor(real)[:, None] for padded, real in zip(micro["padded"], lengths)]
+        groups = [(torch.randint(1000, 30000, mask.shape), mask.long()) for mask in masks]
+        batch.append(script.MicroBatch(micro["pairs"], torch.arange(count), groups, torch.arange(count), lengths))
     loop(batch), loop(batch)
     return {"peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss() - start}
 

@@ -492,54 +492,68 @@ def test_wrong_lengths_are_one_clear_line(lengths):
         script.kernel.hierarchical_mixer(*example(10, batch=1)[:-1], lengths=lengths)
     with pytest.raises(ValueError, match="need lengths above 0 that sum to the 5 tokens"):
         script.kernel.hierarchical_mixer(*example(5, batch=2)[:-1], lengths=[5, 5])
+    layer = int8_student().deltanet_layers[0]
+    with torch.no_grad(), pytest.raises(ValueError, match="need lengths above 0 that sum to the 10 tokens"):
+        script.kernel.begin_layer(torch.zeros(1, 10, 64), torch.ones(1, 10, dtype=torch.bool), layer, lengths=lengths)
+
+
+@pytest.fixture
+def read_tokens(monkeypatch) -> list[int]:
+    """How many tokens, padding among them, each call of a student's layers reads."""
+    counts, hidden_states = [], script.DeltaNetStudent.hidden_states
+
+    def counted(self, ids, *args, **options):
+        counts.append(ids.numel())
+        return hidden_states(self, ids, *args, **options)
+
+    monkeypatch.setattr(script.DeltaNetStudent, "hidden_states", counted)
+    return counts
+
+
+def ragged(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of texts of these lengths, 40 at most, and their mask."""
+    return (torch.randint(50, (len(lengths), 40)),
+            (torch.arange(40) < torch.tensor(lengths)[:, None]).long())
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("piece", [script.PIECE, 90])  # the second: a few texts at a time
-def test_padding_on_the_right_is_left_out(int8, piece, monkeypatch):
-    student, rows, hidden_states = int8_student(), [], script.DeltaNetStudent.hidden_states
-
-    def counted(self, ids, *args, **options):
-        rows.append(ids.numel())
-        return hidden_states(self, ids, *args, **options)
-
+@pytest.mark.parametrize("piece", [script.PIECE, 90])  # the second: two texts at a time
+def test_padding_on_the_right_is_left_out(int8, piece, read_tokens, monkeypatch):
     monkeypatch.setattr(script, "PIECE", piece)
-    monkeypatch.setattr(script.DeltaNetStudent, "hidden_states", counted)
-    ids, mask = torch.randint(50, (5, 40)), torch.zeros(5, 40, dtype=torch.int64)
-    for row, length in enumerate((3, 40, 0, 33, 21)):
-        mask[row, :length] = 1
+    student, (ids, mask) = int8_student(), ragged(3, 40, 0, 33, 21)
     found = last_states(student, ids, mask, int8=int8)
-    assert sum(rows) in (97, 97 + 40) and not found[mask == 0].any()  # one text may be a piece without padding
-    with monkeypatch.context() as patch:
-        patch.setattr(script.DeltaNetStudent, "packs", False)
-        expected = last_states(student, ids, mask, int8=int8)
+    assert sum(read_tokens) == 97 and not found[mask == 0].any()
+    monkeypatch.setattr(script.DeltaNetStudent, "packs", False)
+    expected = last_states(student, ids, mask, int8=int8)
+    assert sum(read_tokens) > 97 + 97
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
 
-    left, hole, none = mask.flip(1), mask.clone(), torch.zeros_like(mask)
-    hole[1, 7:9] = 0
-    for other in (left, hole, none, torch.ones_like(mask)):  # there the convolution reads zeros
-        rows.clear()
-        found = last_states(student, ids, other, int8=int8)
-        if other is not none:
-            assert sum(rows) == ids.numel() or piece == 90
-        with monkeypatch.context() as patch:
-            patch.setattr(script.DeltaNetStudent, "packs", False)
-            expected = last_states(student, ids, other, int8=int8)
-        torch.testing.assert_close(found[other == 1], expected[other == 1], rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("case", ["left", "hole", "none", "all", "one text"])
+def test_other_padding_is_read(case, read_tokens):
+    """There the convolution reads zeros, or nothing would be spared."""
+    ids, mask = ragged(3, 40, 11)
+    if case == "left":
+        mask = mask.flip(1)
+    elif case == "hole":
+        mask[1, 7:9] = 0
+    elif case == "one text":
+        ids, mask = ids[:1], mask[:1]
+    else:
+        mask[:] = case == "all"
+    assert last_states(int8_student(), ids, mask, int8=False).isfinite().all() and read_tokens == [ids.numel()]
 
 
-def test_padding_is_left_out_with_gradients_too(monkeypatch):
-    student, found = int8_student(int8=False), {}
-    ids, mask = torch.randint(50, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
-    mask[1, 4:] = 0
-    for packs in (True, False):
-        monkeypatch.setattr(script.DeltaNetStudent, "packs", packs)
+def test_padding_is_left_out_with_gradients_too(read_tokens, monkeypatch):
+    student, (ids, mask), found = int8_student(int8=False), ragged(12, 4, 40), []
+    for _ in range(2):
         student.zero_grad()
         (script.mean_pool(student(ids, mask).last_hidden_state, mask) * torch.linspace(-1, 1, 64)).sum().backward()
-        found[packs] = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-    assert found[True].keys() == found[False].keys()
-    for name, expected in found[False].items():
-        torch.testing.assert_close(found[True][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+        found.append({name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None})
+        monkeypatch.setattr(script.DeltaNetStudent, "packs", False)
+    assert read_tokens == [56, 120] and found[0].keys() == found[1].keys()
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("why", ["positions", "compiled", "mixer", "no kernel"])

@@ -143,15 +143,17 @@ def test_documents_that_are_missing_or_too_few_are_one_line(cfg, models, corpus,
 # ---- training
 
 
-@pytest.mark.parametrize("piece", [16384, 64])
-def test_cached_gradients_of_a_long_batch_equal_one_backward_with_dropout(cfg, models, data, piece, monkeypatch):
+@pytest.mark.parametrize("piece, packs", [(16384, True), (64, True), (64, False)])
+def test_cached_gradients_of_a_long_batch_equal_one_backward_with_dropout(cfg, models, data, piece, packs, monkeypatch):
     monkeypatch.setattr(script, "PIECE", piece)  # without gradients, too, dropout must not be drawn piece by piece
     student, teacher, _ = models
     student.train()
     batch, found = lambda: data.documents.batch(2), {}
     for cached in (True, False):
         student.zero_grad()
-        losses = script.Trainer(student, teacher, cfg).step_gradients(batch(), 2, cached)
+        trainer = script.Trainer(student, teacher, cfg)
+        trainer.packs = packs
+        losses = trainer.step_gradients(batch(), 2, cached)
         values = {n: x.item() for n, x in losses.items()}
         found[cached] = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}, values
     assert found[True][1] == pytest.approx(found[False][1], rel=1e-5) and found[True][1]["contrastive"] > 0

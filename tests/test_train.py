@@ -490,14 +490,17 @@ def test_hub_rows_keep_only_the_same_meaning():
 # ---- gradients, evaluation, resume
 
 
-def test_cached_gradients_equal_one_backward_with_dropout(generated, teacher_and_tokenizer):
+@pytest.mark.parametrize("packs", [True, False])
+def test_cached_gradients_equal_one_backward_with_dropout(generated, teacher_and_tokenizer, packs):
     cfg, data = generated
     teacher, _ = teacher_and_tokenizer
     student = script.build_student(cfg, teacher).train()
     gradients = {}
     for cached in (True, False):
         student.zero_grad()
-        losses = script.Trainer(student, teacher, cfg).step_gradients(data.batch(1), 1, cached)
+        trainer = script.Trainer(student, teacher, cfg)
+        trainer.packs = packs
+        losses = trainer.step_gradients(data.batch(1), 1, cached)
         values = {n: x.item() for n, x in losses.items()}
         gradients[cached] = ({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}, values)
     assert set(gradients[True][0]) == set(script.trainable_state(student))
@@ -506,9 +509,11 @@ def test_cached_gradients_equal_one_backward_with_dropout(generated, teacher_and
     assert gradients[True][1] == pytest.approx(gradients[False][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_packed_gradients_equal_those_of_padded_texts(generated, teacher_and_tokenizer, cached):
+@pytest.mark.parametrize("cached, most", [(True, 2048), (False, 2048), (True, 20), (False, 7)])  # 7: than most texts
+def test_packed_gradients_equal_those_of_padded_texts(generated, teacher_and_tokenizer, cached, most, monkeypatch):
     cfg, data = generated
+    pack = script.MicroBatch.pack
+    monkeypatch.setattr(script.MicroBatch, "pack", lambda micro: pack(micro, most))
     teacher, _ = teacher_and_tokenizer
     student = script.build_student(cfg | {"dropout": 0.0, "state_dropout": 0.0}, teacher).train()
     trainer, found = script.Trainer(student, teacher, cfg), {}
@@ -652,6 +657,7 @@ def test_a_batch_in_one_go_or_in_fewer_groups_has_the_same_gradients(generated, 
     """What `measure_memory` sets on a GPU: a batch that fits is one micro-batch, a group must spare enough tokens."""
     lengths = ",".join(map(str, range(4, 128)))  # texts of the corpus differ by a few tokens
     trainer, data = tiny_trainer(generated, tiny_teacher, dropout=0.0, state_dropout=0.0, pad_lengths=lengths)
+    trainer.packs = False
     expected, parts = gradients(trainer, data), data.batch(1)
     tokens = sum(len(m.restore) for m in parts) * max(ids.shape[1] for m in parts for ids, _ in m.groups)
     limits = (tokens - 1, 0, 3), (tokens, 0, 1), (0, 10 ** 6, 3), (tokens, 10 ** 6, 1)
