@@ -4,7 +4,8 @@
     python bench/scale.py --quick                                            does it work? under a minute
 
 Measured on the same steps of `PairData` at 1 and at 2 processes, a mean over the processes:
-- compute: teacher, student forward, losses of the whole batch, student forward and backward, clipping, AdamW
+- compute: teacher, student forward, losses of the whole batch, student forward and backward, clipping, AdamW; the
+  student reads padding, as on CUDA
 - waiting for the process whose micro-batches are longer or whose core is slower
 - gather: the sum of `Trainer.exchange` and the two small sums of `Run`, after all processes have met
 - reduction: a step less the same step without DistributedDataParallel's all-reduce: what backward does not hide
