@@ -133,6 +133,7 @@ def test_data(tmp_path):
     positive(result["index"], "pairs", "start_seconds", "window_seconds", "anonymous_after_windows")
 
 
+@pytest.mark.slow
 def test_scale(tmp_path):
     result = quick("scale", tmp_path)
     rows = {row["part"]: row for row in result["rows"]}

@@ -89,6 +89,7 @@ def test_strided_inputs():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_operator_is_whole_for_autograd_and_compilers():
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in example(34, batch=1)]
     leaves[1][0, 25:] = False
