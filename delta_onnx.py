@@ -90,6 +90,10 @@ class OnnxGraph:
             return self.Reshape(x, list(dims))
         return self.Reshape(x, self.Concat(*([d] if isinstance(d, int) else d for d in dims), axis=0))
 
+    def swapped(self, x: str, rank: int) -> str:
+        """x of `rank` axes, the last two exchanged; a product right behind takes it as it is, without copying."""
+        return self.Transpose(x, perm=[*range(rank - 2), rank - 1, rank - 2])
+
     def halves(self, x: str, axis: int) -> list[str]:
         return self.Split(x, axis=axis, num_outputs=2, outputs=2)
 
@@ -159,26 +163,25 @@ class StudentGraph(OnnxGraph):
         self.tokens = up(self.length, self.Mul(self.chunks, self.blocks))  # C
         self.one_block, self.one_chunk = (number(self.Equal(x, [1])) for x in (self.blocks, self.chunks))
 
-        # Rows of (B, tokens * ways, ...): own direction, then whatever fills the last block; of q, k and v; and back.
-        whole, last = self.Mul(self.Mul(self.chunks, self.blocks), self.tokens), self.Sub(self.length, [1])
+        # A Gather each takes the heads' sequences, in their own direction of time, out of (B, T, H) and puts them back.
+        size, last = self.Mul(self.blocks, self.tokens), self.Sub(self.length, [1])  # tokens of a chunk
+        text, head = self.view(self.Range(0, number(self.batch), 1), -1, 1, 1), np.arange(self.heads)
+        turned = lambda t, way: self.Add(t, self.Mul(self.Sub(last, self.Mul(t, [2])), way))  # noqa: E731
 
-        def rows(*ways: str) -> str:
-            ways = [self.Add(self.Mul(t, [self.ways]), [i]) for i, t in enumerate(ways[:self.ways])]
-            return self.view(self.Concat(*(self.Unsqueeze(t, [1]) for t in ways), axis=1), -1)
-
-        time = self.Range(0, number(whole), 1)
-        self.turn = rows(self.Min(time, last), self.Max(self.Sub(last, time), [0]))
-        self.turns = [self.Add(self.Mul(self.turn, [3]), [part]) for part in range(3)]
-        place = self.Range(0, number(self.length), 1)
-        self.turn_back = rows(place, self.Sub(last, place))
+        time = self.view(self.Range(0, number(self.Mul(self.chunks, size)), 1), self.chunks, 1, 1, size)
+        inside, time = self.Less(time, self.length), self.Min(time, last)  # the last token fills the last block
+        token = self.Add(turned(time, head[:, None] // self.side), self.Mul(text, self.length))  # (chunks, B, H, size)
+        own = self.Add(self.Mul(token, [self.heads]), head[:, None])
+        self.of_qkv = [self.view(self.Add(self.Mul(own, [3]), [part]), -1) for part in range(3)]
+        self.of_gates = self.view(self.by_token(own), -1)
+        place = turned(self.view(self.Range(0, number(self.length), 1), -1, 1), head // self.side)  # (T, H)
+        chunk = self.Div(place, size)
+        sequence = self.Add(self.Mul(self.Add(self.Mul(chunk, self.batch), text), [self.heads]), head)
+        self.back = self.Add(self.Sub(place, self.Mul(chunk, size)), self.Mul(sequence, size))  # (B, T, H)
 
         mask = self.Cast(mask, to=1)
         self.mask = self.Unsqueeze(mask, [2])
-        real = self.view(self.turned(self.Tile(self.mask, [1, 1, self.ways]), 1), self.batch, -1, self.ways)
-        real = self.Mul(real, self.Cast(self.Unsqueeze(self.Less(time, self.length), [1]), to=1))
-        real = self.view(real, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 1)
-        real = self.Transpose(self.Tile(real, [1, 1, 1, 1, 1, self.side]), perm=[3, 1, 0, 4, 5, 2])
-        self.real = self.fill(self.view(real, self.tokens, -1), 0)  # (BLOCK, N)
+        self.real = self.by_token(self.Mul(self.Gather(self.view(mask, -1), token, axis=0), self.Cast(inside, to=1)))
         self.is_real = self.Cast(self.real, to=9)
 
         i, j = np.indices((BLOCK, BLOCK))
@@ -188,17 +191,14 @@ class StudentGraph(OnnxGraph):
         self.levels = [square(-1.0 * ((i // n % 2 == 1) & (i // n - 1 == j // n))) for n in SIZES]
         return mask
 
-    def turned(self, x: str, width: int) -> str:
-        """x (B, T, ways * width) -> (B, tokens * ways, width), every direction in its own order."""
-        return self.Gather(self.view(x, self.batch, -1, width), self.turn, axis=1)
-
-    def fill(self, x: str, axis: int) -> str:
-        """Zeros behind the C tokens of a block, up to BLOCK."""
-        return self.Pad(x, self.Concat([0], self.Sub([BLOCK], self.tokens), axis=0), "", [axis])
-
     def cut(self, x: str, *axes: int) -> str:
         """The first C of BLOCK tokens."""
         return self.Slice(x, [0] * len(axes), self.Concat(*[self.tokens] * len(axes), axis=0), list(axes))
+
+    def by_token(self, x: str) -> str:
+        """Scalars of tokens in the order of `sequences` -> (BLOCK, N), zeros behind the C tokens of a block."""
+        x = self.Transpose(self.view(x, -1, self.tokens), perm=[1, 0])
+        return self.Pad(x, self.Concat([0, 0], self.Sub([BLOCK], self.tokens), [0], axis=0))
 
     def sequences(self, x: str, *last: int | str) -> str:
         return self.view(x, self.chunks, self.batch, self.heads, self.blocks, *last)
@@ -216,7 +216,7 @@ class StudentGraph(OnnxGraph):
         # A = tril(Q K^T D) (I + tril(K K^T D, -1))^-1, D = diag(beta). Block substitution: the inverse is exact on
         # diagonal blocks of size 1, 2, 4, ... in turn, and n is K K^T D times what it is so far.
         weighted = self.Mul(k, self.sequences(self.Transpose(self.cut(beta, 0), perm=[1, 0]), self.tokens, 1))
-        keys = self.Transpose(weighted, perm=[0, 1, 2, 3, 5, 4])
+        keys = self.swapped(weighted, 6)
         n, inverse = self.MatMul(k, keys), None
         for level in self.levels:
             step = self.Add(self.Mul(n, level), self.eye)
@@ -227,43 +227,45 @@ class StudentGraph(OnnxGraph):
         inner = self.Mul(a, c)
 
         def merged(g: Any) -> str:
-            parts = {"o": g.MatMul(inner, v), "q": g.Sub(q, g.MatMul(a, k)), "k": k, "end": g.MatMul(keys, inverse),
-                     "v": v, "left": g.sequences(g.Transpose(left, perm=[2, 1, 0]), g.tokens, 2),
+            parts = {"o": g.MatMul(inner, v), "q": g.Sub(q, g.MatMul(a, k)), "k": k, "v": v,
+                     "end": g.MatMul(g.swapped(inverse, 6), weighted),
+                     "left": g.sequences(g.Transpose(left, perm=[2, 1, 0]), g.tokens, 2),
                      "right": g.sequences(g.Transpose(right, perm=[2, 0, 1]), 2, g.tokens),
                      "whole": g.sequences(g.Transpose(whole, perm=[2, 0, 1]), 2, 2)}
             return g.merge(parts, 1)
 
         o = self.choose(self.one_block, lambda g: g.MatMul(inner, v), merged)
-        o = self.RMSNormalization(o, np.ones(self.width), axis=-1, epsilon=1e-6)
-        o = self.view(o, self.chunks, self.batch, self.ways, self.side, self.Mul(self.tokens, self.blocks), self.width)
-        o = self.view(self.Transpose(o, perm=[1, 0, 4, 2, 3, 5]), self.batch, -1, self.side * self.width)
-        o = self.view(self.Gather(o, self.turn_back, axis=1), self.batch, -1, self.cfg.d_model)
-        return self.MatMul(o, (layer.o_proj.weight * layer.o_norm.flatten()).T, name=f"linear/{index}/o")
+        o = self.unit(o, self.width * 1e-6)
+        o = self.view(self.Gather(self.view(o, -1, self.width), self.back, axis=0), self.batch, -1, self.cfg.d_model)
+        weight = layer.o_proj.weight * layer.o_norm.flatten() * self.width ** 0.5  # the norm is of the mean square
+        return self.MatMul(o, weight.T, name=f"linear/{index}/o")
+
+    def unit(self, x: str, epsilon: float) -> str:
+        """x / sqrt(sum(x^2) + epsilon), as RMSNormalization of rows that short is computed by one thread."""
+        norm = self.Sqrt(self.Add(self.ReduceSumSquare(x, [-1], keepdims=0), epsilon))
+        return self.Div(x, self.Unsqueeze(norm, [-1]))
 
     def columns(self, linear: nn.Linear, parts: int, shift: Tensor) -> Tensor:
-        """The weight with its bias as the last row, (D + 1, out): columns ordered by direction, part, head, channel."""
+        """The weight with its bias as the last row, (D + 1, out): columns ordered by head, part, channel."""
         weight = torch.cat([linear.weight, (linear.bias - linear.weight @ shift).unsqueeze(1)], 1)
-        return weight.unflatten(0, (parts, self.ways, -1)).transpose(0, 1).flatten(0, 2).T
+        return weight.unflatten(0, (parts, self.heads, -1)).transpose(0, 1).flatten(0, 2).T
 
     def project(self, x: str, layer: nn.Module, index: int, shift: Tensor) -> list[str]:
         """q, k (normalised) and v."""
         qkv = self.MatMul(x, self.columns(layer.qkv_proj, 3, shift), name=f"linear/{index}/qkv")
         if self.cfg.short_convolution:  # of an image of height 1, channels last: onnxruntime fuses the transpositions
-            taps = layer.conv_weight[:, :, :, 0, 0].unflatten(2, (self.ways, self.side)).permute(2, 1, 3, 4, 0)
+            taps = layer.conv_weight[:, :, :, 0, 0].permute(2, 1, 3, 0)
             past = nn.functional.pad(taps.flip(-1), (0, taps.shape[-1] - 1))  # tap i looks i tokens back
             # ... and ahead, where time is turned, which is done behind it.
-            taps = torch.cat([past[:1], past[1:].flip(-1)]).reshape(3 * self.cfg.d_model, 1, 1, -1)
+            taps = torch.cat([past[:self.side], past[self.side:].flip(-1)]).reshape(3 * self.cfg.d_model, 1, 1, -1)
             qkv = self.Transpose(self.Unsqueeze(qkv, [1]), perm=[0, 3, 1, 2])
             side = taps.shape[-1] // 2
             qkv = self.Conv(qkv, taps, group=len(taps), pads=[0, side, 0, side])
             qkv = self.Transpose(qkv, perm=[0, 2, 3, 1])
-        qkv = self.view(self.Mul(qkv, self.Sigmoid(qkv)), self.batch, -1, self.side * self.width)
-        shape = self.batch, self.chunks, self.blocks, self.tokens, self.ways, self.side, self.width
-        parts = (self.view(self.Gather(qkv, turn, axis=1), *shape) for turn in self.turns)
-        parts = (self.Transpose(y, perm=[1, 0, 4, 5, 2, 3, 6]) for y in parts)
+        qkv = self.view(self.Mul(qkv, self.Sigmoid(qkv)), -1, self.width)
+        parts = (self.Gather(qkv, places, axis=0) for places in self.of_qkv)
         q, k, v = (self.sequences(y, self.tokens, self.width) for y in parts)
-        unit = {"axis": -1, "epsilon": 1e-6 / self.width}  # x * rsqrt(sum(x^2) + 1e-6), by the mean instead of the sum
-        return [*(self.RMSNormalization(y, np.full(self.width, self.width ** -0.5), **unit) for y in (q, k)), v]
+        return [self.unit(q, 1e-6), self.unit(k, 1e-6), v]
 
     def flux(self, k: str, v: str, layer: nn.Module) -> str:
         """Resonance flux psi (BLOCK, N)."""
@@ -274,16 +276,14 @@ class StudentGraph(OnnxGraph):
         bias = layer.flux_in.bias.expand(BLOCK, -1)  # longer rows are faster
         hidden = self.Add(hidden, self.cut(self.constant(bias), 0))
         hidden = self.Mul(hidden, self.Sigmoid(hidden))
-        psi = self.Sigmoid(self.Add(self.MatMul(hidden, layer.flux_out.weight.T), layer.flux_out.bias))
-        return self.fill(self.Transpose(self.view(self.Clip(psi, 0.01, 0.99), -1, self.tokens), perm=[1, 0]), 0)
+        psi = self.view(self.MatMul(hidden, layer.flux_out.weight.T), -1)
+        return self.by_token(self.Clip(self.Sigmoid(self.Add(psi, layer.flux_out.bias)), 0.01, 0.99))
 
     def gates(self, x: str, layer: nn.Module, shift: Tensor) -> list[str]:
         """beta, a_fast, a_slow, g_fast, g_slow, each (BLOCK, N)."""
-        gates = self.turned(self.MatMul(x, self.columns(layer.gate_proj, 5, shift)), 5 * self.side)
-        gates = self.view(gates, self.batch, self.chunks, self.blocks, self.tokens, self.ways, 5, self.side)
-        gates = self.view(self.Transpose(gates, perm=[5, 3, 1, 0, 4, 6, 2]), 5, self.tokens, -1)
-        gates = self.Split(self.fill(self.Sigmoid(gates), 1), axis=0, num_outputs=5, outputs=5)
-        return [self.view(y, BLOCK, -1) for y in gates]
+        gates = self.view(self.Sigmoid(self.MatMul(x, self.columns(layer.gate_proj, 5, shift))), -1, 5)
+        gates = self.Transpose(self.Gather(gates, self.of_gates, axis=0), perm=[1, 0])
+        return [self.view(y, BLOCK, -1) for y in self.Split(gates, axis=0, num_outputs=5, outputs=5)]
 
     def coefficients(self, gates: list[str], psi: str) -> tuple[str, list[str], list[str]]:
         """beta, the 4 entries of the transition by rows, and both reads, (BLOCK, N) each."""
@@ -332,17 +332,17 @@ class StudentGraph(OnnxGraph):
         """o of all tokens of a chunk: neighbouring blocks, `count` of the first ones each, are merged to one.
 
         parts: o, what a block reads of itself; q, its queries as they reach what is before it (rows H_1 ... H_t q_t);
-        k; end, its writes as they are at its end (columns beta_j H_C ... H_{j+1} k_j); v; decays left, right, whole.
+        k; end, its writes as they are at its end (rows beta_j H_C ... H_{j+1} k_j); v; decays left, right, whole.
         """
         size = self.Mul(self.tokens, [count])
-        rows = {"end": self.width, "right": 2, "whole": 2}
+        rows = {"right": 2, "whole": 2}
         pair = {name: self.view(x, self.chunks, self.batch, self.heads, -1, 2, rows.get(name, size),
-                                size if name in ("end", "right") else 2 if name in ("left", "whole") else self.width)
+                                size if name == "right" else 2 if name in ("left", "whole") else self.width)
                 for name, x in parts.items()}  # (chunks, B, H, pairs, 2, ., .)
         first = lambda name, g=self: g.Gather(pair[name], [0], axis=4)  # noqa: E731
         second = lambda name, g=self: g.Gather(pair[name], [1], axis=4)  # noqa: E731
         q2, end1, left2, right1 = second("q"), first("end"), second("left"), first("right")
-        across = self.MatMul(q2, end1)
+        across = self.MatMul(q2, self.swapped(end1, 7))
         o2 = self.Add(second("o"), self.MatMul(self.Mul(across, self.MatMul(left2, right1)), first("v")))
         own = lambda g: g.Concat(first("o", g), o2, axis=5)  # noqa: E731
         if 2 * count == 2 ** MERGES:
@@ -353,7 +353,7 @@ class StudentGraph(OnnxGraph):
             k2, end2, m2 = second("k", g), second("end", g), second("whole", g)
             new = {"o": own(g), "k": pair["k"], "v": pair["v"],
                    "q": g.Concat(first("q", g), g.Sub(q2, g.MatMul(across, k1)), axis=5),
-                   "end": g.Concat(g.Sub(end1, g.MatMul(end2, g.MatMul(k2, end1))), end2, axis=6),
+                   "end": g.Concat(g.Sub(end1, g.MatMul(g.MatMul(end1, g.swapped(k2, 7)), end2)), end2, axis=5),
                    "left": g.Concat(first("left", g), g.MatMul(left2, m1), axis=5),
                    "right": g.Concat(g.MatMul(m2, right1), second("right", g), axis=6), "whole": g.MatMul(m2, m1)}
             if count == 1:
@@ -374,8 +374,8 @@ class StudentGraph(OnnxGraph):
         state, *at = names = [f"step{next(self.names)}" for _ in range(6)]
         read = step.MatMul(at[0], step.view(state, 0, 0, both, width))
         mixed = step.view(step.MatMul(at[4], step.view(state, 0, 0, 2, width * width)), 0, 0, 2, width, width)
-        new = step.Add(mixed, step.MatMul(at[2], step.Sub(at[3], step.MatMul(at[1], mixed))))
-        each = [view("q", size, both), view("k", 1, size, width), view("end", 1, width, size), written]
+        new = step.Add(mixed, step.MatMul(step.swapped(at[2], 5), step.Sub(at[3], step.MatMul(at[1], mixed))))
+        each = [view("q", size, both), view("k", 1, size, width), view("end", 1, size, width), written]
         each.append(view("whole", 2, 2))
         _, carried = self.Scan(start, *each, body=step.body(names, [new, read]), num_scan_inputs=len(each), outputs=2)
         return self.Add(view("o", size, width), carried)
