@@ -209,8 +209,8 @@ class StudentGraph(OnnxGraph):
         x = self.Concat(self.Mul(x, self.mask), self.mask, axis=2)
         q, k, v = self.project(x, layer, index, shift)
         psi = self.flux(k, v, layer) if self.cfg.resonance_flux else self.constant(np.full((1, 1), 0.5))
-        beta, transition, read = self.coefficients(self.gates(x, layer, shift), psi)
-        c, left, right, whole = self.decay_products(transition, read)
+        beta, transition, read = self.coefficients(*self.gates(x, layer, shift), psi)
+        c, ends = self.decay_products(transition, read)
         c = self.sequences(self.Transpose(c, perm=[2, 0, 1]), self.tokens, self.tokens)
 
         # A = tril(Q K^T D) (I + tril(K K^T D, -1))^-1, D = diag(beta). Block substitution: the inverse is exact on
@@ -227,6 +227,7 @@ class StudentGraph(OnnxGraph):
         inner = self.Mul(a, c)
 
         def merged(g: Any) -> str:
+            left, right, whole = ends(g)
             parts = {"o": g.MatMul(inner, v), "q": g.Sub(q, g.MatMul(a, k)), "k": k, "v": v,
                      "end": g.MatMul(g.swapped(inverse, 6), weighted),
                      "left": g.sequences(g.Transpose(left, perm=[2, 1, 0]), g.tokens, 2),
@@ -280,53 +281,64 @@ class StudentGraph(OnnxGraph):
         return self.by_token(self.Clip(self.Sigmoid(self.Add(psi, layer.flux_out.bias)), 0.01, 0.99))
 
     def gates(self, x: str, layer: nn.Module, shift: Tensor) -> list[str]:
-        """beta, a_fast, a_slow, g_fast, g_slow, each (BLOCK, N)."""
+        """beta (BLOCK, N), the retentions a and the read gates g, fast and slow (2, BLOCK, N)."""
         gates = self.view(self.Sigmoid(self.MatMul(x, self.columns(layer.gate_proj, 5, shift))), -1, 5)
-        gates = self.Transpose(self.Gather(gates, self.of_gates, axis=0), perm=[1, 0])
-        return [self.view(y, BLOCK, -1) for y in self.Split(gates, axis=0, num_outputs=5, outputs=5)]
+        gates = self.view(self.Transpose(self.Gather(gates, self.of_gates, axis=0), perm=[1, 0]), 5, BLOCK, -1)
+        beta, a, g = self.Split(gates, [1, 2, 2], axis=0, outputs=3)
+        return [self.Squeeze(beta, [0]), a, g]
 
-    def coefficients(self, gates: list[str], psi: str) -> tuple[str, list[str], list[str]]:
-        """beta, the 4 entries of the transition by rows, and both reads, (BLOCK, N) each."""
-        beta, a_fast, a_slow, g_fast, g_slow = gates
+    def coefficients(self, beta: str, a: str, g: str, psi: str) -> tuple[str, str, str]:
+        """beta (BLOCK, N), the transition (2, 2, BLOCK, N), the reads (2, BLOCK, N)."""
+        two = lambda fast, slow: np.array([fast, slow]).reshape(2, 1, 1)  # noqa: E731
         line = lambda slope, start: self.Add(self.Mul(psi, slope), start)  # noqa: E731
-        f = self.Where(self.is_real, self.Mul(a_fast, line(-0.10, 1.0)), 1.0)
-        s = self.Where(self.is_real, self.Mul(a_slow, line(-0.05, 1.0)), 1.0)
+        kept = self.Where(self.is_real, self.Mul(a, line(two(-0.10, -0.05), 1.0)), 1.0)
         coupled = self.cfg.cross_timescale_coupling and self.cfg.hierarchical_memory
         kappa = self.Mul(self.real, line(0.10, 0.05) if coupled else 0.0)
-        out_fast = self.Mul(kappa, psi)
-        out_fast, out_slow = self.Mul(f, out_fast), self.Mul(s, self.Sub(kappa, out_fast))
-        transition = [self.Sub(f, out_fast), out_fast, out_slow, self.Sub(s, out_slow)]
+        out = self.Unsqueeze(self.Mul(kappa, psi), [0])
+        out = self.Mul(kept, self.Concat(out, self.Sub(kappa, out), axis=0))
+        (f, s), (out_fast, out_slow) = self.halves(self.Sub(kept, out), 0), self.halves(out, 0)
+        transition = self.view(self.Concat(f, out_fast, out_slow, s, axis=0), 2, 2, BLOCK, -1)
         if not self.cfg.read_gates:
-            g_fast = g_slow = self.Expand(1.0, self.Shape(g_fast))
-        read_slow = self.Mul(g_slow, line(-0.3, 0.5) if self.cfg.hierarchical_memory else 0.0)
-        return self.Mul(beta, self.real), transition, [self.Mul(g_fast, line(0.3, 0.5)), read_slow]
+            g = self.Expand(1.0, self.Shape(a))
+        slow = self.cfg.hierarchical_memory
+        read = self.Mul(g, line(two(0.3, -0.3 * slow), two(0.5, 0.5 * slow)))
+        return self.Mul(beta, self.real), transition, read
 
-    def decay_products(self, m: list[str], r: list[str]) -> tuple[str, str, str, str]:
+    def decay_products(self, m: str, r: str) -> tuple[str, Callable[[Any], tuple[str, str, str]]]:
         """`decay_products` (delta_mixer.py) of a block, by doubling; nothing is reduced over an axis, which is slow.
 
-        m: the 4 entries of M by rows, r: both reads, (BLOCK, N) each.
-        Returns c (C, C, N), left (2, C, N), right (2, C, N), whole (2, 2, N).
+        m (2, 2, BLOCK, N): M; r (2, BLOCK, N): both reads. Returns c (C, C, N), and what puts left (2, C, N),
+        right (2, C, N) and whole (2, 2, N) into a graph that needs them.
         """
-        def dot(a: str, b: str, c: str, d: str) -> str:
-            return self.Add(self.Mul(a, b), self.Mul(c, d))
-
-        left = [dot(r[0], m[0], r[1], m[2]), dot(r[0], m[1], r[1], m[3])]
-        right, c = [self.Expand(1.0, self.Shape(r[0]))] * 2, self.Add(*r)
+        total = lambda g, x, axis: g.Add(*g.halves(x, axis))  # noqa: E731
+        left, right = total(self, self.Mul(self.Unsqueeze(r, [1]), m), 0), self.Expand(1.0, self.Shape(r))
+        c = total(self, r, 0)
         for size in SIZES:
             pairs = BLOCK // (2 * size)
-            (left1, left2), (right1, right2), (m1, m2) = (
-                zip(*(self.halves(self.view(x, pairs, 2 * n, -1), 1) for x in xs))
-                for xs, n in ((left, size), (right, size), (m, 1)))
-            c1, c2 = self.halves(self.view(c, pairs, 2 * size, size, -1), 1)
-            across = dot(*(self.Unsqueeze(x, [axis]) for i in (0, 1) for x, axis in ((left2[i], 2), (right1[i], 1))))
-            c = self.Concat(self.Concat(c1, self.Mul(c1, 0.0), axis=2), self.Concat(across, c2, axis=2), axis=1)
-            left = [self.Concat(left1[i], dot(left2[0], m1[i], left2[1], m1[2 + i]), axis=1) for i in (0, 1)]
-            right1 = [dot(m2[i], right1[0], m2[i + 1], right1[1]) for i in (0, 2)]
-            right = [self.Concat(*halves, axis=1) for halves in zip(right1, right2)]
-            m = [dot(m2[2 * i], m1[j], m2[2 * i + 1], m1[2 + j]) for i in (0, 1) for j in (0, 1)]
-        both = lambda xs: self.Concat(*(self.view(x, 1, BLOCK, -1) for x in xs), axis=0)  # noqa: E731
-        c, whole = self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), self.view(self.Concat(*m, axis=0), 2, 2, -1)
-        return c, self.cut(both(left), 1), self.cut(both(right), 1), whole
+            (left1, left2), (right1, right2) = (
+                self.halves(self.view(x, 2, pairs, 2, size, -1), 2) for x in (left, right))
+            m1, m2 = self.halves(self.view(m, 2, 2, pairs, 2, -1), 3)  # (2, 2, pairs, 1, N)
+            c1, c2 = self.halves(self.view(c, pairs, 2, size, size, -1), 1)
+            across = total(self, self.Mul(self.view(left2, 2, pairs, size, 1, -1), right1), 0)
+            across = self.view(across, pairs, 1, size, size, -1)
+            c = self.Concat(self.Concat(c1, self.Mul(c1, 0.0), axis=3), self.Concat(across, c2, axis=3), axis=2)
+
+            def both(g: Any) -> tuple[str, str, str]:
+                """left, right and m of both blocks as one; left2 m1, m2 right1 and m2 m1 are products of 2 x 2."""
+                new = total(g, g.Mul(g.view(left2, 2, 1, pairs, size, -1), m1), 0)
+                left = g.Concat(left1, g.view(new, 2, pairs, 1, size, -1), axis=2)
+                new = total(g, g.Mul(m2, g.view(right1, 1, 2, pairs, size, -1)), 1)
+                right = g.Concat(g.view(new, 2, pairs, 1, size, -1), right2, axis=2)
+                return left, right, total(g, g.Mul(g.view(m2, 2, 2, 1, pairs, -1), g.view(m1, 1, 2, 2, pairs, -1)), 1)
+
+            if size < SIZES[-1]:
+                left, right, m = both(self)
+
+        def ends(g: Any) -> tuple[str, str, str]:
+            left, right, m = both(g)
+            return *(g.cut(g.view(x, 2, BLOCK, -1), 1) for x in (left, right)), g.view(m, 2, 2, -1)
+
+        return self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), ends
 
     def merge(self, parts: dict[str, str], count: int) -> str:
         """o of all tokens of a chunk: neighbouring blocks, `count` of the first ones each, are merged to one.
