@@ -183,6 +183,9 @@ class StudentGraph(OnnxGraph):
         self.mask = self.Unsqueeze(mask, [2])
         self.real = self.by_token(self.Mul(self.Gather(self.view(mask, -1), token, axis=0), self.Cast(inside, to=1)))
         self.is_real = self.Cast(self.real, to=9)
+        count = self.Slice(self.Shape(self.real), [1], [2])  # N
+        self.right = self.Expand(1.0, self.Concat([2, 1, BLOCK, 1, 1], count, axis=0))
+        self.zeros = [self.Expand(0.0, self.Concat([1, 1, BLOCK // (2 * n), n, n], count, axis=0)) for n in SIZES]
 
         i, j = np.indices((BLOCK, BLOCK))
         square = lambda x: self.cut(self.constant(1.0 * x), 0, 1)  # noqa: E731
@@ -288,7 +291,7 @@ class StudentGraph(OnnxGraph):
         return [self.Squeeze(beta, [0]), a, g]
 
     def coefficients(self, beta: str, a: str, g: str, psi: str) -> tuple[str, str, str]:
-        """beta (BLOCK, N), the transition (2, 2, BLOCK, N), the reads (2, BLOCK, N)."""
+        """beta (BLOCK, N), the transition (2, 2, BLOCK, N), the reads (1, 2, BLOCK, N)."""
         two = lambda fast, slow: np.array([fast, slow]).reshape(2, 1, 1)  # noqa: E731
         line = lambda slope, start: self.Add(self.Mul(psi, slope), start)  # noqa: E731
         kept = self.Where(self.is_real, self.Mul(a, line(two(-0.10, -0.05), 1.0)), 1.0)
@@ -302,40 +305,41 @@ class StudentGraph(OnnxGraph):
             g = self.Expand(1.0, self.Shape(a))
         slow = self.cfg.hierarchical_memory
         read = self.Mul(g, line(two(0.3, -0.3 * slow), two(0.5, 0.5 * slow)))
-        return self.Mul(beta, self.real), transition, read
+        return self.Mul(beta, self.real), transition, self.Unsqueeze(read, [0])
 
     def decay_products(self, m: str, r: str) -> tuple[str, Callable[[Any], tuple[str, str, str]]]:
         """`decay_products` (delta_mixer.py) of a block, by doubling; nothing is reduced over an axis, which is slow.
 
-        m (2, 2, BLOCK, N): M; r (2, BLOCK, N): both reads. Returns c (C, C, N), and what puts left (2, C, N),
+        m (2, 2, BLOCK, N): M; r (1, 2, BLOCK, N): both reads. Returns c (C, C, N), and what puts left (2, C, N),
         right (2, C, N) and whole (2, 2, N) into a graph that needs them.
+
+        Matrices and vectors are (rows, columns, pieces, ...); pieces to be joined stand in two halves, so that none of
+        the many small tensors is reshaped: at the start tokens in the order of their numbers' bits, the last one first.
         """
-        total = lambda g, x, axis: g.Add(*g.halves(x, axis))  # noqa: E731
-        left, right = total(self, self.Mul(self.Unsqueeze(r, [1]), m), 0), self.Expand(1.0, self.Shape(r))
-        c = total(self, r, 0)
-        for size in SIZES:
-            pairs = BLOCK // (2 * size)
-            (left1, left2), (right1, right2) = (
-                self.halves(self.view(x, 2, pairs, 2, size, -1), 2) for x in (left, right))
-            m1, m2 = self.halves(self.view(m, 2, 2, pairs, 2, -1), 3)  # (2, 2, pairs, 1, N)
-            c1, c2 = self.halves(self.view(c, pairs, 2, size, size, -1), 1)
-            across = total(self, self.Mul(self.view(left2, 2, pairs, size, 1, -1), right1), 0)
-            across = self.view(across, pairs, 1, size, size, -1)
-            c = self.Concat(self.Concat(c1, self.Mul(c1, 0.0), axis=3), self.Concat(across, c2, axis=3), axis=2)
+        def product(g: Any, a: list[str], b: list[str]) -> str:
+            return g.Add(*(g.Mul(column, row) for column, row in zip(a, b)))
 
-            def both(g: Any) -> tuple[str, str, str]:
-                """left, right and m of both blocks as one; left2 m1, m2 right1 and m2 m1 are products of 2 x 2."""
-                new = total(g, g.Mul(g.view(left2, 2, 1, pairs, size, -1), m1), 0)
-                left = g.Concat(left1, g.view(new, 2, pairs, 1, size, -1), axis=2)
-                new = total(g, g.Mul(m2, g.view(right1, 1, 2, pairs, size, -1)), 1)
-                right = g.Concat(g.view(new, 2, pairs, 1, size, -1), right2, axis=2)
-                return left, right, total(g, g.Mul(g.view(m2, 2, 2, 1, pairs, -1), g.view(m1, 1, 2, 2, pairs, -1)), 1)
+        order = [int(f"{i:0{len(SIZES)}b}"[::-1], 2) for i in range(BLOCK)]
+        m, r = (self.Unsqueeze(self.Gather(x, order, axis=2), [3, 4]) for x in (m, r))
+        left = product(self, self.halves(r, 1), self.halves(m, 0))  # (1, 2, pieces, size, 1, N)
+        right = self.right  # (2, 1, pieces, 1, size, N)
+        c = self.Add(*self.halves(r, 1))  # (1, 1, pieces, size, size, N)
+        for zeros in self.zeros:
+            (left1, left2), (right1, right2), (m1, m2), (c1, c2) = (self.halves(x, 2) for x in (left, right, m, c))
+            left2_columns, right1_rows = self.halves(left2, 1), self.halves(right1, 0)
+            across = product(self, left2_columns, right1_rows)
+            c = self.Concat(self.Concat(c1, zeros, axis=4), self.Concat(across, c2, axis=4), axis=3)
 
-            if size < SIZES[-1]:
-                left, right, m = both(self)
+            def joined(g: Any) -> tuple[str, str, str]:
+                m1_rows, m2_columns = g.halves(m1, 0), g.halves(m2, 1)
+                return (g.Concat(left1, product(g, left2_columns, m1_rows), axis=3),
+                        g.Concat(product(g, m2_columns, right1_rows), right2, axis=4), product(g, m2_columns, m1_rows))
+
+            if zeros != self.zeros[-1]:
+                left, right, m = joined(self)
 
         def ends(g: Any) -> tuple[str, str, str]:
-            left, right, m = both(g)
+            left, right, m = joined(g)
             return *(g.cut(g.view(x, 2, BLOCK, -1), 1) for x in (left, right)), g.view(m, 2, 2, -1)
 
         return self.cut(self.view(c, BLOCK, BLOCK, -1), 0, 1), ends

@@ -143,6 +143,7 @@ def test_repeated_pairs_count_once():
     torch.testing.assert_close(script.spearman_loss(teacher, teacher, 1e-5).item(), 0.0, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_whole_training_step_compiles_without_a_break_and_gives_the_same():
     """Student and teacher as one graph each (`fullgraph`), forward and backward, by AOTAutograd, no code made."""
     trainer, _, batch = setting(dropout=0.0, state_dropout=0.0, compile="true")
