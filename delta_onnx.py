@@ -91,7 +91,7 @@ class OnnxGraph:
         return self.Reshape(x, self.Concat(*([d] if isinstance(d, int) else d for d in dims), axis=0))
 
     def swapped(self, x: str, rank: int) -> str:
-        """x of `rank` axes, the last two exchanged; a product right behind takes it as it is, without copying."""
+        """x of `rank` axes, the last two exchanged; onnxruntime fuses it into a product right behind (FusedMatMul)."""
         return self.Transpose(x, perm=[*range(rank - 2), rank - 1, rank - 2])
 
     def halves(self, x: str, axis: int) -> list[str]:
@@ -114,8 +114,8 @@ class StudentGraph(OnnxGraph):
     def __init__(self, student: DeltaNetStudent):
         super().__init__()
         self.student, self.cfg, self.heads = student, student.config, student.config.num_heads
-        self.width, self.ways = self.cfg.d_model // self.heads, 2 if self.cfg.bidirectional else 1
-        self.side = self.heads // self.ways  # heads of a direction
+        self.width = self.cfg.d_model // self.heads
+        self.side = self.heads // (2 if self.cfg.bidirectional else 1)  # heads of a direction
 
     def model(self) -> Any:
         """The onnx.ModelProto: (input_ids, attention_mask) -> last_hidden_state and the unit sentence_embedding."""
@@ -152,9 +152,9 @@ class StudentGraph(OnnxGraph):
 
     def prepare(self, mask: str) -> str:
         """What all layers share: sizes as tensors of one number, indices, constants; returns the mask as numbers."""
-        size, number = self.Shape(mask), lambda x: self.Squeeze(x, [0])
+        shape, number = self.Shape(mask), lambda x: self.Squeeze(x, [0])
         up = lambda a, b: self.Div(self.Sub(self.Add(a, b), [1]), b)  # noqa: E731  a / b rounded up
-        self.batch, self.length = self.Slice(size, [0], [1]), self.Slice(size, [1], [2])
+        self.batch, self.length = self.Slice(shape, [0], [1]), self.Slice(shape, [1], [2])
         self.blocks = self.constant([1])
         for merge in range(MERGES):
             self.blocks = self.Where(self.Greater(self.length, [BLOCK << merge]), [2 << merge], self.blocks)
@@ -163,17 +163,20 @@ class StudentGraph(OnnxGraph):
         self.tokens = up(self.length, self.Mul(self.chunks, self.blocks))  # C
         self.one_block, self.one_chunk = (number(self.Equal(x, [1])) for x in (self.blocks, self.chunks))
 
-        # A Gather each takes the heads' sequences, in their own direction of time, out of (B, T, H) and puts them back.
-        size, last = self.Mul(self.blocks, self.tokens), self.Sub(self.length, [1])  # tokens of a chunk
+        # Gathers take q, k and v out of rows (B, T, H, 3) and the gates out of (B, T, H), each head in its direction of
+        # time; one puts back what the heads give, rows (chunks, B, H, size).
+        size = self.Mul(self.blocks, self.tokens)  # tokens of a chunk
         text, head = self.view(self.Range(0, number(self.batch), 1), -1, 1, 1), np.arange(self.heads)
+        last = self.Sub(self.length, [1])
         turned = lambda t, way: self.Add(t, self.Mul(self.Sub(last, self.Mul(t, [2])), way))  # noqa: E731
 
         time = self.view(self.Range(0, number(self.Mul(self.chunks, size)), 1), self.chunks, 1, 1, size)
-        inside, time = self.Less(time, self.length), self.Min(time, last)  # the last token fills the last block
+        inside = self.Cast(self.Less(time, self.length), to=1)
+        time = self.Min(time, last)  # a direction's last token fills up the last chunk
         token = self.Add(turned(time, head[:, None] // self.side), self.Mul(text, self.length))  # (chunks, B, H, size)
         own = self.Add(self.Mul(token, [self.heads]), head[:, None])
         self.of_qkv = [self.view(self.Add(self.Mul(own, [3]), [part]), -1) for part in range(3)]
-        self.of_gates = self.view(self.by_token(own), -1)
+        self.of_gates = self.view(self.by_token(own), -1)  # behind the C tokens any row does: `real` is 0 there
         place = turned(self.view(self.Range(0, number(self.length), 1), -1, 1), head // self.side)  # (T, H)
         chunk = self.Div(place, size)
         sequence = self.Add(self.Mul(self.Add(self.Mul(chunk, self.batch), text), [self.heads]), head)
@@ -181,8 +184,9 @@ class StudentGraph(OnnxGraph):
 
         mask = self.Cast(mask, to=1)
         self.mask = self.Unsqueeze(mask, [2])
-        self.real = self.by_token(self.Mul(self.Gather(self.view(mask, -1), token, axis=0), self.Cast(inside, to=1)))
+        self.real = self.by_token(self.Mul(self.Gather(self.view(mask, -1), token, axis=0), inside))  # (BLOCK, N)
         self.is_real = self.Cast(self.real, to=9)
+        # What `decay_products` starts from, and what stands above its diagonals.
         count = self.Slice(self.Shape(self.real), [1], [2])  # N
         self.right = self.Expand(1.0, self.Concat([2, 1, BLOCK, 1, 1], count, axis=0))
         self.zeros = [self.Expand(0.0, self.Concat([1, 1, BLOCK // (2 * n), n, n], count, axis=0)) for n in SIZES]
@@ -245,7 +249,8 @@ class StudentGraph(OnnxGraph):
         return self.MatMul(o, weight.T, name=f"linear/{index}/o")
 
     def unit(self, x: str, epsilon: float) -> str:
-        """x / sqrt(sum(x^2) + epsilon), as RMSNormalization of rows that short is computed by one thread."""
+        """x / sqrt(sum(x^2) + epsilon); with two threads faster than RMSNormalization (onnxruntime 1.32)."""
+        # Without keepdims: adding a number is 30 times as slow with a last axis of size 1.
         norm = self.Sqrt(self.Add(self.ReduceSumSquare(x, [-1], keepdims=0), epsilon))
         return self.Div(x, self.Unsqueeze(norm, [-1]))
 
@@ -263,8 +268,8 @@ class StudentGraph(OnnxGraph):
             # ... and ahead, where time is turned, which is done behind it.
             taps = torch.cat([past[:self.side], past[self.side:].flip(-1)]).reshape(3 * self.cfg.d_model, 1, 1, -1)
             qkv = self.Transpose(self.Unsqueeze(qkv, [1]), perm=[0, 3, 1, 2])
-            side = taps.shape[-1] // 2
-            qkv = self.Conv(qkv, taps, group=len(taps), pads=[0, side, 0, side])
+            reach = taps.shape[-1] // 2
+            qkv = self.Conv(qkv, taps, group=len(taps), pads=[0, reach, 0, reach])
             qkv = self.Transpose(qkv, perm=[0, 2, 3, 1])
         qkv = self.view(self.Mul(qkv, self.Sigmoid(qkv)), -1, self.width)
         parts = (self.Gather(qkv, places, axis=0) for places in self.of_qkv)
@@ -313,14 +318,14 @@ class StudentGraph(OnnxGraph):
         m (2, 2, BLOCK, N): M; r (1, 2, BLOCK, N): both reads. Returns c (C, C, N), and what puts left (2, C, N),
         right (2, C, N) and whole (2, 2, N) into a graph that needs them.
 
-        Matrices and vectors are (rows, columns, pieces, ...); pieces to be joined stand in two halves, so that none of
-        the many small tensors is reshaped: at the start tokens in the order of their numbers' bits, the last one first.
+        Matrices and vectors are (rows, columns, pieces, ...). Tokens stand in bit-reversed order, 0, 8, 4, 12, ..., so
+        that the two halves of the pieces are the even and the odd ones, and none of many small tensors is reshaped.
         """
         def product(g: Any, a: list[str], b: list[str]) -> str:
             return g.Add(*(g.Mul(column, row) for column, row in zip(a, b)))
 
         order = [int(f"{i:0{len(SIZES)}b}"[::-1], 2) for i in range(BLOCK)]
-        m, r = (self.Unsqueeze(self.Gather(x, order, axis=2), [3, 4]) for x in (m, r))
+        m, r = (self.Unsqueeze(self.Gather(x, order, axis=2), [3, 4]) for x in (m, r))  # m (2, 2, pieces, 1, 1, N)
         left = product(self, self.halves(r, 1), self.halves(m, 0))  # (1, 2, pieces, size, 1, N)
         right = self.right  # (2, 1, pieces, 1, size, N)
         c = self.Add(*self.halves(r, 1))  # (1, 1, pieces, size, size, N)
@@ -338,6 +343,7 @@ class StudentGraph(OnnxGraph):
             if zeros != self.zeros[-1]:
                 left, right, m = joined(self)
 
+        # What `joined` sees is still what the last round left.
         def ends(g: Any) -> tuple[str, str, str]:
             left, right, m = joined(g)
             return *(g.cut(g.view(x, 2, BLOCK, -1), 1) for x in (left, right)), g.view(m, 2, 2, -1)
