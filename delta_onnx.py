@@ -204,6 +204,7 @@ class StudentGraph(OnnxGraph):
 
     def by_token(self, x: str) -> str:
         """Scalars of tokens in the order of `sequences` -> (BLOCK, N), zeros behind the C tokens of a block."""
+        # Pad without `axes`: behind a Transpose onnxruntime 1.32 moves one with them, and reads its pads out of bounds.
         x = self.Transpose(self.view(x, -1, self.tokens), perm=[1, 0])
         return self.Pad(x, self.Concat([0, 0], self.Sub([BLOCK], self.tokens), [0], axis=0))
 
